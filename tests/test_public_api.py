@@ -1,0 +1,257 @@
+"""The door: exactly the public names, with the arguments that were promised, and no work at import."""
+
+import inspect
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import mmtune
+import mmtune.testing
+
+PUBLIC = [
+    "ConfigError",
+    "ConflictFreeBatchSampler",
+    "DatasetError",
+    "FinetuneResult",
+    "ImageDecodeError",
+    "MissingDocumentError",
+    "MissingExtraError",
+    "MmtuneError",
+    "RetrievalDataset",
+    "build_evaluator",
+    "finetune",
+    "load_model",
+]
+TESTING = ["generated_pages", "tiny_clip", "tiny_qwen3_vl", "tiny_siglip", "tiny_text_encoder"]
+
+
+class Promised:
+    """The signatures that users rely on. More arguments may follow, keyword-only and with a default."""
+
+    def __init__(self, corpus, queries, qrels, negatives=None): ...
+
+    def from_id_rows(
+        self,
+        rows,
+        *,
+        id_column="id",
+        query_column="query",
+        image_column="image",
+        negatives_column="negatives",
+        on_missing="error",
+    ): ...
+
+    def from_columns(self, rows, *, query_column="query", image_column="image", negative_columns=None): ...
+
+    def load(self, name_or_path, config=None, *, split=None, revision=None): ...
+
+    def save(self, folder): ...
+
+    def split(self, eval_queries, *, seed=42, group_column=None): ...
+
+    def training_rows(self, num_negatives=1, *, max_pixels=None, documents="image", on_short="random", seed=42): ...
+
+    @staticmethod
+    def build_evaluator(
+        dataset,
+        *,
+        model=None,
+        name="vdr",
+        truncate_dims=(),
+        documents="image",
+        ndcg_at_k=(10,),
+        batch_size=16,
+        show_progress_bar=True,
+    ): ...
+
+    @staticmethod
+    def load_model(
+        name_or_path, *, max_pixels=None, min_pixels=None, dtype="auto", attention="auto", device=None, **host_kwargs
+    ): ...
+
+    @staticmethod
+    def finetune(
+        model,
+        train_dataset,
+        eval_dataset=None,
+        *,
+        output_dir=None,
+        num_negatives=1,
+        matryoshka_dims="auto",
+        mini_batch_size="auto",
+        loss=None,
+        args=None,
+        prompts="model",
+        documents="image",
+        lora=None,
+        freeze=(),
+        allow_overlap=False,
+        overwrite=False,
+        resume=False,
+        seed=42,
+        **training_arguments,
+    ): ...
+
+    @staticmethod
+    def generated_pages(num_queries, *, num_negatives=4, seed=0): ...
+
+    @staticmethod
+    def tiny_clip(folder): ...
+
+    tiny_siglip = tiny_text_encoder = tiny_qwen3_vl = tiny_clip
+
+
+METHODS = ["__init__", "from_id_rows", "from_columns", "load", "save", "split", "training_rows"]
+FUNCTIONS = ["build_evaluator", "load_model", "finetune"]
+NOT_BUILT_YET = {"finetune": {"lora", "freeze"}}
+"""Promised arguments that may still be missing. Where they are there, they are as promised."""
+
+
+def actual(name: str) -> Callable[..., Any]:
+    """The public callable of that name; class methods as plain functions, with ``cls``."""
+    if name in METHODS:
+        found = inspect.getattr_static(mmtune.RetrievalDataset, name)
+        return found.__func__ if isinstance(found, classmethod) else found
+    return getattr(mmtune.testing if name in TESTING else mmtune, name)
+
+
+def test_all_is_sorted_and_exactly_the_public_names() -> None:
+    assert list(mmtune.__all__) == PUBLIC
+    assert sorted(mmtune.testing.__all__) == TESTING
+
+
+def test_every_name_of_all_is_there() -> None:
+    assert [name for name in PUBLIC if not hasattr(mmtune, name)] == []
+    assert isinstance(mmtune.__version__, str)
+
+
+@pytest.mark.parametrize("name", [*METHODS, *FUNCTIONS, *TESTING])
+def test_arguments_are_as_promised(name: str) -> None:
+    promised = dict(inspect.signature(getattr(Promised, name)).parameters)
+    found = dict(inspect.signature(actual(name)).parameters)
+    if name in METHODS:
+        promised.pop("self")
+        found.pop(next(iter(found)))
+    for key in NOT_BUILT_YET.get(name, set()) - found.keys():
+        promised.pop(key)
+    assert [key for key in promised if key not in found] == []
+    for key, parameter in promised.items():
+        assert (key, found[key].kind, found[key].default) == (key, parameter.kind, parameter.default)
+    positional = [key for key, parameter in found.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    assert positional == [key for key in promised if promised[key].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    for key in found.keys() - promised.keys():
+        assert found[key].kind is inspect.Parameter.KEYWORD_ONLY, key
+        assert found[key].default is not inspect.Parameter.empty, key
+
+
+@pytest.mark.parametrize("name", ["from_id_rows", "from_columns", "load"])
+def test_builders_are_class_methods(name: str) -> None:
+    assert isinstance(inspect.getattr_static(mmtune.RetrievalDataset, name), classmethod)
+
+
+def test_the_result_has_the_promised_fields() -> None:
+    promised = {"model", "trainer", "before", "after", "primary_metric", "output_dir", "report"}
+    fields = set(getattr(mmtune.FinetuneResult, "__dataclass_fields__", ()))
+    assert promised <= fields | set(dir(mmtune.FinetuneResult))
+
+
+def public_callables() -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Every public function, and every public method that mmtune itself defines on a public class."""
+    for module, names in ((mmtune, PUBLIC), (mmtune.testing, TESTING)):
+        for name in names:
+            exported = getattr(module, name, None)
+            if not inspect.isclass(exported):
+                if exported is not None:
+                    yield name, exported
+                continue
+            for key, member in vars(exported).items():
+                function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+                written_here = str(getattr(function, "__module__", "")).startswith("mmtune")
+                if inspect.isfunction(function) and written_here and not (key.startswith("_") and key != "__init__"):
+                    yield f"{name}.{key}", function
+
+
+@pytest.mark.parametrize(("name", "function"), [pytest.param(*pair, id=pair[0]) for pair in public_callables()])
+def test_public_functions_are_documented_and_typed(name: str, function: Callable[..., Any]) -> None:
+    if not name.endswith("__init__"):
+        assert (function.__doc__ or "").strip(), f"{name} has no docstring"
+    signature = inspect.signature(function)
+    parameters = [parameter for key, parameter in signature.parameters.items() if key not in ("self", "cls")]
+    assert [str(p) for p in parameters if p.annotation is inspect.Parameter.empty] == []
+    assert signature.return_annotation is not inspect.Signature.empty
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_classes_are_documented(name: str) -> None:
+    exported = getattr(mmtune, name)
+    assert (exported.__doc__ or "").strip()
+    assert exported.__module__.startswith("mmtune.")
+
+
+ERRORS = {
+    "MmtuneError": (Exception,),
+    "DatasetError": (mmtune.MmtuneError, ValueError),
+    "MissingDocumentError": (mmtune.DatasetError,),
+    "ImageDecodeError": (mmtune.DatasetError,),
+    "ConfigError": (mmtune.MmtuneError, ValueError),
+    "MissingExtraError": (mmtune.MmtuneError, ImportError),
+}
+
+
+@pytest.mark.parametrize("name", list(ERRORS))
+def test_errors_inherit_the_standard_type_and_pickle(name: str) -> None:
+    kind = getattr(mmtune, name)
+    assert all(issubclass(kind, base) for base in ERRORS[name])
+    copy = pickle.loads(pickle.dumps(kind("3 negatives point nowhere")))
+    assert type(copy) is kind
+    assert str(copy) == "3 negatives point nowhere"
+
+
+def test_the_sampler_pickles() -> None:
+    # The host saves its training arguments with every checkpoint, the sampler class among them.
+    assert pickle.loads(pickle.dumps(mmtune.ConflictFreeBatchSampler)) is mmtune.ConflictFreeBatchSampler
+
+
+IMPORT_PROBE = """
+import json, logging, os, random, socket, warnings
+
+# What the packages below do at import is theirs.
+import accelerate, datasets, numpy, PIL.Image, sentence_transformers, torch, transformers
+import sentence_transformers.sentence_transformer.evaluation
+import sentence_transformers.sentence_transformer.losses
+
+def state():
+    loggers = [logging.root, *map(logging.getLogger, ("mmtune", "sentence_transformers", "transformers", "datasets"))]
+    return {
+        "environment": dict(os.environ),
+        "log handlers and levels": [(len(logger.handlers), logger.level) for logger in loggers],
+        "warning filters": [str(entry) for entry in warnings.filters],
+        "random numbers": [hash(random.getstate()), torch.initial_seed(), str(numpy.random.get_state()[1][:4])],
+        "threads": torch.get_num_threads(),
+        "image limit": PIL.Image.MAX_IMAGE_PIXELS,
+        "verbosity": [transformers.logging.get_verbosity(), datasets.logging.get_verbosity()],
+    }
+
+def no_network(*args, **kwargs):
+    raise AssertionError("mmtune opened a connection at import")
+
+socket.socket.connect = no_network
+before = state()
+import mmtune
+after = state()
+print(json.dumps({key: [before[key], after[key]] for key in before if before[key] != after[key]}))
+"""
+
+
+def test_importing_mmtune_does_no_work() -> None:
+    probe = subprocess.run(
+        [sys.executable, "-c", IMPORT_PROBE], capture_output=True, text=True, check=False, env=os.environ, timeout=120
+    )
+    assert probe.returncode == 0, probe.stderr
+    assert json.loads(probe.stdout.splitlines()[-1]) == {}
