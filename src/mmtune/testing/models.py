@@ -1,0 +1,292 @@
+"""Checkpoints with random weights, small enough to be built and loaded in a test.
+
+Each has the real configuration class, processor and file layout of its family, no dropout, and a tokenizer built in
+memory that spells any text in any language. They load in plain ``SentenceTransformer(path)``.
+
+Example:
+    >>> with TemporaryDirectory() as folder:
+    ...     SentenceTransformer(tiny_clip(folder), device="cpu").encode("revenue in 2021").shape
+    (128,)
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
+from tokenizers.models import BPE
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+    Qwen2VLImageProcessorPil,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    SiglipConfig,
+    SiglipImageProcessorPil,
+    SiglipModel,
+    SiglipProcessor,
+)
+
+from mmtune.errors import MissingExtraError
+from mmtune.testing import words
+
+HEAD_SIZE = 32
+QWEN_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+QWEN_CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+<|im_start|>{{ message.role }}
+{% if message.content is string -%}
+{{ message.content }}
+{%- else -%}
+{%- for item in message.content -%}
+{%- if item.type == "image" -%}
+<|vision_start|><|image_pad|><|vision_end|>
+{%- elif item.type == "video" -%}
+<|vision_start|><|video_pad|><|vision_end|>
+{%- elif item.type == "text" -%}
+{{ item.text }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}
+<|im_start|>assistant
+{% endif -%}
+"""
+
+
+def tiny_clip(
+    folder: str | Path,
+    *,
+    hidden_size: int = 64,
+    num_layers: int = 2,
+    projection_dim: int = 128,
+    image_size: int = 64,
+    patch_size: int = 16,
+    seed: int = 0,
+) -> str:
+    """Save a random CLIP for text and images and return its path.
+
+    Args:
+        folder: Where the checkpoint goes; made if it does not exist.
+        hidden_size: Width of the text and the image encoder, a multiple of 32.
+        num_layers: Depth of each of the two encoders.
+        projection_dim: Dimension of the embeddings.
+        image_size: Height and width in pixels to which an image is resized.
+        patch_size: Height and width of a patch in pixels; divides ``image_size``.
+        seed: Seed of the weights. The caller's random state is left as it was.
+    """
+    tokenizer = _tokenizer(max_length=64, bos="<s>", eos="</s>")
+    text = _encoder(hidden_size, num_layers) | _text(tokenizer) | {"projection_dim": projection_dim}
+    vision = _encoder(hidden_size, num_layers) | {"image_size": image_size, "patch_size": patch_size}
+    vision["projection_dim"] = projection_dim
+    square = {"height": image_size, "width": image_size}
+    image_processor = CLIPImageProcessorPil(size=square, crop_size=square)
+    with _seeded(seed):
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=projection_dim))
+    return _save(folder, model, CLIPProcessor(image_processor, tokenizer))
+
+
+def tiny_siglip(
+    folder: str | Path,
+    *,
+    hidden_size: int = 64,
+    num_layers: int = 2,
+    image_size: int = 64,
+    patch_size: int = 16,
+    seed: int = 0,
+) -> str:
+    """Save a random SigLIP for text and images, which pads texts to one length, and return its path.
+
+    Args:
+        folder: Where the checkpoint goes; made if it does not exist.
+        hidden_size: Width of both encoders, a multiple of 32, and dimension of the embeddings.
+        num_layers: Depth of each of the two encoders.
+        image_size: Height and width in pixels to which an image is resized.
+        patch_size: Height and width of a patch in pixels; divides ``image_size``.
+        seed: Seed of the weights. The caller's random state is left as it was.
+    """
+    tokenizer = _tokenizer(max_length=64, eos="</s>")
+    text = _encoder(hidden_size, num_layers) | _text(tokenizer)
+    vision = _encoder(hidden_size, num_layers) | {"image_size": image_size, "patch_size": patch_size}
+    image_processor = SiglipImageProcessorPil(size={"height": image_size, "width": image_size})
+    with _seeded(seed):
+        model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
+    with TemporaryDirectory() as plain_folder:
+        _save(plain_folder, model, SiglipProcessor(image_processor, tokenizer))
+        # SigLIP pools the last token, padding or not: without a fixed length a text's embedding depends on its batch
+        module = Transformer(plain_folder, processing_kwargs={"text": {"padding": "max_length"}})
+        SentenceTransformer(modules=[module], device="cpu").save_pretrained(str(folder), create_model_card=False)
+    return str(folder)
+
+
+def tiny_text_encoder(folder: str | Path, *, hidden_size: int = 64, num_layers: int = 2, seed: int = 0) -> str:
+    """Save a random BERT, which the host pools by the mean of its tokens, and return its path.
+
+    Args:
+        folder: Where the checkpoint goes; made if it does not exist.
+        hidden_size: Width, a multiple of 32, and dimension of the embeddings.
+        num_layers: Depth of the encoder.
+        seed: Seed of the weights. The caller's random state is left as it was.
+    """
+    tokenizer = _tokenizer(max_length=128, bos="<s>", eos="</s>")
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = BertConfig.from_dict(_encoder(hidden_size, num_layers) | _text(tokenizer) | no_dropout)
+    with _seeded(seed):
+        model = BertModel(config)
+    return _save(folder, model, tokenizer)
+
+
+def tiny_qwen3_vl(
+    folder: str | Path,
+    *,
+    hidden_size: int = 64,
+    num_layers: int = 2,
+    max_pixels: int = 128 * 128,
+    seed: int = 0,
+) -> str:
+    """Save a random Qwen3-VL with a chat template that takes any role and return its path.
+
+    Loads in ``SentenceTransformer(path)`` for text, images and ``{"text", "image"}`` pairs, and as the ``any-to-any``
+    module of a reranker: ``0`` and ``1`` are tokens, and the template takes the roles ``query`` and ``document``.
+
+    Args:
+        folder: Where the checkpoint goes; made if it does not exist.
+        hidden_size: Width of both encoders, a multiple of 32, and dimension of the embeddings.
+        num_layers: Depth of each of the two encoders.
+        max_pixels: Largest area of an image in pixels; every 32 by 32 pixels become one token.
+        seed: Seed of the weights. The caller's random state is left as it was.
+
+    Raises:
+        MissingExtraError: torchvision, which the processor of this family needs, is not installed.
+    """
+    if find_spec("torchvision") is None:
+        raise MissingExtraError(
+            "tiny_qwen3_vl needs torchvision, which is not installed: the video processor of Qwen3-VL imports it. "
+            'Run `pip install "mmtune[vlm]"`, or test with tiny_clip, which needs Pillow only.'
+        )
+    # this class is a stub that raises where torchvision is missing
+    from transformers import Qwen3VLVideoProcessor
+
+    tokenizer = _tokenizer(max_length=2048, eos="<|im_end|>", special=QWEN_TOKENS, append=False)
+    image_processor = Qwen2VLImageProcessorPil(patch_size=16, size=_area(max_pixels))
+    video_processor = Qwen3VLVideoProcessor(patch_size=16, size=_area(max_pixels))
+    with _seeded(seed):
+        model = Qwen3VLForConditionalGeneration(_qwen3_vl_config(tokenizer, hidden_size, num_layers))
+    processor = Qwen3VLProcessor(image_processor, tokenizer, video_processor, chat_template=QWEN_CHAT_TEMPLATE)
+    return _save(folder, model, processor)
+
+
+def _qwen3_vl_config(tokenizer: PreTrainedTokenizerFast, hidden_size: int, num_layers: int) -> Qwen3VLConfig:
+    num_heads = hidden_size // HEAD_SIZE
+    text = _encoder(hidden_size, num_layers) | _text(tokenizer) | {"num_key_value_heads": 1, "head_dim": HEAD_SIZE}
+    # the three sections (time, height, width) share the rotary half of a head
+    text["rope_parameters"] = {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [8, 4, 4],
+        "mrope_interleaved": True,
+    }
+    vision = {
+        "depth": num_layers,
+        "hidden_size": hidden_size,
+        "intermediate_size": 2 * hidden_size,
+        "num_heads": num_heads,
+        "out_hidden_size": hidden_size,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0],
+    }
+    start, end, image, video = (tokenizer.get_vocab()[token] for token in QWEN_TOKENS[2:])
+    return Qwen3VLConfig(
+        text_config=text,
+        vision_config=vision,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+        image_token_id=image,
+        video_token_id=video,
+        tie_word_embeddings=True,
+    )
+
+
+def _area(max_pixels: int) -> dict[str, int]:
+    # the names are the family's own: both values are areas in pixels
+    return {"shortest_edge": 32 * 32, "longest_edge": max_pixels}
+
+
+def _encoder(hidden_size: int, num_layers: int) -> dict[str, object]:
+    return {
+        "hidden_size": hidden_size,
+        "intermediate_size": 2 * hidden_size,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": hidden_size // HEAD_SIZE,
+    }
+
+
+def _text(tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
+    return {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": tokenizer.model_max_length,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+
+
+def _tokenizer(
+    *, max_length: int, eos: str, bos: str | None = None, special: tuple[str, ...] = (), append: bool = True
+) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE in lower case, to which the words of the generated pages are one token each."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    # the end must not get id 2: CLIP takes that for an old configuration and pools the largest id instead of the end
+    named = ["<pad>", *dict.fromkeys(token for token in (eos, bos, *special) if token)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096,
+        special_tokens=named,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(words.sentences(), trainer)
+    if append:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A {eos}" if bos else f"$A {eos}",
+            special_tokens=[(token, tokenizer.token_to_id(token)) for token in (bos, eos) if token],
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=max_length,
+        pad_token="<pad>",
+        bos_token=bos,
+        eos_token=eos,
+        additional_special_tokens=list(special),
+    )
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    # torch.manual_seed would also seed, and start, every accelerator
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _save(folder: str | Path, model: PreTrainedModel, processor: ProcessorMixin | PreTrainedTokenizerFast) -> str:
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
