@@ -1,0 +1,5 @@
+"""From the rows that users have to rows the host trains on."""
+
+from mmtune.data.dataset import RetrievalDataset
+
+__all__ = ["RetrievalDataset"]

@@ -1,0 +1,400 @@
+"""``RetrievalDataset``: a corpus, queries, judgements and hard negatives, with images encoded until they are used."""
+
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TypeAlias
+
+import numpy as np
+from datasets import Dataset, DatasetDict, IterableDataset
+from tqdm.auto import tqdm
+
+from mmtune.data import files, layouts
+from mmtune.data.arrow import column, positions
+from mmtune.data.documents import DocumentKind, document_columns
+from mmtune.data.encoded import EncodedImages
+from mmtune.data.identity import same_pages
+from mmtune.data.images import check_page
+from mmtune.data.negatives import OnShort, choose_negatives
+from mmtune.data.relevance import Relevance
+from mmtune.data.rows import training_rows
+from mmtune.data.splitting import evaluation_queries
+from mmtune.data.tables import BuildNotes, Tables, checked_tables, require_columns
+from mmtune.errors import ConfigError, DatasetError, ImageDecodeError
+
+
+class RetrievalDataset:
+    """A corpus of pages, queries about them, judgements of relevance, and hard negatives.
+
+    =============  ====================================================================================
+    table          columns
+    =============  ====================================================================================
+    ``corpus``     ``document_id``, ``image`` (encoded) and/or ``text``; other columns are kept
+    ``queries``    ``query_id``, ``text``; other columns are kept
+    ``qrels``      ``query_id``, ``document_id``, ``score`` (an integer of 1 and above)
+    ``negatives``  ``query_id``, ``document_ids`` (best first); ``None`` where there are none
+    =============  ====================================================================================
+
+    Every query has at least one relevant document; queries without are left out and counted. Ids are strings. Images
+    stay bytes or paths, and no method copies them.
+
+    Args:
+        corpus: The documents.
+        queries: The queries.
+        qrels: The judgements; graded where scores differ.
+        negatives: For each query the documents that look relevant and are not.
+
+    Raises:
+        DatasetError: A column is missing or of the wrong type, an id stands twice, a query is blank, or no query has
+            a relevant document.
+        MissingDocumentError: A judgement or a negative refers to an id that is not there.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> from mmtune import RetrievalDataset
+        >>> RetrievalDataset(
+        ...     corpus=Dataset.from_dict({"document_id": ["a", "b"], "text": ["Sales by region", "Staff by year"]}),
+        ...     queries=Dataset.from_dict({"query_id": ["q"], "text": ["How many work here?"]}),
+        ...     qrels=Dataset.from_dict({"query_id": ["q"], "document_id": ["b"], "score": [1]}),
+        ... )
+        RetrievalDataset
+          corpus     2 documents (text)
+          queries    1
+          qrels      1 judgements, 1.0 a query
+          negatives  none
+    """
+
+    def __init__(self, corpus: Dataset, queries: Dataset, qrels: Dataset, negatives: Dataset | None = None) -> None:
+        self._tables = checked_tables(corpus, queries, qrels, negatives)
+
+    @classmethod
+    def _of(cls, tables: Tables) -> "RetrievalDataset":
+        dataset = cls.__new__(cls)
+        dataset._tables = tables
+        return dataset
+
+    @classmethod
+    def from_id_rows(
+        cls,
+        rows: Dataset,
+        *,
+        id_column: str = "id",
+        query_column: str = "query",
+        image_column: str = "image",
+        negatives_column: str | None = "negatives",
+        on_missing: str = "error",
+    ) -> "RetrievalDataset":
+        """A dataset from one row per page whose negatives are ids of other rows.
+
+        This is the layout of ``llamaindex/vdr-multilingual-train``:
+
+        ====  =======================  =========  ==============
+        id    query                    image      negatives
+        ====  =======================  =========  ==============
+        "p1"  "How many work here?"    <page 1>   ["p3", "p2"]
+        "p2"  "Where was it sold?"     <page 2>   ["p3"]
+        "p3"  None                     <page 3>   None
+        ====  =======================  =========  ==============
+
+        A row whose query is null or blank is a document only. Ids are resolved against all rows, wherever they stand.
+
+        Args:
+            rows: The table; its order does not matter.
+            id_column: Unique ids, strings or integers.
+            query_column: Texts; ``query_id`` is the row's id.
+            image_column: Images, encoded or as paths.
+            negatives_column: Lists of ids, best first. ``None`` where the rows list no negatives.
+            on_missing: ``"error"``, or ``"drop"`` to leave out negative ids that no row has, and count them.
+
+        Raises:
+            DatasetError: A column is missing or of the wrong type, an id stands twice, a row lists its own id, a row
+                has no image, there are no rows, or no row has a query.
+            MissingDocumentError: A negative is the id of no row, and ``on_missing="error"``.
+        """
+        _require_one_of("on_missing", on_missing, ("error", "drop"))
+        tables = layouts.tables_from_id_rows(
+            _as_table(rows),
+            id_column_name=id_column,
+            query_column=query_column,
+            image_column=image_column,
+            negatives_column=negatives_column,
+            on_missing=on_missing,
+        )
+        return cls._of(tables)
+
+    @classmethod
+    def from_columns(
+        cls,
+        rows: Dataset,
+        *,
+        query_column: str = "query",
+        image_column: str = "image",
+        negative_columns: Sequence[str] | None = None,
+    ) -> "RetrievalDataset":
+        """A dataset from one row per query with the images in it.
+
+        This is the layout of ``tomaarsen/llamaindex-vdr-en-train-preprocessed``. With n rows, the query of row i is
+        ``str(i)``, its page is document ``str(i)``, and its k-th negative, from 0, is document
+        ``str(n * (k + 1) + i)``.
+        A null negative is no document. Pages repeat as images in this layout: byte-identical ones count as one page
+        wherever relevance matters.
+
+        Args:
+            rows: The table.
+            query_column: Texts. A row whose query is null or blank gives documents only.
+            image_column: The page that answers the query.
+            negative_columns: Columns of images, best first. ``None`` takes every column named ``negative`` or
+                ``negative_<k>``, by number.
+
+        Raises:
+            DatasetError: A column is missing or of the wrong type, or no row has both a query and an image.
+        """
+        tables = layouts.tables_from_columns(
+            _as_table(rows),
+            query_column=query_column,
+            image_column=image_column,
+            negative_columns=None if negative_columns is None else tuple(negative_columns),
+        )
+        return cls._of(tables)
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        config: str | None = None,
+        *,
+        split: str | None = None,
+        revision: str | None = None,
+    ) -> "RetrievalDataset":
+        """A dataset from a folder, a file or the Hub; the layout is recognised by its columns.
+
+        Args:
+            name_or_path: A folder written by ``save``, a parquet file or folder, or the name of a Hub dataset.
+            config: The configuration of a Hub dataset, e.g. ``"en"``.
+            split: The split; needed where there are several.
+            revision: The commit or tag of a Hub dataset, to pin what is read.
+
+        Raises:
+            DatasetError: It can't be read, has several splits, or its columns are no known layout.
+        """
+        if files.is_saved(name_or_path):
+            return cls._of(files.load_tables(name_or_path))
+        return cls._from_known_layout(files.load_rows(name_or_path, config, split=split, revision=revision))
+
+    @classmethod
+    def _from_known_layout(cls, rows: Dataset) -> "RetrievalDataset":
+        rows = _as_table(rows)
+        if layouts.known_layout(rows) == "from_columns":
+            return cls.from_columns(rows)
+        return cls.from_id_rows(rows, negatives_column="negatives" if "negatives" in rows.column_names else None)
+
+    @property
+    def corpus(self) -> Dataset:
+        """The documents: ``document_id``, ``image`` (encoded) and/or ``text``, and what else the rows held."""
+        return self._tables.corpus
+
+    @property
+    def queries(self) -> Dataset:
+        """The queries: ``query_id``, ``text``, and what else the rows held."""
+        return self._tables.queries
+
+    @property
+    def qrels(self) -> Dataset:
+        """The judgements: ``query_id``, ``document_id``, ``score``."""
+        return self._tables.qrels
+
+    @property
+    def negatives(self) -> Dataset | None:
+        """The hard negatives: ``query_id``, ``document_ids``; ``None`` where there are none."""
+        return self._tables.negatives
+
+    @property
+    def notes(self) -> BuildNotes:
+        """What the builder met and left out."""
+        return self._tables.notes
+
+    @cached_property
+    def relevance(self) -> Relevance:
+        """The judgements by position, with equal texts and byte-identical pages as one; computed once."""
+        return Relevance(self._tables)
+
+    def training_rows(
+        self,
+        num_negatives: int = 1,
+        *,
+        max_pixels: int | None = None,
+        documents: DocumentKind = "image",
+        on_short: OnShort = "random",
+        seed: int = 42,
+    ) -> Dataset:
+        """Rows for the host's trainers, one per query and relevant document, decoded when they are read.
+
+        =======  =========  ============  ===  ================
+        query    image      negative_0    ...  negative_{n-1}
+        =======  =========  ============  ===  ================
+        str      an image   an image           an image
+        =======  =========  ============  ===  ================
+
+        Under ``rows.with_format(None)`` the same rows hold ids: ``query_id``, ``document_id``,
+        ``negative_document_ids``, and ``relevant_document_ids``, which is everything relevant to that query text.
+        ``shuffle``, ``select``, ``filter`` and ``train_test_split`` keep both. With ``documents="text"`` the columns
+        keep their names and hold texts.
+
+        Args:
+            num_negatives: Negatives a row. Ignored for a dataset without negatives, whose rows have none.
+            max_pixels: Upper bound of width times height of a page; ``None`` keeps every pixel.
+            documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
+            on_short: What to do with a query that has too few negatives: ``"random"`` fills with documents that are not
+                relevant to it, ``"drop"`` leaves its rows out, ``"error"`` raises.
+            seed: Of the filling.
+
+        Raises:
+            ConfigError: An argument has a value it can't have.
+            DatasetError: A query has too few negatives and ``on_short="error"``, or the corpus can't fill a row.
+        """
+        _require_one_of("on_short", on_short, ("random", "drop", "error"))
+        if num_negatives < 0:
+            raise ConfigError(f"num_negatives={num_negatives} is negative. Expected 0 or more.")
+        document_columns(self.corpus, documents)
+        wanted = num_negatives if self.negatives is not None else 0
+        chosen = choose_negatives(self.relevance, wanted, on_short, seed)
+        if not len(chosen.queries):
+            raise DatasetError(
+                f'No query has {num_negatives} usable negatives, and on_short="drop" leaves all of them out. '
+                'Lower num_negatives, or pass on_short="random".'
+            )
+        return training_rows(self._tables, self.relevance, chosen, documents, max_pixels)
+
+    def check_pages(self, *, show_progress_bar: bool = True) -> None:
+        """Make sure that every page can be decoded, from its header and its end rather than in full.
+
+        Raises:
+            ImageDecodeError: A page is missing, damaged, or no image; the message names the document.
+        """
+        if "image" not in self.corpus.column_names:
+            return
+        images, document_ids = EncodedImages(self.corpus), self.relevance.document_ids
+        for row in tqdm(range(len(images)), desc="Checking pages", disable=not show_progress_bar, leave=False):
+            document_id = document_ids[row].as_py()
+            try:
+                content = images.read(row)
+            except OSError as error:
+                raise ImageDecodeError(
+                    f"The file of document {document_id!r} can't be read: {error}. "
+                    "Restore the file, or leave the document out."
+                ) from error
+            check_page(content, document_id)
+
+    def split(
+        self, eval_queries: int, *, seed: int = 42, group_column: str | None = None
+    ) -> tuple["RetrievalDataset", "RetrievalDataset"]:
+        """Two datasets ``(train, evaluation)`` such that no document relevant on one side is relevant on the other.
+
+        Queries that share a relevant page, or whose texts are equal, stay on one side. The evaluation corpus holds the
+        relevant documents and the negatives of its queries. The training corpus holds everything but the documents
+        that are relevant in evaluation: they are no training negatives either, and ``notes`` counts those taken out.
+
+        Args:
+            eval_queries: Queries for evaluation, at most; as many as the sharing of pages allows.
+            seed: Of the draw.
+            group_column: A column of the corpus, such as the PDF that a page is from: no group has relevant pages on
+                both sides. ``None`` splits by page.
+
+        Raises:
+            DatasetError: The pages that queries share allow no split, or the corpus lacks the column.
+            ConfigError: ``eval_queries`` is not positive.
+        """
+        if eval_queries < 1:
+            raise ConfigError(f"eval_queries={eval_queries} leaves nothing to evaluate on. Expected 1 or more.")
+        groups = None
+        if group_column is not None:
+            require_columns(self.corpus, (group_column,), "The corpus")
+            groups = column(self.corpus, group_column)
+        relevance = self.relevance
+        chosen = evaluation_queries(relevance, eval_queries, seed=seed, groups=groups)
+        rest = np.setdiff1d(np.arange(len(self)), chosen)
+        answers = relevance.judged_document[np.isin(relevance.judged_query, chosen)]
+        needed = np.union1d(answers, relevance.listed_negatives.take(chosen).values)
+        others = np.flatnonzero(~np.isin(relevance.page, relevance.page[answers]))
+        return self._of(relevance.subset(rest, others)), self._of(relevance.subset(chosen, needed))
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the dataset to a new folder, which ``load`` reads; images are stored as they are encoded.
+
+        Raises:
+            DatasetError: The folder is not empty.
+        """
+        files.save_tables(self._tables, folder)
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def __repr__(self) -> str:
+        kinds = "+".join(name for name in ("text", "image") if name in self.corpus.column_names)
+        lines = [
+            "RetrievalDataset",
+            f"  corpus     {len(self.corpus):,} documents ({kinds})",
+            f"  queries    {len(self):,}",
+            f"  qrels      {len(self.qrels):,} judgements, {len(self.qrels) / len(self):.1f} a query",
+            f"  negatives  {self._describe_negatives()}",
+        ]
+        return "\n".join(lines)
+
+    def _describe_negatives(self) -> str:
+        if self.negatives is None:
+            return "none"
+        lengths = self.relevance.listed_negatives.lengths
+        return f"{lengths.min()} to {lengths.max()} a query, {lengths.mean():.1f} on average"
+
+
+def relevant_on_both_sides(train: RetrievalDataset, evaluation: RetrievalDataset) -> list[tuple[str, str]]:
+    """Documents that are relevant in training and in evaluation, as pairs (training id, evaluation id).
+
+    Two documents are the same when their bytes are, or when they have the same id, unless a builder made up the ids of
+    a side from row numbers.
+    """
+    left, right = (np.unique(side.relevance.judged_document) for side in (train, evaluation))
+    pairs = same_pages(train.corpus, evaluation.corpus, left, right)
+    if not (train.notes.ids_are_row_numbers or evaluation.notes.ids_are_row_numbers):
+        same_id = positions(evaluation.relevance.document_ids.take(right), train.relevance.document_ids)
+        shared = np.isin(same_id, left)
+        pairs += zip(same_id[shared].tolist(), right[shared].tolist(), strict=True)
+    found = {(int(at), int(row)) for at, row in pairs}
+    ids = train.relevance.document_ids, evaluation.relevance.document_ids
+    return sorted((ids[0][at].as_py(), ids[1][row].as_py()) for at, row in found)
+
+
+DatasetLike: TypeAlias = RetrievalDataset | Dataset | str | os.PathLike[str]
+"""What every function takes as a dataset: built, rows in a known layout, or what ``RetrievalDataset.load`` takes."""
+
+
+def as_retrieval_dataset(dataset: DatasetLike) -> RetrievalDataset:
+    """``dataset`` itself, or what its layout builds.
+
+    Raises:
+        DatasetError: The layout is unknown, or the data can't be read.
+    """
+    if isinstance(dataset, RetrievalDataset):
+        return dataset
+    if isinstance(dataset, (str, os.PathLike)):
+        return RetrievalDataset.load(dataset)
+    return RetrievalDataset._from_known_layout(dataset)
+
+
+def _as_table(rows: object) -> Dataset:
+    if isinstance(rows, Dataset):
+        return rows
+    if isinstance(rows, DatasetDict):
+        raise DatasetError(
+            f"Expected one table, got the splits {list(rows)}. Pick one, e.g. rows[{next(iter(rows))!r}]."
+        )
+    if isinstance(rows, IterableDataset):
+        raise DatasetError("A streamed dataset has no rows to resolve ids against. Load it without streaming=True.")
+    raise DatasetError(
+        f"Expected a datasets.Dataset, got {type(rows).__name__}. Build one, e.g. with Dataset.from_dict."
+    )
+
+
+def _require_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"{name}={value!r} is unknown. Expected one of {', '.join(map(repr, known))}.")

@@ -1,0 +1,106 @@
+"""Documents and texts by id, read when they are used."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+from datasets import Dataset
+
+from mmtune.data.images import decode_page
+from mmtune.errors import ConfigError, MissingDocumentError
+
+DocumentKind = Literal["image", "text", "text+image"]
+"""What a document is made of where it is read."""
+
+
+class KeyedTable:
+    """Rows of a table by their id. The index is built at the first look-up, once per process."""
+
+    def __init__(self, table: Dataset, key: str, columns: Sequence[str]) -> None:
+        self._table = table.with_format(None).select_columns([key, *columns])
+        self._key = key
+        self._row_by_id: dict[str, int] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Worker processes that are spawned build the index themselves; it is quicker than to send it.
+        return {**self.__dict__, "_row_by_id": None}
+
+    def get(self, ids: Sequence[str]) -> list[dict[str, Any]]:
+        """The rows with these ids, in their order, as dictionaries.
+
+        Raises:
+            MissingDocumentError: An id is not in the table.
+        """
+        if self._row_by_id is None:
+            self._row_by_id = {value: row for row, value in enumerate(self._table[self._key][:])}
+        try:
+            rows = [self._row_by_id[value] for value in ids]
+        except KeyError as error:
+            raise MissingDocumentError(
+                f"{self._key} {error.args[0]!r} is not among the {len(self._row_by_id)} rows that these rows were made "
+                "from. Make the rows with training_rows() of the dataset that holds it."
+            ) from None
+        batch = self._table[rows]
+        return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+
+
+class DocumentReader:
+    """What the host is given for each document: an RGB image, a text, or both; decoded at every read.
+
+    Args:
+        corpus: A table with ``document_id`` and ``image`` (encoded) and/or ``text``.
+        documents: What a document is made of.
+        max_pixels: Upper bound of width times height of an image; ``None`` keeps every pixel.
+
+    Raises:
+        ConfigError: The corpus lacks a column that ``documents`` asks for.
+    """
+
+    def __init__(self, corpus: Dataset, documents: DocumentKind = "image", *, max_pixels: int | None = None) -> None:
+        self._columns = document_columns(corpus, documents)
+        self._table = KeyedTable(corpus, "document_id", self._columns)
+        self._max_pixels = max_pixels
+
+    def read(self, document_ids: Sequence[str]) -> list[Any]:
+        """The documents in the order of their ids. An id that occurs twice is decoded once.
+
+        Raises:
+            MissingDocumentError: An id is not in the corpus.
+            ImageDecodeError: A page is no readable image; the message names the document.
+        """
+        unique = list(dict.fromkeys(document_ids))
+        document_by_id = {row["document_id"]: self._document(row) for row in self._table.get(unique)}
+        return [document_by_id[document_id] for document_id in document_ids]
+
+    def _document(self, row: dict[str, Any]) -> Any:
+        parts = dict(row)
+        document_id = parts.pop("document_id")
+        if "image" in parts:
+            parts["image"] = decode_page(parts["image"], document_id, max_pixels=self._max_pixels)
+        return parts if len(parts) > 1 else parts[self._columns[0]]
+
+
+def document_columns(corpus: Dataset, documents: DocumentKind) -> list[str]:
+    """The columns that a document is made of, text before image, as the host's examples order them.
+
+    Raises:
+        ConfigError: ``documents`` is unknown, or the corpus lacks a column of it.
+    """
+    if documents not in get_args(DocumentKind):
+        raise ConfigError(f"documents={documents!r} is unknown. Expected one of {', '.join(get_args(DocumentKind))}.")
+    columns = [str(name) for name in documents.split("+")]
+    missing = [name for name in columns if name not in corpus.column_names]
+    if missing:
+        raise ConfigError(
+            f"documents={documents!r} needs a column {missing[0]!r} in the corpus, which has {corpus.column_names}. "
+            "Add the column, or ask for what the corpus has."
+        )
+    return columns
+
+
+def as_host_input(value: Any) -> Any:
+    """A text so that the host can't take it for the path or URL of an image; anything else as it is.
+
+    The host opens a bare string that ends like an image file and exists, and downloads one that looks like a URL of an
+    image or video (sentence-transformers 6.2), even where a user typed it as a query.
+    """
+    return {"text": value} if isinstance(value, str) else value

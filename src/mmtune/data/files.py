@@ -1,0 +1,104 @@
+"""Datasets on disk and on the Hub."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+from mmtune.data.tables import BuildNotes, Tables
+from mmtune.errors import DatasetError
+
+_MANIFEST = "mmtune_dataset.json"
+_FORMAT_VERSION = 1
+
+
+def save_tables(tables: Tables, folder: str | os.PathLike[str]) -> None:
+    """The tables as Arrow files below ``folder``, images encoded as they are.
+
+    Raises:
+        DatasetError: ``folder`` holds something already.
+    """
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise DatasetError(f"{str(path)!r} is not empty. Save to a new folder, or remove what is there.")
+    named = {"corpus": tables.corpus, "queries": tables.queries, "qrels": tables.qrels, "negatives": tables.negatives}
+    for name, table in named.items():
+        if table is not None:
+            table.save_to_disk(path / name)
+    # Last, so that a folder with a manifest is whole.
+    manifest = {"format_version": _FORMAT_VERSION, "notes": asdict(tables.notes)}
+    (path / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def is_saved(name_or_path: str | os.PathLike[str]) -> bool:
+    """Whether ``save_tables`` wrote this folder."""
+    return (Path(name_or_path) / _MANIFEST).is_file()
+
+
+def load_tables(folder: str | os.PathLike[str]) -> Tables:
+    """The tables of a folder that ``save_tables`` wrote, memory-mapped.
+
+    Raises:
+        DatasetError: The folder was written by a newer version.
+    """
+    path = Path(folder)
+    manifest = json.loads((path / _MANIFEST).read_text())
+    if manifest["format_version"] > _FORMAT_VERSION:
+        raise DatasetError(
+            f"{str(path)!r} has format version {manifest['format_version']}; this mmtune reads up to "
+            f"{_FORMAT_VERSION}. Update mmtune."
+        )
+    notes = dict(manifest["notes"])
+    notes["unknown_examples"] = tuple((query, negative) for query, negative in notes["unknown_examples"])
+    named = {
+        name: load_from_disk(str(path / name)) if (path / name).is_dir() else None
+        for name in ("corpus", "queries", "qrels", "negatives")
+    }
+    return Tables(**named, notes=BuildNotes(**notes))
+
+
+def load_rows(
+    name_or_path: str | os.PathLike[str], config: str | None, *, split: str | None, revision: str | None
+) -> Dataset:
+    """The rows of a parquet file, a folder of parquet files, a saved ``datasets`` folder or a Hub dataset.
+
+    Raises:
+        DatasetError: There is nothing, it can't be read, or it has several splits and none was named.
+    """
+    path = Path(name_or_path)
+    try:
+        if path.is_file():
+            return _one_split(load_dataset("parquet", data_files=str(path)), name_or_path, split)
+        if path.is_dir():
+            return _load_folder(path, name_or_path, config, split)
+        return _one_split(load_dataset(str(name_or_path), config, revision=revision), name_or_path, split)
+    except DatasetError:
+        raise
+    except Exception as error:  # the Hub client and the readers raise many kinds; the name is what the user can mend
+        raise DatasetError(
+            f"{str(name_or_path)!r} could not be loaded: {type(error).__name__}: {error}. Expected a folder written by "
+            "save(), a parquet file or a folder of them, or the name of a dataset on the Hub."
+        ) from error
+
+
+def _load_folder(path: Path, name: str | os.PathLike[str], config: str | None, split: str | None) -> Dataset:
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        loaded = load_from_disk(str(path))
+    else:
+        if not any(path.rglob("*.parquet")):
+            found = sorted(entry.name for entry in path.iterdir())[:10]
+            raise DatasetError(f"The folder {str(path)!r} holds no parquet file and no saved dataset; it has {found}.")
+        loaded = load_dataset(str(path), config)
+    return loaded if isinstance(loaded, Dataset) else _one_split(loaded, name, split)
+
+
+def _one_split(loaded: DatasetDict, name: str | os.PathLike[str], split: str | None) -> Dataset:
+    if split is None and len(loaded) == 1:
+        return next(iter(loaded.values()))
+    if split not in loaded:
+        raise DatasetError(
+            f"{str(name)!r} has the splits {list(loaded)}, and split={split!r} was asked for. Name one of them."
+        )
+    return loaded[split]

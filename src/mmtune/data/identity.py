@@ -1,0 +1,88 @@
+"""Which documents are the same page: byte-identical images, or equal texts where there is no image."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+from datasets import Dataset
+
+from mmtune.data.arrow import column
+from mmtune.data.encoded import EncodedImages
+
+_SAMPLE_BYTES = 1024
+
+
+def identical_documents(corpus: Dataset) -> np.ndarray:
+    """For each document the position of the first document with the same content.
+
+    Images are compared by their encoded bytes, without decoding. To read little of a large corpus, bytes are only
+    compared among images of equal length, first by a sample and then in full.
+
+    Args:
+        corpus: A table with ``image``, encoded, and/or ``text``.
+
+    Returns:
+        int64, shape ``(len(corpus),)``; ``result[i] == i`` for the first of each kind.
+    """
+    if "image" not in corpus.column_names:
+        return _first_of_equal(column(corpus, "text"))
+    content = EncodedImages(corpus)
+    first = np.arange(len(corpus))
+    alike = _repeated(content.lengths.tolist(), range(len(corpus)))
+    alike = [group for rows in alike for group in _repeated((_sample(content.read(row)) for row in rows), rows)]
+    for rows in alike:
+        for group in _repeated((_digest(content.read(row)) for row in rows), rows):
+            first[group] = group[0]
+    return first
+
+
+def same_pages(
+    one: Dataset, other: Dataset, rows_of_one: np.ndarray, rows_of_other: np.ndarray
+) -> list[tuple[int, int]]:
+    """Pairs of rows, one of each corpus, whose images have the same bytes.
+
+    Args:
+        one: A corpus.
+        other: Another corpus.
+        rows_of_one: The rows of ``one`` to compare.
+        rows_of_other: The rows of ``other`` to compare.
+    """
+    if "image" not in one.column_names or "image" not in other.column_names:
+        return []
+    left, right = EncodedImages(one), EncodedImages(other)
+    shared_lengths = np.intersect1d(left.lengths[rows_of_one], right.lengths[rows_of_other])
+    row_by_digest = {
+        _digest(left.read(int(row))): int(row)
+        for row in rows_of_one[np.isin(left.lengths[rows_of_one], shared_lengths)]
+    }
+    candidates = rows_of_other[np.isin(right.lengths[rows_of_other], shared_lengths)]
+    digests = ((_digest(right.read(int(row))), int(row)) for row in candidates)
+    return [(row_by_digest[digest], row) for digest, row in digests if digest in row_by_digest]
+
+
+def _sample(content: memoryview | bytes) -> int:
+    middle = len(content) // 2
+    return xxhash.xxh3_64_intdigest(bytes(content[middle : middle + _SAMPLE_BYTES]) + content[-_SAMPLE_BYTES:])
+
+
+def _digest(content: memoryview | bytes) -> int:
+    return xxhash.xxh3_128_intdigest(content)
+
+
+def _repeated(keys: Iterable[int], rows: Iterable[int]) -> list[list[int]]:
+    """The rows that share a key with another row, grouped."""
+    groups: defaultdict[int, list[int]] = defaultdict(list)
+    for key, row in zip(keys, rows, strict=True):
+        groups[key].append(row)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _first_of_equal(values: pa.Array) -> np.ndarray:
+    codes = pc.fill_null(values.dictionary_encode().indices, -1).to_numpy(zero_copy_only=False)
+    _, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
+    result = first[inverse].astype(np.int64)
+    result[codes < 0] = np.flatnonzero(codes < 0)
+    return result

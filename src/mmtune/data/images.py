@@ -1,0 +1,131 @@
+"""The one place where encoded images become pixels."""
+
+import io
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from mmtune.errors import ImageDecodeError
+
+MAX_DECODED_PIXELS = 2 * 89_478_485
+"""Pages above this are refused as decompression bombs; the same bound at which Pillow raises."""
+
+_HEADER_BYTES = 1 << 16
+_TAIL_BYTES = 64
+_END_BY_FORMAT = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
+
+
+def decode_page(encoded: Mapping[str, Any] | None, document_id: str, *, max_pixels: int | None = None) -> Image.Image:
+    """The page as an upright RGB image.
+
+    EXIF orientation is applied, transparency is laid on white, 16-bit grey is scaled to 8 bits, and of several
+    frames the first is taken, with a warning.
+
+    Args:
+        encoded: A row of an ``Image(decode=False)`` column: ``{"bytes": bytes | None, "path": str | None}``.
+        document_id: Named in errors.
+        max_pixels: Upper bound of width times height. A larger page is scaled down with its aspect ratio; a JPEG is
+            then decoded at a fraction of its size, which is faster. ``None`` keeps every pixel.
+
+    Raises:
+        ImageDecodeError: There is nothing to read, it is no image, it is damaged, or it has more than
+            ``MAX_DECODED_PIXELS`` pixels.
+    """
+    source = _source(encoded, document_id)
+    try:
+        with Image.open(source) as image:
+            _check_size(image, document_id)
+            _warn_of_frames(image, document_id)
+            if max_pixels is not None:
+                image.draft(image.mode, _size_within(image.size, max_pixels))
+            page = _to_rgb(ImageOps.exif_transpose(image))
+    except ImageDecodeError:
+        raise
+    except Exception as error:  # a damaged file can raise nearly anything from inside a codec
+        raise ImageDecodeError(_message(encoded, document_id, error)) from error
+    if max_pixels is None or page.width * page.height <= max_pixels:
+        return page
+    return page.resize(_size_within(page.size, max_pixels), Image.Resampling.BICUBIC)
+
+
+def _source(encoded: Mapping[str, Any] | None, document_id: str) -> io.BytesIO | str:
+    if encoded is not None and encoded.get("bytes") is not None:
+        return io.BytesIO(encoded["bytes"])
+    if encoded is not None and encoded.get("path"):
+        return str(encoded["path"])
+    raise ImageDecodeError(
+        f"Document {document_id!r} has no image: neither bytes nor a path. Give it one, or leave the document out."
+    )
+
+
+def _check_size(image: Image.Image, document_id: str) -> None:
+    if image.width * image.height <= MAX_DECODED_PIXELS:
+        return
+    raise ImageDecodeError(
+        f"Document {document_id!r} is {image.width} x {image.height} pixels, more than the {MAX_DECODED_PIXELS:,} "
+        "that are decoded. Scale the file down before, e.g. to 2,000 pixels on the long side."
+    )
+
+
+def _warn_of_frames(image: Image.Image, document_id: str) -> None:
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1:
+        warnings.warn(
+            f"Document {document_id!r} holds {frames} frames; only the first is used. "
+            "Give each page a row of its own to use all of them.",
+            stacklevel=2,
+        )
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode == "I":
+        # Pillow clips 16-bit values at 255 instead of scaling them.
+        return Image.fromarray((np.asarray(image, dtype=np.int64).clip(0, 65535) // 257).astype(np.uint8)).convert(
+            "RGB"
+        )
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no defined range; convert the file to 8 or 16 bits")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _size_within(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:
+    scale = min(1.0, math.sqrt(max_pixels / (size[0] * size[1])))
+    return max(1, int(size[0] * scale)), max(1, int(size[1] * scale))
+
+
+def _message(encoded: Mapping[str, Any] | None, document_id: str, error: Exception) -> str:
+    encoded = encoded or {}
+    content = encoded.get("bytes")
+    what = f"{len(content)} bytes, starting {content[:8]!r}" if content is not None else f"file {encoded.get('path')!r}"
+    return (
+        f"Document {document_id!r} can't be decoded as an image ({what}): {error}. "
+        "Replace the file, or leave the document out."
+    )
+
+
+def check_page(content: memoryview | bytes, document_id: str) -> None:
+    """Find out cheaply whether a page can be decoded: by its header, and in full where its end looks cut off.
+
+    Raises:
+        ImageDecodeError: The page is no readable image.
+    """
+    header = bytes(content[:_HEADER_BYTES])
+    try:
+        with Image.open(io.BytesIO(header)) as image:
+            _check_size(image, document_id)
+            end = _END_BY_FORMAT.get(image.format or "")
+        looks_whole = end is None or end in bytes(content[-_TAIL_BYTES:])
+    except ImageDecodeError:
+        raise
+    except Exception:  # the header may be longer than what was read of it: decoding in full decides
+        looks_whole = False
+    if not looks_whole:
+        decode_page({"bytes": bytes(content), "path": None}, document_id)

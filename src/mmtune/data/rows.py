@@ -1,0 +1,71 @@
+"""Training rows: ids in Arrow, texts and pages when a row is read."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+
+from mmtune.data.arrow import lists, table_dataset
+from mmtune.data.documents import DocumentKind, DocumentReader, KeyedTable
+from mmtune.data.negatives import ChosenNegatives
+from mmtune.data.relevance import Ragged, Relevance
+from mmtune.data.tables import Tables
+
+ID_COLUMNS = ("query_id", "document_id", "negative_document_ids", "relevant_document_ids")
+"""The columns under ``rows.with_format(None)``."""
+
+
+class TrainingView:
+    """Turns rows of ids into ``query, image, negative_0, ...``; the transform of the training rows."""
+
+    def __init__(
+        self,
+        tables: Tables,
+        documents: DocumentKind,
+        *,
+        chosen: ChosenNegatives,
+        max_pixels: int | None = None,
+    ) -> None:
+        self.documents = documents
+        self.num_negatives = chosen.documents.shape[1]
+        self.chosen = {name: getattr(chosen, name) for name in ("listed", "filled", "refused", "dropped_queries")}
+        self._queries = KeyedTable(tables.queries, "query_id", ["text"])
+        self._documents = DocumentReader(tables.corpus, documents, max_pixels=max_pixels)
+
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """The batch as the host's losses read it, positives and negatives of one batch decoded once."""
+        ids = [batch["document_id"], *zip(*batch["negative_document_ids"], strict=True)]
+        documents = self._documents.read([document_id for column in ids for document_id in column])
+        size = len(batch["document_id"])
+        names = ["image", *(f"negative_{k}" for k in range(self.num_negatives))]
+        columns = {name: documents[k * size : (k + 1) * size] for k, name in enumerate(names)}
+        return {"query": [row["text"] for row in self._queries.get(batch["query_id"])], **columns}
+
+
+def training_rows(
+    tables: Tables, relevance: Relevance, chosen: ChosenNegatives, documents: DocumentKind, max_pixels: int | None
+) -> Dataset:
+    """One row per (query, relevant document); see ``RetrievalDataset.training_rows``."""
+    row_of_query = np.full(len(relevance.query_ids), -1)
+    row_of_query[chosen.queries] = np.arange(len(chosen.queries))
+    order = np.argsort(relevance.judged_query, kind="stable")
+    order = order[row_of_query[relevance.judged_query[order]] >= 0]
+    queries, positives = relevance.judged_query[order], relevance.judged_document[order]
+    relevant = relevance.documents_of_text.take(relevance.text[queries])
+    ids = {
+        "query_id": relevance.query_ids.take(pa.array(queries)),
+        "document_id": relevance.document_ids.take(pa.array(positives)),
+        "negative_document_ids": _id_lists(_rectangle(chosen.documents[row_of_query[queries]]), relevance),
+        "relevant_document_ids": _id_lists(relevant, relevance),
+    }
+    view = TrainingView(tables, documents, chosen=chosen, max_pixels=max_pixels)
+    return table_dataset(ids).with_transform(view)
+
+
+def _rectangle(values: np.ndarray) -> Ragged:
+    return Ragged(np.arange(len(values) + 1) * values.shape[1], values.reshape(-1))
+
+
+def _id_lists(documents: Ragged, relevance: Relevance) -> pa.Array:
+    return lists(documents.offsets, relevance.document_ids.take(pa.array(documents.values)))

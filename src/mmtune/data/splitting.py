@@ -1,0 +1,110 @@
+"""A split by relevance: what answers a query on one side answers none on the other."""
+
+import numpy as np
+import pyarrow as pa
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from mmtune.data.relevance import Relevance
+from mmtune.errors import DatasetError
+
+
+def evaluation_queries(
+    relevance: Relevance, eval_queries: int, *, seed: int, groups: pa.Array | None = None
+) -> np.ndarray:
+    """Positions of at most ``eval_queries`` queries that share no page, text or group with the others.
+
+    Queries are tied when one page is relevant to both, when their texts are equal, or when their relevant pages lie in
+    one group. Tied queries stay together; whole sets are drawn at random until no further one fits.
+
+    Args:
+        relevance: The judgements.
+        eval_queries: Upper bound; met as closely as the sizes of the tied sets allow.
+        seed: Of the draw.
+        groups: For each document its group, such as the PDF it is a page of; a null ties nothing.
+
+    Raises:
+        DatasetError: Every set of tied queries is larger than ``eval_queries``, or nothing would be left to train on.
+    """
+    set_of_query = _tied_sets(relevance, groups)
+    sizes = np.bincount(set_of_query)
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    chosen = _fitting(order, sizes, eval_queries)
+    if not len(chosen) or len(chosen) == len(sizes):
+        raise DatasetError(_impossible(relevance, set_of_query, sizes, eval_queries))
+    return np.flatnonzero(np.isin(set_of_query, chosen))
+
+
+def _tied_sets(relevance: Relevance, groups: pa.Array | None) -> np.ndarray:
+    """The number of the tied set of each query: components of the graph of queries, texts, pages and groups."""
+    num_queries, num_documents = len(relevance.query_ids), len(relevance.document_ids)
+    first_page, first_text = num_queries, num_queries + num_documents
+    first_group = first_text + int(relevance.text.max()) + 1
+    pages = relevance.page[relevance.judged_document]
+    edges = [
+        (relevance.judged_query, first_page + pages),
+        (np.arange(num_queries), first_text + relevance.text),
+    ]
+    num_nodes = first_group
+    if groups is not None:
+        encoded = groups.dictionary_encode()
+        code = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        in_group = code[relevance.judged_document] >= 0
+        group = code[relevance.judged_document][in_group]
+        edges.append((relevance.judged_query[in_group], first_group + group))
+        num_nodes += len(encoded.dictionary)
+    sources, targets = (np.concatenate(ends) for ends in zip(*edges, strict=True))
+    graph = coo_array((np.ones(len(sources), dtype=np.int8), (sources, targets)), shape=(num_nodes, num_nodes))
+    labels = connected_components(graph, directed=False)[1][:num_queries]
+    return np.unique(labels, return_inverse=True)[1]
+
+
+def _fitting(order: np.ndarray, sizes: np.ndarray, limit: int) -> np.ndarray:
+    """The sets to take so that their sizes add up to ``limit`` or as near below it as can be.
+
+    Random sets come first; only the gap at the end is closed by an exact search over the sizes.
+    """
+    taken: list[int] = []
+    total = 0
+    for at in order:
+        if total + sizes[at] <= limit:
+            taken.append(int(at))
+            total += int(sizes[at])
+    if total == limit or total == sizes.sum():
+        return np.array(taken, dtype=np.int64)
+    closest = _closest_subset(order, sizes, limit)
+    return closest if sizes[closest].sum() > total else np.array(taken, dtype=np.int64)
+
+
+def _closest_subset(order: np.ndarray, sizes: np.ndarray, limit: int) -> np.ndarray:
+    """Sets whose sizes add up to as much as can be without passing ``limit``: subset sum over the distinct sizes."""
+    distinct, counts = np.unique(sizes[sizes <= limit], return_counts=True)
+    reachable = np.zeros(limit + 1, dtype=bool)
+    reachable[0] = True
+    uses_at = []
+    for size, count in zip(distinct, counts, strict=True):
+        # uses[j]: how many sets of this size the sum j takes; -1 where j was reached before or is not reached.
+        uses = np.where(reachable, 0, -1)
+        for j in range(size, limit + 1):
+            if uses[j] < 0 and 0 <= uses[j - size] < count:
+                uses[j] = uses[j - size] + 1
+        reachable = uses >= 0
+        uses_at.append(uses)
+    rest = int(np.flatnonzero(reachable)[-1])
+    taken: list[int] = []
+    for size, uses in zip(distinct[::-1], uses_at[::-1], strict=True):
+        taken.extend(order[sizes[order] == size][: uses[rest]].tolist())
+        rest -= int(size) * int(uses[rest])
+    return np.array(taken, dtype=np.int64)
+
+
+def _impossible(relevance: Relevance, set_of_query: np.ndarray, sizes: np.ndarray, eval_queries: int) -> str:
+    largest = int(sizes.argmax())
+    examples = ", ".join(
+        repr(relevance.query_ids[int(query)].as_py()) for query in np.flatnonzero(set_of_query == largest)[:3]
+    )
+    return (
+        f"No split of {len(set_of_query)} queries leaves 1 to {eval_queries} of them for evaluation and the others for "
+        f"training: shared relevant pages, equal texts or groups tie them into {len(sizes)} sets of {sizes.min()} to "
+        f"{sizes.max()} queries (the largest holds {examples}). Raise eval_queries, add data, or name a finer group."
+    )

@@ -1,0 +1,247 @@
+import io
+from itertools import combinations
+
+import pytest
+from datasets import Dataset, Image
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image as PillowImage
+
+from mmtune import ConfigError, DatasetError, RetrievalDataset
+
+
+def page(number: int) -> dict:
+    buffer = io.BytesIO()
+    PillowImage.new("RGB", (2, 2), (number, 0, 0)).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def tables(
+    content: list[int],
+    texts: list[str],
+    qrels: list[tuple[int, int]],
+    negatives: list[list[int]] | None = None,
+    groups: list | None = None,
+) -> RetrievalDataset:
+    """Document k is ``d<k>`` with page ``content[k]``; query k is ``q<k>``."""
+    columns = {"document_id": [f"d{k}" for k in range(len(content))], "image": [page(number) for number in content]}
+    if groups is not None:
+        columns["source"] = groups
+    judged = {
+        "query_id": [f"q{query}" for query, _ in qrels],
+        "document_id": [f"d{document}" for _, document in qrels],
+        "score": [1 + k % 3 for k in range(len(qrels))],
+    }
+    listed = None
+    if negatives is not None:
+        listed = Dataset.from_dict(
+            {
+                "query_id": [f"q{k}" for k in range(len(negatives))],
+                "document_ids": [[f"d{document}" for document in row] for row in negatives],
+            }
+        )
+    return RetrievalDataset(
+        Dataset.from_dict(columns).cast_column("image", Image()),
+        Dataset.from_dict({"query_id": [f"q{k}" for k in range(len(texts))], "text": texts}),
+        Dataset.from_dict(judged),
+        listed,
+    )
+
+
+def independent(count: int, **options) -> RetrievalDataset:
+    """``count`` queries that share nothing."""
+    numbers = list(range(count))
+    return tables(numbers, [f"ask {k}" for k in numbers], [(k, k) for k in numbers], **options)
+
+
+def query_ids(dataset: RetrievalDataset) -> set[str]:
+    return set(dataset.queries["query_id"])
+
+
+def tied_sets(content, texts, qrels, groups) -> list[set[int]]:
+    """By brute force: queries that share a page, a text or a group, and whatever these share."""
+    marks = {
+        query: {("text", texts[query])}
+        | {("page", content[d]) for q, d in qrels if q == query}
+        | {("group", groups[d]) for q, d in qrels if q == query and groups is not None and groups[d] is not None}
+        for query in {query for query, _ in qrels}
+    }
+    sets: list[tuple[set[int], set]] = []
+    for query, mark in marks.items():
+        touching = [one for one in sets if one[1] & mark]
+        sets = [one for one in sets if one not in touching]
+        queries, merged = {query}, set(mark)
+        for one in touching:
+            queries |= one[0]
+            merged |= one[1]
+        sets.append((queries, merged))
+    return [queries for queries, _ in sets]
+
+
+def best_size(sizes: list[int], limit: int) -> int:
+    """The most queries that whole sets can give without passing the limit or taking all of them."""
+    sums = {sum(chosen) for k in range(1, len(sizes)) for chosen in combinations(sizes, k)}
+    return max((total for total in sums if total <= limit), default=0)
+
+
+@st.composite
+def small_data(draw) -> tuple:
+    content = draw(st.lists(st.integers(0, 7), min_size=1, max_size=8))
+    texts = [draw(st.sampled_from(["same", f"ask {k}", f"ask {k}"])) for k in range(draw(st.integers(1, 8)))]
+    pair = st.tuples(st.integers(0, len(texts) - 1), st.integers(0, len(content) - 1))
+    qrels = draw(st.lists(pair, min_size=1, max_size=9, unique=True))
+    group = st.sampled_from([None, "a", "b", "c", "d"])
+    groups = draw(st.none() | st.lists(group, min_size=len(content), max_size=len(content)))
+    row = st.lists(st.integers(0, len(content) - 1), max_size=3)
+    negatives = draw(st.none() | st.lists(row, min_size=len(texts), max_size=len(texts)))
+    return content, texts, qrels, negatives, groups
+
+
+@given(data=small_data(), eval_queries=st.integers(1, 9), seed=st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_a_split_is_a_partition_that_shares_nothing(data, eval_queries, seed):
+    content, texts, qrels, _, groups = data
+    dataset = tables(*data)
+    group_column = None if groups is None else "source"
+    sets = tied_sets(content, texts, qrels, groups)
+    expected = best_size([len(one) for one in sets], eval_queries)
+    if not expected:
+        with pytest.raises(DatasetError, match=r"No split of \d+ queries"):
+            dataset.split(eval_queries, seed=seed, group_column=group_column)
+        return
+    train, evaluation = dataset.split(eval_queries, seed=seed, group_column=group_column)
+    assert len(evaluation) == expected
+    assert query_ids(train) | query_ids(evaluation) == query_ids(dataset)
+    assert not query_ids(train) & query_ids(evaluation)
+    sides = [
+        {(int(row["query_id"][1:]), int(row["document_id"][1:])) for row in part.qrels} for part in (train, evaluation)
+    ]
+    assert sides[0] | sides[1] == set(qrels)
+    relevant = [{document for _, document in side} for side in sides]
+    asked = [{texts[query] for query, _ in side} for side in sides]
+    assert not {content[d] for d in relevant[0]} & {content[d] for d in relevant[1]}
+    assert not asked[0] & asked[1]
+    if groups is not None:
+        assert not ({groups[d] for d in relevant[0]} & {groups[d] for d in relevant[1]}) - {None}
+
+
+@given(data=small_data(), eval_queries=st.integers(1, 4))
+@settings(max_examples=25, deadline=None)
+def test_both_sides_keep_what_their_queries_need(data, eval_queries):
+    content, _, _, negatives, _ = data
+    dataset = tables(*data)
+    try:
+        sides = dataset.split(eval_queries)
+    except DatasetError:
+        return
+    assert sides[0].corpus["document_id"][:] == dataset.corpus["document_id"][:]
+    for side in sides:
+        pages = {row["document_id"]: row["image"]["bytes"] for row in side.corpus}
+        assert all(pages[f"d{k}"] == page(content[k])["bytes"] for k in range(len(content)) if f"d{k}" in pages)
+        assert set(side.qrels["document_id"]) <= set(pages)
+        listed = {} if side.negatives is None else {row["query_id"]: row["document_ids"] for row in side.negatives}
+        for query_id in query_ids(side):
+            expected = [] if negatives is None else [f"d{k}" for k in negatives[int(query_id[1:])]]
+            assert listed.get(query_id, []) == expected
+            assert set(expected) <= set(pages)
+    used = set(sides[1].qrels["document_id"]) | {
+        document for row in sides[1].negatives or [] for document in row["document_ids"]
+    }
+    assert set(sides[1].corpus["document_id"]) == used
+
+
+def test_scores_and_columns_follow_their_queries():
+    dataset = RetrievalDataset(
+        Dataset.from_dict({"document_id": ["a", "b"], "text": ["of a", "of b"], "source": ["x", "y"]}),
+        Dataset.from_dict({"query_id": ["q", "r"], "text": ["ask q", "ask r"], "language": ["en", "de"]}),
+        Dataset.from_dict({"query_id": ["q", "r"], "document_id": ["a", "b"], "score": [3, 2]}),
+    )
+    for side in dataset.split(1):
+        expected = ("en", "a", 3) if query_ids(side) == {"q"} else ("de", "b", 2)
+        assert (side.queries[0]["language"], side.qrels[0]["document_id"], side.qrels[0]["score"]) == expected
+
+
+def test_a_split_depends_on_the_seed_alone():
+    chosen = [frozenset(query_ids(independent(40).split(10, seed=seed)[1])) for seed in (0, 0, 1, 2)]
+    assert chosen[0] == chosen[1]
+    assert len(set(chosen)) == 3
+
+
+def test_a_split_is_random_and_not_the_first_rows():
+    _, evaluation = independent(40).split(10)
+    assert query_ids(evaluation) != {f"q{k}" for k in range(10)}
+
+
+def test_as_many_as_allowed_where_sets_of_several_sizes_must_be_combined():
+    # sets of 5, 5 and 3 queries: 8 can be had, and 9 cannot
+    qrels = [(query, 0 if query < 5 else 1 if query < 10 else 2) for query in range(13)]
+    dataset = tables([0, 1, 2], [f"ask {k}" for k in range(13)], qrels)
+    for seed in range(6):
+        assert len(dataset.split(9, seed=seed)[1]) == 8
+        assert len(dataset.split(4, seed=seed)[1]) == 3
+
+
+@pytest.mark.parametrize("eval_queries", [2, 3, 100])
+def test_asking_for_all_or_more_leaves_something_to_train_on(eval_queries):
+    train, evaluation = independent(3).split(eval_queries)
+    assert (len(train), len(evaluation)) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        tables([0], ["x", "y"], [(0, 0), (1, 0)]),
+        tables([0, 0], ["x", "y"], [(0, 0), (1, 1)]),
+        tables([0, 1], ["x", "x"], [(0, 0), (1, 1)]),
+    ],
+    ids=["page", "copy", "text"],
+)
+def test_an_impossible_split_names_what_ties(dataset):
+    with pytest.raises(DatasetError, match=r"No split of 2 queries.*pages, equal texts or groups.*'q0', 'q1'"):
+        dataset.split(1)
+
+
+def test_an_impossible_split_by_group_names_the_queries():
+    dataset = independent(3, groups=["one", "one", "one"])
+    with pytest.raises(DatasetError, match=r"No split of 3 queries.*groups.*'q0', 'q1', 'q2'.*finer group"):
+        dataset.split(1, group_column="source")
+    assert len(dataset.split(1)[1]) == 1
+
+
+def test_one_query_can_not_be_split():
+    with pytest.raises(DatasetError, match=r"No split of 1 queries"):
+        independent(1).split(1)
+
+
+@pytest.mark.parametrize("groups", [[1, 1, 2, 2], ["x", "x", None, None], [None] * 4, [True, True, False, False]])
+def test_groups_can_be_of_any_simple_type(groups):
+    train, evaluation = independent(4, groups=groups).split(2, group_column="source")
+    assert (len(train), len(evaluation)) == (2, 2)
+    if groups[0] is not None:
+        assert query_ids(train) in ({"q0", "q1"}, {"q2", "q3"}) or groups[3] is None
+
+
+def test_groups_that_are_lists_are_a_named_error():
+    with pytest.raises(DatasetError, match=r"'source'.*list"):
+        independent(2, groups=[["a"], ["b"]]).split(1, group_column="source")
+
+
+def test_a_group_column_that_is_not_there_is_named():
+    with pytest.raises(DatasetError, match=r"no column 'pdf'; it has \['document_id', 'image'\]"):
+        independent(2).split(1, group_column="pdf")
+
+
+@pytest.mark.parametrize("eval_queries", [0, -3])
+def test_eval_queries_must_be_positive(eval_queries):
+    with pytest.raises(ConfigError, match=rf"eval_queries={eval_queries}"):
+        independent(3).split(eval_queries)
+
+
+def test_generated_pages_split_into_sides_that_read_their_own_pages(pages):
+    dataset = RetrievalDataset.from_id_rows(pages)
+    bytes_by_id = {row["document_id"]: row["image"]["bytes"] for row in dataset.corpus}
+    train, evaluation = dataset.split(6)
+    assert (len(train), len(evaluation)) == (18, 6)
+    for side in (train, evaluation):
+        assert all(bytes_by_id[row["document_id"]] == row["image"]["bytes"] for row in side.corpus)
+        assert len(side.training_rows(2)) == len(side)
