@@ -1,0 +1,524 @@
+"""The main job: what a user loses when it goes wrong is tested first."""
+
+import json
+import logging
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss,
+    MatryoshkaLoss,
+    MultipleNegativesRankingLoss,
+)
+
+from mmtune import (
+    ConfigError,
+    ConflictFreeBatchSampler,
+    DatasetError,
+    FinetuneResult,
+    ImageDecodeError,
+    MissingDocumentError,
+    RetrievalDataset,
+    build_evaluator,
+    finetune,
+)
+from mmtune.testing import generated_pages, tiny_clip
+
+QUIET = {"disable_tqdm": True, "learning_rate": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def data() -> tuple[RetrievalDataset, RetrievalDataset]:
+    return RetrievalDataset.from_id_rows(generated_pages(40, seed=1)).split(10)
+
+
+@pytest.fixture(scope="module")
+def run(
+    data: tuple[RetrievalDataset, RetrievalDataset], clip_path: str, tmp_path_factory: pytest.TempPathFactory
+) -> FinetuneResult:
+    return finetune(clip_path, *data, output_dir=tmp_path_factory.mktemp("runs") / "run", num_train_epochs=8, **QUIET)
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+# What a run leaves behind
+
+
+def test_a_run_leaves_model_metrics_and_report(run: FinetuneResult) -> None:
+    names = {path.name for path in run.output_dir.iterdir()}
+    assert {"final", "metrics.json", "report.md"} <= names
+    metrics = json.loads((run.output_dir / "metrics.json").read_text())
+    assert set(metrics) == {"before", "after", "primary_metric", "settings", "versions"}
+    assert metrics["primary_metric"] == "vdr_cosine_ndcg@10" == run.primary_metric
+    assert metrics["before"] == run.before
+    assert metrics["after"] == run.after
+    assert metrics["versions"]["sentence-transformers"]
+
+
+def test_before_and_after_are_the_scores_of_the_two_models(
+    run: FinetuneResult, data: tuple[RetrievalDataset, RetrievalDataset], clip_path: str
+) -> None:
+    base = SentenceTransformer(clip_path, device="cpu")
+    evaluator = build_evaluator(data[1], truncate_dims=[64], show_progress_bar=False)
+    assert run.before == pytest.approx(evaluator(base), abs=1e-9)
+    assert run.after == pytest.approx(evaluator(run.model), abs=1e-9)
+    assert [name for name, value in weights(base).items() if not torch.equal(value, weights(run.model)[name])]
+
+
+def test_the_result_prints_as_a_table_with_a_row_per_dimension(run: FinetuneResult) -> None:
+    table = str(run).splitlines()
+    assert table[0].split() == ["ndcg@10", "before", "after", "change"]
+    assert [line.split()[0] for line in table[2:-1]] == ["full", "64"]
+    assert f"{run.after[run.primary_metric]:.4f}" in table[2]
+
+
+def test_the_saved_model_embeds_the_same_in_the_plain_host(run: FinetuneResult, pages: Dataset) -> None:
+    loaded = SentenceTransformer(str(run.output_dir / "final"), device="cpu")
+    images = pages["image"][:4]
+    assert type(loaded) is SentenceTransformer
+    torch.testing.assert_close(
+        loaded.encode_document(images, convert_to_tensor=True),
+        run.model.encode_document(images, convert_to_tensor=True),
+        atol=1e-6,
+        rtol=0,
+    )
+
+
+def test_the_saved_model_needs_no_mmtune(run: FinetuneResult) -> None:
+    modules = json.loads((run.output_dir / "final" / "modules.json").read_text())
+    assert [module["type"] for module in modules if "mmtune" in module["type"]] == []
+
+
+def test_no_training_image_is_copied_anywhere(run: FinetuneResult) -> None:
+    images = [path for path in run.output_dir.rglob("*") if path.suffix in (".png", ".jpg", ".jpeg", ".webp")]
+    assert images == []
+    assert not list(run.output_dir.rglob("assets"))
+
+
+def test_the_model_card_states_base_data_recipe_and_gain(run: FinetuneResult, clip_path: str) -> None:
+    card = (run.output_dir / "final" / "README.md").read_text()
+    section = card.split("## Finetuning")[1].split("## Model Details")[0]
+    for fact in (clip_path, "training queries: 30", "learning rate: 0.001", f"{run.after[run.primary_metric]:.4f}"):
+        assert fact in section
+
+
+def test_settings_say_what_was_chosen(run: FinetuneResult) -> None:
+    training, data = run.settings["training"], run.settings["data"]
+    assert training["matryoshka_dims"] == [128, 64]
+    assert training["loss"] == "CachedMultipleNegativesRankingLoss"
+    assert training["batch_sampler"] == "ConflictFreeBatchSampler"
+    assert training["batch_size"] == 7  # a quarter of 30 rows
+    assert data["training_rows"] == data["negatives_listed"] == 30
+    assert data["evaluation_queries"] == 10
+
+
+def test_ten_evaluations_also_in_a_short_run(run: FinetuneResult) -> None:
+    evaluations = [entry["step"] for entry in run.trainer.state.log_history if "eval_vdr_cosine_ndcg@10" in entry]
+    during = [step for step in evaluations if step > 0]
+    assert len(set(during)) == 10
+    assert max(during) == run.trainer.state.max_steps
+
+
+def test_the_best_checkpoint_is_the_result(run: FinetuneResult) -> None:
+    best = max(
+        entry["eval_vdr_cosine_ndcg@10"]
+        for entry in run.trainer.state.log_history
+        if entry.get("step", 0) > 0 and "eval_vdr_cosine_ndcg@10" in entry
+    )
+    assert run.after["vdr_cosine_ndcg@10"] == pytest.approx(best, abs=1e-9)
+
+
+# Parity with the plain host
+
+
+@pytest.mark.parametrize("evaluates", [True, False], ids=["with evaluation", "without evaluation"])
+def test_weights_equal_those_of_a_plain_host_script(
+    data: tuple[RetrievalDataset, RetrievalDataset], tmp_path: Path, evaluates: bool
+) -> None:
+    train, evaluation = data
+    path = tiny_clip(tmp_path / "clip")
+
+    def args(folder: str) -> SentenceTransformerTrainingArguments:
+        return SentenceTransformerTrainingArguments(
+            output_dir=str(tmp_path / folder),
+            per_device_train_batch_size=6,
+            num_train_epochs=2,
+            learning_rate=1e-3,
+            warmup_steps=0.1,
+            batch_sampler=ConflictFreeBatchSampler,
+            eval_strategy="steps" if evaluates else "no",
+            eval_steps=4,
+            save_strategy="no",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            seed=7,
+        )
+
+    ours = finetune(path, train, evaluation if evaluates else None, args=args("ours"))
+
+    model = SentenceTransformer(path, device="cpu")
+    loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=6)
+    loss = MatryoshkaLoss(model, loss, matryoshka_dims=[128, 64])
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=args("theirs"),
+        train_dataset=train.training_rows(1),
+        loss=loss,
+        evaluator=build_evaluator(evaluation, truncate_dims=[64]) if evaluates else None,
+    )
+    trainer.train()
+    assert_same_weights(weights(ours.model), weights(model))
+
+
+def test_a_dropout_model_trains_as_in_the_host(data: tuple[RetrievalDataset, RetrievalDataset], tmp_path: Path) -> None:
+    path = tiny_clip(tmp_path / "clip")
+
+    def model() -> SentenceTransformer:
+        loaded = SentenceTransformer(path, device="cpu")
+        loaded[0].model.config.vision_config.attention_dropout = 0.2
+        for module in loaded.modules():
+            if hasattr(module, "dropout") and isinstance(module.dropout, float):
+                module.dropout = 0.2
+        return loaded
+
+    def args(folder: str) -> SentenceTransformerTrainingArguments:
+        return SentenceTransformerTrainingArguments(
+            output_dir=str(tmp_path / folder),
+            per_device_train_batch_size=6,
+            max_steps=3,
+            learning_rate=1e-3,
+            batch_sampler=ConflictFreeBatchSampler,
+            save_strategy="no",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+
+    # The measurement before training must not draw from the generators that dropout draws from.
+    ours = finetune(model(), *data, args=args("ours"), loss=MultipleNegativesRankingLoss)
+    plain = model()
+    SentenceTransformerTrainer(
+        model=plain,
+        args=args("theirs"),
+        train_dataset=data[0].training_rows(1),
+        loss=MultipleNegativesRankingLoss(plain),
+    ).train()
+    assert_same_weights(weights(ours.model), weights(plain))
+
+
+def test_resuming_gives_the_weights_of_an_uninterrupted_run(
+    data: tuple[RetrievalDataset, RetrievalDataset], clip_path: str, tmp_path: Path
+) -> None:
+    train = data[0]
+    options = {**QUIET, "num_train_epochs": 2, "save_steps": 5, "save_total_limit": None, "max_steps": 12}
+    whole = finetune(clip_path, train, output_dir=tmp_path / "whole", **options)
+    for step in (10, 12):
+        folder = tmp_path / "whole" / f"checkpoint-{step}"
+        for path in sorted(folder.rglob("*"), reverse=True):
+            path.unlink() if path.is_file() else path.rmdir()
+        folder.rmdir()
+    resumed = finetune(clip_path, train, output_dir=tmp_path / "whole", resume=True, **options)
+    assert_same_weights(weights(whole.model), weights(resumed.model))
+
+
+def test_a_checkpoint_that_was_cut_off_is_not_resumed_from(
+    data: tuple[RetrievalDataset, RetrievalDataset], clip_path: str, tmp_path: Path
+) -> None:
+    options = {**QUIET, "save_steps": 5}
+    finetune(clip_path, data[0], output_dir=tmp_path, **options)
+    (tmp_path / "checkpoint-99").mkdir()
+    resumed = finetune(clip_path, data[0], output_dir=tmp_path, resume=True, **options)
+    assert resumed.trainer.state.global_step == 10
+
+
+# Choices
+
+
+def test_prompts_of_the_model_are_trained_with(
+    data: tuple[RetrievalDataset, RetrievalDataset], clip_path: str, tmp_path: Path
+) -> None:
+    model = SentenceTransformer(clip_path, device="cpu", prompts={"query": "find: ", "document": ""})
+    result = finetune(model, data[0], output_dir=tmp_path, max_steps=1, **QUIET)
+    assert result.settings["training"]["prompts"] == {"query": "find: "}
+    assert result.trainer.data_collator.prompts == {"query": "find: "}
+
+
+def test_args_of_the_caller_are_not_changed(
+    data: tuple[RetrievalDataset, RetrievalDataset], clip_path: str, tmp_path: Path
+) -> None:
+    args = SentenceTransformerTrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        batch_sampler=ConflictFreeBatchSampler,
+        save_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    before = dict(vars(args))
+    model = SentenceTransformer(clip_path, device="cpu", prompts={"query": "find: "})
+    result = finetune(model, data[0], args=args)
+    assert dict(vars(args)) == before
+    assert result.output_dir == tmp_path
+    assert result.trainer.args.prompts == {"query": "find: "}
+
+
+def test_a_sampler_that_knows_no_relevance_is_warned_of(
+    data: tuple[RetrievalDataset, RetrievalDataset], clip_path: str, tmp_path: Path
+) -> None:
+    args = SentenceTransformerTrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False
+    )
+    with pytest.warns(UserWarning, match="may put documents that are relevant"):
+        finetune(clip_path, data[0], args=args)
+
+
+def test_a_loss_by_callable_trains(
+    data: tuple[RetrievalDataset, RetrievalDataset], clip_path: str, tmp_path: Path
+) -> None:
+    result = finetune(clip_path, *data, output_dir=tmp_path, loss=MultipleNegativesRankingLoss, max_steps=2, **QUIET)
+    assert result.settings["training"]["loss"] == "MultipleNegativesRankingLoss"
+    assert [row.label for row in result.rows] == ["full"]
+
+
+def test_without_an_evaluation_set_nothing_is_claimed(
+    data: tuple[RetrievalDataset, RetrievalDataset], clip_path: str, tmp_path: Path
+) -> None:
+    result = finetune(clip_path, data[0], output_dir=tmp_path, max_steps=1, **QUIET)
+    assert (result.before, result.after, result.primary_metric) == ({}, {}, None)
+    assert "nothing is known about the gain" in str(result)
+    assert "nothing is known about the gain" in result.report
+
+
+def test_a_query_that_looks_like_an_image_trains_as_text(clip_path: str, tmp_path: Path) -> None:
+    rows = generated_pages(8, seed=3)
+    path = tmp_path / "page.png"
+    rows[0]["image"].save(path)
+    queries = [str(path) if query is not None else None for query in rows["query"]]
+    # Equal texts can't share a batch, so the other rows keep theirs.
+    queries[1:] = rows["query"][1:]
+    data = RetrievalDataset.from_id_rows(rows.remove_columns("query").add_column("query", queries))
+    result = finetune(clip_path, data, output_dir=tmp_path / "run", max_steps=1, **QUIET)
+    batch = result.trainer.data_collator([data.training_rows(1)[row] for row in range(len(data))])
+    assert "query_input_ids" in batch
+    assert "query_pixel_values" not in batch
+
+
+def test_documents_may_be_texts(text_rows: RetrievalDataset, clip_path: str, tmp_path: Path) -> None:
+    result = finetune(clip_path, text_rows, output_dir=tmp_path, documents="text", max_steps=1, **QUIET)
+    assert result.settings["data"]["documents"] == "text"
+
+
+@pytest.fixture
+def text_rows() -> RetrievalDataset:
+    names = [f"report {i}" for i in range(6)]
+    return RetrievalDataset(
+        Dataset.from_dict({"document_id": names, "text": [f"the text of {name}" for name in names]}),
+        Dataset.from_dict({"query_id": names, "text": [f"what says {name}" for name in names]}),
+        Dataset.from_dict({"query_id": names, "document_id": names, "score": [1] * 6}),
+        Dataset.from_dict({"query_id": names, "document_ids": [[names[(i + 1) % 6]] for i in range(6)]}),
+    )
+
+
+# Bad input: a named error, before weights are loaded wherever that is possible
+
+
+@pytest.fixture
+def broken_weights(clip_path: str, tmp_path: Path) -> str:
+    """A checkpoint whose weights can't be read: an error about anything else came before them."""
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for path in Path(clip_path).iterdir():
+        content = b"no weights" if path.suffix == ".safetensors" else path.read_bytes()
+        (folder / path.name).write_bytes(content)
+    return str(folder)
+
+
+def with_value(name: str, value: object) -> Dataset:
+    """Generated pages with one value in all rows of a column."""
+    rows = generated_pages(6, seed=2)
+    return rows.remove_columns(name).add_column(name, [value] * len(rows))
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        (lambda: with_value("negatives", ["nowhere"]), MissingDocumentError, "'nowhere'"),
+        (lambda: with_value("id", "twice"), DatasetError, "'twice' stands in 7 rows"),
+        (lambda: with_value("query", None), DatasetError, "No query"),
+        (lambda: with_value("query", 7), DatasetError, "'query' holds int64, expected text"),
+        (lambda: with_value("negatives", "a"), DatasetError, "'negatives' holds string, expected lists"),
+        (lambda: with_value("image", 1.0), DatasetError, "'image' holds double, which can't be images"),
+        (lambda: generated_pages(6).rename_column("query", "question"), DatasetError, "'question'"),
+        (lambda: generated_pages(6).select([]), DatasetError, "zero rows"),
+        (lambda: "no/such/file.parquet", DatasetError, "no/such/file.parquet"),
+        (lambda: [1, 2], DatasetError, "got list"),
+    ],
+    ids=[
+        "unknown negative",
+        "id twice",
+        "no query",
+        "query type",
+        "negatives type",
+        "image type",
+        "renamed",
+        "zero rows",
+        "no file",
+        "no table",
+    ],
+)
+def test_bad_data_is_refused_before_weights_load(
+    broken_weights: str, tmp_path: Path, rows, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        finetune(broken_weights, rows(), output_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("damage", [b"just some text", b"", None], ids=["text", "empty", "truncated"])
+def test_a_damaged_page_is_refused_before_weights_load(
+    broken_weights: str, tmp_path: Path, damage: bytes | None
+) -> None:
+    rows = generated_pages(6, seed=2).cast_column("image", generated_pages(1).features["image"].__class__(decode=False))
+    images = rows["image"][:]
+    images[3] = {"bytes": images[3]["bytes"][:-200] if damage is None else damage, "path": None}
+    damaged = rows.remove_columns("image").add_column("image", images)
+    with pytest.raises(ImageDecodeError, match=re.escape(repr(rows["id"][3]))):
+        finetune(broken_weights, damaged, output_dir=tmp_path / "run")
+
+
+def test_evaluation_pages_inside_the_training_pages_are_refused(broken_weights: str, tmp_path: Path) -> None:
+    rows = generated_pages(12, seed=2)
+    shared = min(row["id"] for row in rows if row["query"] is not None)
+    with pytest.raises(DatasetError, match=f"12 documents are relevant in training and in evaluation: {shared}"):
+        finetune(broken_weights, rows, rows, output_dir=tmp_path / "run")
+
+
+def test_the_same_page_under_another_id_is_refused_too(broken_weights: str, tmp_path: Path) -> None:
+    rows = generated_pages(12, seed=2)
+    renamed = RetrievalDataset.from_id_rows(
+        rows.remove_columns(["id", "negatives"]).add_column("id", [f"other-{i}" for i in range(len(rows))]),
+        negatives_column=None,
+    )
+    with pytest.raises(DatasetError, match=r"there other-\d+"):
+        finetune(broken_weights, rows, renamed, output_dir=tmp_path / "run")
+
+
+def test_overlap_can_be_allowed(clip_path: str, tmp_path: Path) -> None:
+    rows = generated_pages(12, seed=2)
+    result = finetune(clip_path, rows, rows, output_dir=tmp_path, allow_overlap=True, max_steps=1, **QUIET)
+    assert result.after
+
+
+def test_rows_by_columns_do_not_overlap_by_their_row_numbers() -> None:
+    from mmtune.data.dataset import relevant_on_both_sides
+
+    one, other = (
+        RetrievalDataset.from_columns(generated_pages(4, seed=seed).select_columns(["query", "image"]))
+        for seed in (1, 2)
+    )
+    assert one.corpus["document_id"][:2] == other.corpus["document_id"][:2]
+    assert relevant_on_both_sides(one, other) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_train_epoch": 3}, "'num_train_epoch' is neither.*Did you mean 'num_train_epochs'"),
+        ({"matryoshka_dims": [0]}, "matryoshka_dims"),
+        ({"matryoshka_dims": "all"}, "matryoshka_dims"),
+        ({"mini_batch_size": 0}, "mini_batch_size=0"),
+        ({"num_negatives": -1}, "num_negatives=-1"),
+        ({"documents": "video"}, "documents='video'"),
+        ({"documents": "text"}, "needs a column 'text'"),
+        ({"eval_strategy": "steps"}, "needs an evaluation set"),
+        ({"overwrite": True, "resume": True}, "Set one of them"),
+        ({"resume": True}, "no checkpoint to go on from"),
+        ({"eval_steps": "often"}, "host refuses"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_arguments_are_refused_before_weights_load(
+    broken_weights: str, tmp_path: Path, arguments: dict, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        finetune(broken_weights, generated_pages(6), output_dir=tmp_path / "run", **arguments)
+
+
+def test_args_and_training_arguments_exclude_each_other(broken_weights: str, tmp_path: Path) -> None:
+    args = SentenceTransformerTrainingArguments(output_dir=str(tmp_path), batch_sampler=ConflictFreeBatchSampler)
+    with pytest.raises(ConfigError, match=r"args and learning_rate=0\.1 were both given"):
+        finetune(broken_weights, generated_pages(6), args=args, learning_rate=0.1)
+
+
+def test_two_output_folders_are_an_error(broken_weights: str, tmp_path: Path) -> None:
+    args = SentenceTransformerTrainingArguments(output_dir=str(tmp_path / "a"), batch_sampler=ConflictFreeBatchSampler)
+    with pytest.raises(ConfigError, match="differ"):
+        finetune(broken_weights, generated_pages(6), args=args, output_dir=tmp_path / "b")
+
+
+def test_a_dimension_beyond_the_model_is_refused(clip_path: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="4096, and the model has 128"):
+        finetune(clip_path, generated_pages(6), output_dir=tmp_path / "run", matryoshka_dims=[4096])
+
+
+def test_a_text_model_is_refused(text_encoder_path: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="image"):
+        finetune(text_encoder_path, generated_pages(6), output_dir=tmp_path / "run")
+
+
+def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no-such-model"):
+        finetune(tmp_path / "no-such-model", generated_pages(6), output_dir=tmp_path / "run")
+
+
+def test_a_folder_with_a_run_is_kept(run: FinetuneResult, broken_weights: str) -> None:
+    before = sorted(path.name for path in run.output_dir.rglob("*"))
+    with pytest.raises(ConfigError, match=r"holds a run already.*resume=True.*overwrite=True"):
+        finetune(broken_weights, generated_pages(6), output_dir=run.output_dir)
+    assert sorted(path.name for path in run.output_dir.rglob("*")) == before
+
+
+def test_overwriting_replaces_the_run_and_nothing_else(clip_path: str, tmp_path: Path) -> None:
+    for name in ("checkpoint-7", "final"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    finetune(clip_path, generated_pages(6), output_dir=tmp_path, overwrite=True, max_steps=1, **QUIET)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert not (tmp_path / "checkpoint-7").exists()
+    assert (tmp_path / "final" / "modules.json").is_file()
+
+
+def test_a_loss_of_another_model_is_refused(clip_path: str, tmp_path: Path) -> None:
+    other = SentenceTransformer(clip_path, device="cpu")
+    with pytest.raises(ConfigError, match="built for another model"):
+        finetune(clip_path, generated_pages(6), output_dir=tmp_path, loss=MultipleNegativesRankingLoss(other))
+
+
+def test_rows_that_lost_their_view_are_refused(clip_path: str, tmp_path: Path) -> None:
+    lost = RetrievalDataset.from_id_rows(generated_pages(6)).training_rows(1).with_format(None)
+    with pytest.raises(DatasetError, match="no layout that is known"):
+        finetune(clip_path, lost, output_dir=tmp_path / "run")
+
+
+def test_importing_and_running_change_no_filters_or_handlers(
+    data: tuple[RetrievalDataset, RetrievalDataset], clip_path: str, tmp_path: Path
+) -> None:
+    filters, handlers = list(warnings.filters), list(logging.getLogger().handlers)
+    finetune(clip_path, data[0], output_dir=tmp_path, max_steps=1, **QUIET)
+    assert warnings.filters == filters
+    assert logging.getLogger().handlers == handlers
