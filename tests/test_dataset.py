@@ -228,7 +228,7 @@ def test_a_null_image_is_named_by_its_id():
         RetrievalDataset.from_id_rows(id_rows(image=[page(0), None, page(2), {"bytes": None, "path": None}]))
 
 
-@pytest.mark.parametrize("name", ["document_id", "text", "query_id", "score", "document_ids"])
+@pytest.mark.parametrize("name", ["text", "query_id", "score", "document_ids"])
 @pytest.mark.parametrize("build", ["from_id_rows", "from_columns"])
 def test_other_columns_may_have_the_names_of_ours(build, name):
     rows = id_rows(**{name: ["w", "x", "y", "z"]})
@@ -241,9 +241,11 @@ def test_other_columns_may_have_the_names_of_ours(build, name):
     assert dataset.queries["text"][:] == [f"ask {k}" for k in range(4)]
 
 
-def test_another_column_may_be_called_image():
-    rows = id_rows(scan=[page(k + 10) for k in range(4)])
-    assert numbers_by_id(RetrievalDataset.from_id_rows(rows, image_column="scan"))["p1"] == 11
+def test_a_column_that_clashes_with_one_of_the_corpus_is_named():
+    with pytest.raises(DatasetError, match=r"column 'image' beside 'scan'.*Rename"):
+        RetrievalDataset.from_id_rows(id_rows(scan=[page(k + 10) for k in range(4)]), image_column="scan")
+    with pytest.raises(DatasetError, match=r"column 'document_id' beside 'image'.*Rename"):
+        RetrievalDataset.from_id_rows(id_rows(document_id=list("wxyz")))
 
 
 def test_images_as_paths_and_as_plain_bytes(tmp_path):

@@ -134,7 +134,10 @@ def test_both_sides_keep_what_their_queries_need(data, eval_queries):
         sides = dataset.split(eval_queries)
     except DatasetError:
         return
-    assert sides[0].corpus["document_id"][:] == dataset.corpus["document_id"][:]
+    held_out = {content[int(document[1:])] for document in sides[1].qrels["document_id"]}
+    kept = [f"d{k}" for k, number in enumerate(content) if number not in held_out]
+    assert sides[0].corpus["document_id"][:] == kept
+    taken_out = 0
     for side in sides:
         pages = {row["document_id"]: row["image"]["bytes"] for row in side.corpus}
         assert all(pages[f"d{k}"] == page(content[k])["bytes"] for k in range(len(content)) if f"d{k}" in pages)
@@ -142,12 +145,34 @@ def test_both_sides_keep_what_their_queries_need(data, eval_queries):
         listed = {} if side.negatives is None else {row["query_id"]: row["document_ids"] for row in side.negatives}
         for query_id in query_ids(side):
             expected = [] if negatives is None else [f"d{k}" for k in negatives[int(query_id[1:])]]
-            assert listed.get(query_id, []) == expected
-            assert set(expected) <= set(pages)
+            allowed = [name for name in expected if side is sides[1] or name in kept]
+            assert listed.get(query_id, []) == allowed
+            taken_out += len(expected) - len(allowed)
+    assert sides[0].notes.held_out_negatives == taken_out
     used = set(sides[1].qrels["document_id"]) | {
         document for row in sides[1].negatives or [] for document in row["document_ids"]
     }
     assert set(sides[1].corpus["document_id"]) == used
+
+
+@given(data=small_data(), eval_queries=st.integers(1, 4))
+@settings(max_examples=25, deadline=None)
+def test_a_side_knows_the_same_relevance_as_if_it_were_built_anew(data, eval_queries):
+    try:
+        sides = tables(*data).split(eval_queries)
+    except DatasetError:
+        return
+    for side in sides:
+        anew = RetrievalDataset(side.corpus, side.queries, side.qrels, side.negatives)
+        for num_negatives in (0, 2):
+            assert ids_of(side, num_negatives) == ids_of(anew, num_negatives)
+
+
+def ids_of(dataset: RetrievalDataset, num_negatives: int) -> dict | str:
+    try:
+        return dataset.training_rows(num_negatives, on_short="drop").with_format(None)[:]
+    except DatasetError as error:
+        return str(error)
 
 
 def test_scores_and_columns_follow_their_queries():

@@ -1,12 +1,15 @@
 """Columns of a ``datasets.Dataset`` as Arrow and NumPy arrays, without touching the images beside them."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Image, concatenate_datasets
+from datasets import Dataset, DatasetInfo, Image, concatenate_datasets
+from datasets.fingerprint import generate_random_fingerprint
 
+from mmtune.data.internals import stored_positions
 from mmtune.errors import DatasetError
 
 ENCODED_IMAGE = Image(decode=False)
@@ -15,6 +18,8 @@ ENCODED_IMAGE = Image(decode=False)
 def column(dataset: Dataset, name: str) -> pa.Array:
     """One column in the order of the rows, as a single Arrow array; for columns of ids and text, not of images."""
     values = dataset.select_columns([name]).with_format("arrow")[:].column(name)
+    if pa.types.is_string(values.type) and values.nbytes >= 2**31:
+        values = values.cast(pa.large_string())  # one array of strings holds 2 GB at most
     return pa.concat_arrays(values.chunks) if values.num_chunks else pa.array([], type=values.type)
 
 
@@ -41,12 +46,23 @@ def as_id_strings(values: pa.Array, name: str) -> pa.Array:
         values = values.dictionary_decode()
     if pa.types.is_string(values.type):
         return values
-    if not any(check(values.type) for check in (pa.types.is_integer, pa.types.is_large_string, pa.types.is_null)):
+    if not (is_text(values.type) or pa.types.is_integer(values.type) or pa.types.is_null(values.type)):
         raise DatasetError(
             f"Column {name!r} holds {values.type}, which can't be ids. Ids are strings or integers; "
             "convert the column first."
         )
     return values.cast(pa.string())
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds strings, however Arrow stores them."""
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def is_lists(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds lists, or nothing but nulls."""
+    checks = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_null)
+    return any(check(kind) for check in checks)
 
 
 def positions(values: pa.Array, keys: pa.Array) -> np.ndarray:
@@ -67,7 +83,12 @@ def first_repeated(values: pa.Array) -> tuple[str, list[int]] | None:
 
 def table_dataset(columns: Mapping[str, pa.Array]) -> Dataset:
     """A small in-memory ``datasets.Dataset`` over Arrow arrays."""
-    return Dataset(pa.table(dict(columns)))
+    return new_dataset(pa.table(dict(columns)))
+
+
+def new_dataset(table: Any, info: DatasetInfo | None = None) -> Dataset:
+    """A dataset over an Arrow table. Without a fingerprint, ``datasets`` would pickle the table to make one."""
+    return Dataset(table, info=info, fingerprint=generate_random_fingerprint())
 
 
 def lists(offsets: np.ndarray, values: pa.Array) -> pa.Array:
@@ -79,8 +100,9 @@ def flat_lists(values: pa.Array) -> tuple[np.ndarray, pa.Array]:
     """Lists taken apart: the row of each item (int64) and the items. A null list is an empty one."""
     if pa.types.is_null(values.type):
         return np.array([], dtype=np.int64), pa.array([], type=pa.string())
-    rows = pc.list_parent_indices(values).to_numpy(zero_copy_only=False).astype(np.int64)
-    return rows, pc.list_flatten(values)
+    # Not list_parent_indices: it also counts what a null list holds underneath, which list_flatten leaves out.
+    lengths = pc.fill_null(pc.list_value_length(values), 0).to_numpy(zero_copy_only=False)
+    return np.repeat(np.arange(len(values)), lengths), pc.list_flatten(values)
 
 
 def with_columns(rows: Dataset, new: Mapping[str, pa.Array]) -> Dataset:
@@ -94,26 +116,36 @@ def with_columns(rows: Dataset, new: Mapping[str, pa.Array]) -> Dataset:
         rows: Any dataset, with or without an indices mapping.
         new: Arrays of ``len(rows)``, in the order of the rows.
     """
-    stored_rows = _stored_positions(rows)
+    stored_rows = stored_positions(rows)
     if stored_rows is None:
         return concatenate_datasets([table_dataset(new), rows], axis=1)
-    stored = Dataset(rows.data, info=rows.info)
-    # A stored row that was selected k times needs k different new values: it is laid out k times, by reference.
-    copy_of_row = _occurrence(stored_rows)
-    copies = int(copy_of_row.max(initial=0)) + 1
-    target = copy_of_row * len(stored) + stored_rows
-    source = np.full(copies * len(stored), -1, dtype=np.int64)
-    source[target] = np.arange(len(rows))
+    parts, order = _laid_out(rows, stored_rows)
+    source = np.full(sum(map(len, parts)), -1, dtype=np.int64)
+    source[order] = np.arange(len(rows))
     take = pa.array(source, mask=source < 0)
     laid_out = {name: values.take(take) for name, values in new.items()}
-    repeated = concatenate_datasets([stored] * copies) if copies > 1 else stored
-    return concatenate_datasets([table_dataset(laid_out), repeated], axis=1).select(target)
+    return concatenate_datasets([table_dataset(laid_out), concatenate_datasets(parts)], axis=1).select(order)
 
 
-def _stored_positions(rows: Dataset) -> np.ndarray | None:
-    """The stored row behind each row; ``None`` where the rows stand as they are stored."""
-    mapping = rows._indices  # no public accessor in datasets 5.2
-    return None if mapping is None else mapping.column(0).to_numpy().astype(np.int64)
+def _laid_out(rows: Dataset, stored_rows: np.ndarray) -> tuple[list[Dataset], np.ndarray]:
+    """Slices of the stored rows, by reference, in which each row of ``rows`` has a place of its own.
+
+    A stored row that was selected k times needs k different new values. The first slice serves the first time that
+    each row was selected, the second slice the second time, and so on.
+
+    Returns:
+        The slices, and for each row its place in their concatenation.
+    """
+    time = _occurrence(stored_rows)
+    parts: list[Dataset] = []
+    order = np.empty(len(stored_rows), dtype=np.int64)
+    start = 0
+    for at in np.split(np.argsort(time, kind="stable"), np.cumsum(np.bincount(time))[:-1]):
+        first, last = stored_rows[at].min(), stored_rows[at].max()
+        parts.append(new_dataset(rows.data.slice(first, last - first + 1), rows.info))
+        order[at] = start + stored_rows[at] - first
+        start += last - first + 1
+    return parts, order
 
 
 def _occurrence(values: np.ndarray) -> np.ndarray:
@@ -129,7 +161,7 @@ def _occurrence(values: np.ndarray) -> np.ndarray:
 
 def stored_image_column(rows: Dataset, name: str) -> tuple[pa.ChunkedArray, np.ndarray | None]:
     """An image column as it is stored, and the stored row of each row (``None``: the same order)."""
-    return rows.data.table.column(name), _stored_positions(rows)
+    return rows.data.table.column(name), stored_positions(rows)
 
 
 def with_encoded_images(rows: Dataset, name: str) -> Dataset:
@@ -144,30 +176,33 @@ def with_encoded_images(rows: Dataset, name: str) -> Dataset:
     feature = rows.features[name]
     if isinstance(feature, Image):
         return rows if not feature.decode else rows.cast_column(name, ENCODED_IMAGE)
-    stored = rows.data.table.column(name)
-    if pa.types.is_struct(stored.type) and {"bytes", "path"} <= {field.name for field in stored.type}:
+    kind = rows.data.table.column(name).type
+    if pa.types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}:
         return rows.cast_column(name, ENCODED_IMAGE)
-    if not any(check(stored.type) for check in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_string)):
+    if not (is_text(kind) or any(check(kind) for check in _BYTES)):
         raise DatasetError(
-            f"Column {name!r} holds {stored.type}, which can't be images. Expected datasets.Image, a struct of "
-            "bytes and path, encoded bytes, or paths. Name the right column, or cast this one to datasets.Image()."
+            f"Column {name!r} holds {kind}, which can't be images. Expected datasets.Image, a struct of bytes and "
+            "path, encoded bytes, or paths. Name the right column, or cast this one to datasets.Image()."
         )
-    return _wrap_in_structs(rows, name, stored)
+    return _wrap_in_structs(rows, name)
 
 
-def _wrap_in_structs(rows: Dataset, name: str, stored: pa.ChunkedArray) -> Dataset:
-    is_path = pa.types.is_string(stored.type)
-    chunks = [_image_struct(chunk, is_path) for chunk in stored.chunks]
-    wrapped = Dataset(pa.table({name: pa.chunked_array(chunks, type=ENCODED_IMAGE.pa_type)})).cast_column(
-        name, ENCODED_IMAGE
-    )
-    others = Dataset(rows.data, info=rows.info).remove_columns([name])
+_BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_null)
+
+
+def _wrap_in_structs(rows: Dataset, name: str) -> Dataset:
+    chunks = [_image_struct(chunk) for chunk in rows.data.table.column(name).chunks]
+    structs = pa.table({name: pa.chunked_array(chunks, type=ENCODED_IMAGE.pa_type)})
+    wrapped = new_dataset(structs).cast_column(name, ENCODED_IMAGE)
+    others = new_dataset(rows.data, rows.info).remove_columns([name])
     joined = concatenate_datasets([others, wrapped], axis=1) if others.column_names else wrapped
-    order = _stored_positions(rows)
+    order = stored_positions(rows)
     return joined if order is None else joined.select(order)
 
 
-def _image_struct(chunk: pa.Array, is_path: bool) -> pa.Array:
-    nothing = pa.nulls(len(chunk), pa.string() if not is_path else pa.binary())
-    fields: Sequence[pa.Array] = [nothing, chunk] if is_path else [chunk.cast(pa.binary()), nothing]
+def _image_struct(chunk: pa.Array) -> pa.Array:
+    if is_text(chunk.type):
+        fields: Sequence[pa.Array] = [pa.nulls(len(chunk), pa.binary()), chunk.cast(pa.string())]
+    else:
+        fields = [chunk.cast(pa.binary()), pa.nulls(len(chunk), pa.string())]
     return pa.StructArray.from_arrays(fields, names=["bytes", "path"], mask=chunk.is_null())

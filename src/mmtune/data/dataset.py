@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset
 from tqdm.auto import tqdm
 
@@ -13,7 +14,7 @@ from mmtune.data import files, layouts
 from mmtune.data.arrow import column, positions
 from mmtune.data.documents import DocumentKind, document_columns
 from mmtune.data.encoded import EncodedImages
-from mmtune.data.identity import same_pages
+from mmtune.data.identity import same_documents
 from mmtune.data.images import check_page
 from mmtune.data.negatives import OnShort, choose_negatives
 from mmtune.data.relevance import Relevance
@@ -148,12 +149,17 @@ class RetrievalDataset:
 
         Raises:
             DatasetError: A column is missing or of the wrong type, or no row has both a query and an image.
+            ConfigError: ``negative_columns`` is one name rather than a list of names.
         """
+        if isinstance(negative_columns, str):
+            raise ConfigError(
+                f"negative_columns={negative_columns!r} is one name. Pass a list, [{negative_columns!r}]."
+            )
         tables = layouts.tables_from_columns(
             _as_table(rows),
             query_column=query_column,
             image_column=image_column,
-            negative_columns=None if negative_columns is None else tuple(negative_columns),
+            negative_columns=negative_columns if negative_columns is None else tuple(negative_columns),
         )
         return cls._of(tables)
 
@@ -178,6 +184,11 @@ class RetrievalDataset:
             DatasetError: It can't be read, has several splits, or its columns are no known layout.
         """
         if files.is_saved(name_or_path):
+            if config or split or revision:
+                raise ConfigError(
+                    f"{str(name_or_path)!r} was written by save() and has no configurations, splits or revisions. "
+                    "Leave config, split and revision out."
+                )
             return cls._of(files.load_tables(name_or_path))
         return cls._from_known_layout(files.load_rows(name_or_path, config, split=split, revision=revision))
 
@@ -253,8 +264,9 @@ class RetrievalDataset:
             DatasetError: A query has too few negatives and ``on_short="error"``, or the corpus can't fill a row.
         """
         _require_one_of("on_short", on_short, ("random", "drop", "error"))
-        if num_negatives < 0:
-            raise ConfigError(f"num_negatives={num_negatives} is negative. Expected 0 or more.")
+        _require_count("num_negatives", num_negatives, at_least=0)
+        if max_pixels is not None:
+            _require_count("max_pixels", max_pixels, at_least=1)
         document_columns(self.corpus, documents)
         wanted = num_negatives if self.negatives is not None else 0
         chosen = choose_negatives(self.relevance, wanted, on_short, seed)
@@ -302,14 +314,15 @@ class RetrievalDataset:
 
         Raises:
             DatasetError: The pages that queries share allow no split, or the corpus lacks the column.
-            ConfigError: ``eval_queries`` is not positive.
+            ConfigError: ``eval_queries`` is no positive whole number.
         """
-        if eval_queries < 1:
-            raise ConfigError(f"eval_queries={eval_queries} leaves nothing to evaluate on. Expected 1 or more.")
+        _require_count("eval_queries", eval_queries, at_least=1)
         groups = None
         if group_column is not None:
             require_columns(self.corpus, (group_column,), "The corpus")
             groups = column(self.corpus, group_column)
+            if pa.types.is_nested(groups.type):
+                raise DatasetError(f"Column {group_column!r} holds {groups.type}, expected one value a document.")
         relevance = self.relevance
         chosen = evaluation_queries(relevance, eval_queries, seed=seed, groups=groups)
         rest = np.setdiff1d(np.arange(len(self)), chosen)
@@ -350,11 +363,11 @@ class RetrievalDataset:
 def relevant_on_both_sides(train: RetrievalDataset, evaluation: RetrievalDataset) -> list[tuple[str, str]]:
     """Documents that are relevant in training and in evaluation, as pairs (training id, evaluation id).
 
-    Two documents are the same when their bytes are, or when they have the same id, unless a builder made up the ids of
-    a side from row numbers.
+    Two documents are the same when their content is, or when they have the same id, unless a builder made up the ids
+    of a side from row numbers.
     """
     left, right = (np.unique(side.relevance.judged_document) for side in (train, evaluation))
-    pairs = same_pages(train.corpus, evaluation.corpus, left, right)
+    pairs = same_documents(train.corpus, evaluation.corpus, left, right)
     if not (train.notes.ids_are_row_numbers or evaluation.notes.ids_are_row_numbers):
         same_id = positions(evaluation.relevance.document_ids.take(right), train.relevance.document_ids)
         shared = np.isin(same_id, left)
@@ -398,3 +411,8 @@ def _as_table(rows: object) -> Dataset:
 def _require_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ConfigError(f"{name}={value!r} is unknown. Expected one of {', '.join(map(repr, known))}.")
+
+
+def _require_count(name: str, value: object, *, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < at_least:
+        raise ConfigError(f"{name}={value!r}: expected a whole number of {at_least} or more.")

@@ -5,13 +5,15 @@ from typing import Any, Literal, get_args
 
 from datasets import Dataset
 
+from mmtune.data import internals
 from mmtune.data.images import decode_page
-from mmtune.errors import ConfigError, MissingDocumentError
+from mmtune.errors import ConfigError, DatasetError, MissingDocumentError
 
 DocumentKind = Literal["image", "text", "text+image"]
 """What a document is made of where it is read."""
 
 
+@internals.hashed_by(lambda table: table.fingerprint)
 class KeyedTable:
     """Rows of a table by their id. The index is built at the first look-up, once per process."""
 
@@ -19,6 +21,7 @@ class KeyedTable:
         self._table = table.with_format(None).select_columns([key, *columns])
         self._key = key
         self._row_by_id: dict[str, int] | None = None
+        self.fingerprint = f"{key} of {internals.fingerprint(table)}"
 
     def __getstate__(self) -> dict[str, Any]:
         # Worker processes that are spawned build the index themselves; it is quicker than to send it.
@@ -66,6 +69,7 @@ class DocumentReader:
         Raises:
             MissingDocumentError: An id is not in the corpus.
             ImageDecodeError: A page is no readable image; the message names the document.
+            DatasetError: A document has no text, and texts are read.
         """
         unique = list(dict.fromkeys(document_ids))
         document_by_id = {row["document_id"]: self._document(row) for row in self._table.get(unique)}
@@ -76,6 +80,10 @@ class DocumentReader:
         document_id = parts.pop("document_id")
         if "image" in parts:
             parts["image"] = decode_page(parts["image"], document_id, max_pixels=self._max_pixels)
+        if "text" in parts and not isinstance(parts["text"], str):
+            raise DatasetError(
+                f"Document {document_id!r} has no text: it is {parts['text']!r}. Give it one, or leave it out."
+            )
         return parts if len(parts) > 1 else parts[self._columns[0]]
 
 

@@ -26,10 +26,20 @@ def save_tables(tables: Tables, folder: str | os.PathLike[str]) -> None:
     named = {"corpus": tables.corpus, "queries": tables.queries, "qrels": tables.qrels, "negatives": tables.negatives}
     for name, table in named.items():
         if table is not None:
-            table.save_to_disk(path / name)
+            _save_table(table, path / name)
     # Last, so that a folder with a manifest is whole.
     manifest = {"format_version": _FORMAT_VERSION, "notes": asdict(tables.notes)}
     (path / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _save_table(table: Dataset, folder: Path) -> None:
+    try:
+        table.save_to_disk(folder)
+    except FileNotFoundError as error:
+        raise DatasetError(
+            f"The file of a page is missing: {error}. Pages are stored with the dataset. Restore the file, or leave "
+            "the document out."
+        ) from error
 
 
 def is_saved(name_or_path: str | os.PathLike[str]) -> bool:
@@ -56,6 +66,11 @@ def load_tables(folder: str | os.PathLike[str]) -> Tables:
         name: load_from_disk(str(path / name)) if (path / name).is_dir() else None
         for name in ("corpus", "queries", "qrels", "negatives")
     }
+    missing = [name for name in ("corpus", "queries", "qrels") if named[name] is None]
+    if missing:
+        raise DatasetError(
+            f"{str(path)!r} has a manifest and no table {missing[0]!r}: it is not whole. Save the dataset again."
+        )
     return Tables(**named, notes=BuildNotes(**notes))
 
 

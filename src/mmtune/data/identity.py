@@ -1,7 +1,7 @@
 """Which documents are the same page: byte-identical images, or equal texts where there is no image."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 
 import numpy as np
 import pyarrow as pa
@@ -39,10 +39,10 @@ def identical_documents(corpus: Dataset) -> np.ndarray:
     return first
 
 
-def same_pages(
+def same_documents(
     one: Dataset, other: Dataset, rows_of_one: np.ndarray, rows_of_other: np.ndarray
 ) -> list[tuple[int, int]]:
-    """Pairs of rows, one of each corpus, whose images have the same bytes.
+    """Pairs of rows, one of each corpus, with the same content: image bytes, or texts where both have no images.
 
     Args:
         one: A corpus.
@@ -50,17 +50,30 @@ def same_pages(
         rows_of_one: The rows of ``one`` to compare.
         rows_of_other: The rows of ``other`` to compare.
     """
-    if "image" not in one.column_names or "image" not in other.column_names:
+    have_images = ["image" in corpus.column_names for corpus in (one, other)]
+    if have_images == [True, True]:
+        left, right = EncodedImages(one), EncodedImages(other)
+        lengths = np.intersect1d(left.lengths[rows_of_one], right.lengths[rows_of_other])
+        lengths = lengths[lengths >= 0]
+        keys = [_digests(images, rows, lengths) for images, rows in ((left, rows_of_one), (right, rows_of_other))]
+    elif have_images == [False, False]:
+        keys = [_texts(corpus, rows) for corpus, rows in ((one, rows_of_one), (other, rows_of_other))]
+    else:
         return []
-    left, right = EncodedImages(one), EncodedImages(other)
-    shared_lengths = np.intersect1d(left.lengths[rows_of_one], right.lengths[rows_of_other])
-    row_by_digest = {
-        _digest(left.read(int(row))): int(row)
-        for row in rows_of_one[np.isin(left.lengths[rows_of_one], shared_lengths)]
-    }
-    candidates = rows_of_other[np.isin(right.lengths[rows_of_other], shared_lengths)]
-    digests = ((_digest(right.read(int(row))), int(row)) for row in candidates)
-    return [(row_by_digest[digest], row) for digest, row in digests if digest in row_by_digest]
+    rows_by_key = defaultdict(list)
+    for key, row in keys[0]:
+        rows_by_key[key].append(row)
+    return [(match, row) for key, row in keys[1] for match in rows_by_key.get(key, ())]
+
+
+def _digests(images: EncodedImages, rows: np.ndarray, lengths: np.ndarray) -> list[tuple[Hashable, int]]:
+    """The digest of each image that has one of the lengths, with its row."""
+    return [(_digest(images.read(int(row))), int(row)) for row in rows[np.isin(images.lengths[rows], lengths)]]
+
+
+def _texts(corpus: Dataset, rows: np.ndarray) -> list[tuple[Hashable, int]]:
+    texts = column(corpus, "text")
+    return [(texts[int(row)].as_py(), int(row)) for row in rows if texts[int(row)].is_valid]
 
 
 def _sample(content: memoryview | bytes) -> int:

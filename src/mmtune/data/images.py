@@ -98,7 +98,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _size_within(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:
     scale = min(1.0, math.sqrt(max_pixels / (size[0] * size[1])))
-    return max(1, int(size[0] * scale)), max(1, int(size[1] * scale))
+    width, height = (max(1, int(side * scale)) for side in size)
+    # A strip a pixel wide keeps that pixel and must be shortened more than the scale says.
+    width = min(width, max(1, max_pixels // height))
+    return width, min(height, max(1, max_pixels // width))
 
 
 def _message(encoded: Mapping[str, Any] | None, document_id: str, error: Exception) -> str:
@@ -112,7 +115,7 @@ def _message(encoded: Mapping[str, Any] | None, document_id: str, error: Excepti
 
 
 def check_page(content: memoryview | bytes, document_id: str) -> None:
-    """Find out cheaply whether a page can be decoded: by its header, and in full where its end looks cut off.
+    """Find out whether a page can be decoded: JPEG and PNG by header and end, others and doubtful ones in full.
 
     Raises:
         ImageDecodeError: The page is no readable image.
@@ -122,7 +125,7 @@ def check_page(content: memoryview | bytes, document_id: str) -> None:
         with Image.open(io.BytesIO(header)) as image:
             _check_size(image, document_id)
             end = _END_BY_FORMAT.get(image.format or "")
-        looks_whole = end is None or end in bytes(content[-_TAIL_BYTES:])
+        looks_whole = end is not None and end in bytes(content[-_TAIL_BYTES:])
     except ImageDecodeError:
         raise
     except Exception:  # the header may be longer than what was read of it: decoding in full decides

@@ -14,6 +14,7 @@ from mmtune.data.arrow import (
     first_repeated,
     flat_lists,
     id_column,
+    is_lists,
     lists,
     positions,
     stored_image_column,
@@ -51,7 +52,7 @@ def tables_from_id_rows(
     _require_images(pages, image_column, ids)
     return checked_tables(
         with_columns(_renamed(pages, image_column), {"document_id": ids}),
-        _queries(rows.select(asking), ids.take(asking), query_column, {id_column_name, negatives_column}),
+        _queries(rows.select(asking), ids.take(asking), query_column, {id_column_name, negatives_column, image_column}),
         _one_to_one(ids.take(asking), ids.take(asking)),
         negatives,
         notes=notes,
@@ -175,7 +176,7 @@ def _negatives_by_id(
 
 def _list_column(rows: Dataset, name: str) -> pa.Array:
     values = column(rows, name)
-    if any(check(values.type) for check in (pa.types.is_list, pa.types.is_large_list, pa.types.is_null)):
+    if is_lists(values.type):
         return values
     raise DatasetError(
         f"Column {name!r} holds {values.type}, expected lists of ids. It is among {rows.column_names}; "
@@ -221,6 +222,12 @@ def _has_image(rows: Dataset, name: str) -> np.ndarray:
 
 
 def _renamed(pages: Dataset, image_column: str) -> Dataset:
+    clashing = {"document_id", "image"} & (set(pages.column_names) - {image_column})
+    if clashing:
+        raise DatasetError(
+            f"The rows have a column {clashing.pop()!r} beside {image_column!r}, and the corpus has one of its own of "
+            "that name. Rename the column, or remove it."
+        )
     return pages if image_column == "image" else pages.rename_column(image_column, "image")
 
 

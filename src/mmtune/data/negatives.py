@@ -92,10 +92,10 @@ def _fill(relevance: Relevance, queries: np.ndarray, documents: np.ndarray, rng:
 
 
 def _repeats(relevance: Relevance, documents: np.ndarray) -> np.ndarray:
-    """Which entries repeat a page that stands further left in the same row."""
+    """Which entries stand for a page that another entry of the row stands for too."""
     pages = relevance.page[documents]
     same = pages[:, :, None] == pages[:, None, :]
-    return (same & np.tri(pages.shape[1], k=-1, dtype=bool)).any(axis=2)
+    return (same & ~np.eye(pages.shape[1], dtype=bool)).any(axis=2)
 
 
 def _fill_exactly(relevance: Relevance, queries: np.ndarray, documents: np.ndarray, rng: np.random.Generator) -> None:

@@ -29,8 +29,9 @@ def evaluation_queries(
     set_of_query = _tied_sets(relevance, groups)
     sizes = np.bincount(set_of_query)
     order = np.random.default_rng(seed).permutation(len(sizes))
-    chosen = _fitting(order, sizes, eval_queries)
-    if not len(chosen) or len(chosen) == len(sizes):
+    # Something must be left to train on, at the least the smallest set.
+    chosen = _fitting(order, sizes, min(eval_queries, int(sizes.sum() - sizes.min())))
+    if not len(chosen):
         raise DatasetError(_impossible(relevance, set_of_query, sizes, eval_queries))
     return np.flatnonzero(np.isin(set_of_query, chosen))
 
@@ -70,7 +71,7 @@ def _fitting(order: np.ndarray, sizes: np.ndarray, limit: int) -> np.ndarray:
         if total + sizes[at] <= limit:
             taken.append(int(at))
             total += int(sizes[at])
-    if total == limit or total == sizes.sum():
+    if total == limit:
         return np.array(taken, dtype=np.int64)
     closest = _closest_subset(order, sizes, limit)
     return closest if sizes[closest].sum() > total else np.array(taken, dtype=np.int64)

@@ -13,6 +13,8 @@ from mmtune.data.arrow import (
     first_repeated,
     flat_lists,
     id_column,
+    is_lists,
+    is_text,
     lists,
     positions,
     table_dataset,
@@ -74,6 +76,12 @@ def checked_tables(
         DatasetError: A column is missing or of the wrong type, an id stands twice, or no query is left.
         MissingDocumentError: A judgement or a negative refers to a document that is not there.
     """
+    for what, table in {"corpus": corpus, "queries": queries, "qrels": qrels, "negatives": negatives}.items():
+        if not isinstance(table, Dataset) and not (what == "negatives" and table is None):
+            raise DatasetError(
+                f"Expected a datasets.Dataset, got {type(table).__name__}, for {what}. "
+                "Build one, e.g. with Dataset.from_dict."
+            )
     corpus = _checked_corpus(corpus)
     queries = _checked_queries(queries)
     qrels = _checked_qrels(qrels, corpus, queries)
@@ -126,7 +134,7 @@ def text_column(dataset: Dataset, name: str) -> pa.Array:
         DatasetError: The column holds something else.
     """
     values = column(dataset, name)
-    if not any(check(values.type) for check in (pa.types.is_string, pa.types.is_large_string, pa.types.is_null)):
+    if not (is_text(values.type) or pa.types.is_null(values.type)):
         raise DatasetError(
             f"Column {name!r} holds {values.type}, expected text. It is among {dataset.column_names}; "
             "name another column, or cast this one to string."
@@ -183,8 +191,28 @@ def _checked_qrels(qrels: Dataset, corpus: Dataset, queries: Dataset) -> Dataset
             f"{len(wrong)} scores of the qrels are no integers of 1 and above, e.g. {values[row]} for query "
             f"{query_ids[row].as_py()!r}, document {document_ids[row].as_py()!r}. Leave judgements of 0 out."
         )
-    table = {"query_id": query_ids, "document_id": document_ids, "score": pa.array(values.astype(np.int64))}
-    return table_dataset(table)
+    first = _first_judgements(query_ids, document_ids, values)
+    judgements = {"query_id": query_ids, "document_id": document_ids, "score": pa.array(values.astype(np.int64))}
+    return table_dataset({name: column_values.take(pa.array(first)) for name, column_values in judgements.items()})
+
+
+def _first_judgements(query_ids: pa.Array, document_ids: pa.Array, scores: np.ndarray) -> np.ndarray:
+    """The rows of the qrels without those that say the same again.
+
+    Raises:
+        DatasetError: A query and a document are judged twice, differently.
+    """
+    codes = [ids.dictionary_encode().indices.to_numpy(zero_copy_only=False) for ids in (query_ids, document_ids)]
+    pairs = codes[0].astype(np.int64) * len(document_ids) + codes[1]
+    _, first, inverse = np.unique(pairs, return_index=True, return_inverse=True)
+    differing = np.flatnonzero(scores != scores[first][inverse])
+    if len(differing):
+        row = int(differing[0])
+        raise DatasetError(
+            f"Query {query_ids[row].as_py()!r} and document {document_ids[row].as_py()!r} are judged twice, with the "
+            f"scores {int(scores[first[inverse[row]]])} and {int(scores[row])}. Keep one of the judgements."
+        )
+    return np.sort(first)
 
 
 def _checked_negatives(negatives: Dataset, corpus: Dataset, queries: Dataset) -> Dataset:
@@ -193,7 +221,7 @@ def _checked_negatives(negatives: Dataset, corpus: Dataset, queries: Dataset) ->
     _require_known(query_ids, column(queries, "query_id"), "rows of negatives", "queries")
     _require_unique(query_ids, "query (in the table of negatives)")
     values = column(negatives, "document_ids")
-    if not (pa.types.is_list(values.type) or pa.types.is_large_list(values.type) or pa.types.is_null(values.type)):
+    if not is_lists(values.type):
         raise DatasetError(f"Column 'document_ids' of the negatives holds {values.type}, expected lists of ids.")
     rows, items = flat_lists(values)
     items = as_id_strings(items, "document_ids")

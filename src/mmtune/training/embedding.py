@@ -82,7 +82,7 @@ def finetune(
     Example:
         >>> from mmtune import finetune
         >>> from mmtune.testing import generated_pages, tiny_clip
-        >>> result = finetune(tiny_clip("tiny-clip"), generated_pages(8), output_dir="run", disable_tqdm=True)
+        >>> result = finetune(tiny_clip("tiny-clip"), generated_pages(8), output_dir="run")
         >>> sorted(path.name for path in result.output_dir.iterdir() if not path.name.startswith("checkpoint"))
         ['final', 'metrics.json', 'report.md']
     """

@@ -33,7 +33,8 @@ class EvenTenths(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Asks for evaluation and saving where a tenth ends."""
         if state.global_step in tenths(state.max_steps):
-            control.should_log = control.should_save = True
+            control.should_save = True
+            control.should_log = args.logging_strategy != "no"
             control.should_evaluate = args.eval_strategy != "no"
 
 

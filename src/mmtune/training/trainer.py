@@ -1,12 +1,21 @@
 """The host's trainer for rows of pages: texts stay texts, and no training image ends in the model card."""
 
 import copy
+import sys
 from typing import Any
 
 from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardCallback
-from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+from tqdm.auto import tqdm
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from mmtune.data.documents import as_host_input
 
@@ -45,8 +54,8 @@ class PageCardCallback(SentenceTransformerModelCardCallback):
         model.model_card_data.generate_widget_examples = False
 
 
-class ProgressLine(ProgressCallback):
-    """The host's progress bar, with one short line for each evaluation instead of all metrics at all dimensions."""
+class ShortLogs(TrainerCallback):
+    """Writes one short line for each log, where the host writes all metrics at all dimensions."""
 
     def on_log(
         self,
@@ -57,10 +66,18 @@ class ProgressLine(ProgressCallback):
         **kwargs: Any,
     ) -> None:
         """Writes the loss and the metric that chooses the checkpoint."""
-        shown = {"loss": "loss", args.metric_for_best_model or "": (args.metric_for_best_model or "")[len("eval_") :]}
+        metric = args.metric_for_best_model or "loss"
+        shown = {"loss": "loss", metric: metric.removeprefix("eval_")}
         values = [f"{label} {float(logs[key]):.4f}" for key, label in shown.items() if logs and key in logs]
-        if state.is_world_process_zero and self.training_bar is not None and values:
-            self.training_bar.write(f"step {state.global_step}/{state.max_steps}  {'  '.join(values)}")
+        if state.is_world_process_zero and state.max_steps and values:
+            tqdm.write(f"step {state.global_step}/{state.max_steps}  {'  '.join(values)}", file=sys.stderr)
+
+
+class ShortProgress(ProgressCallback):
+    """The host's progress bar without its logs."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        """Leaves the logs to ``ShortLogs``."""
 
 
 class PageTrainer(SentenceTransformerTrainer):
@@ -71,5 +88,9 @@ class PageTrainer(SentenceTransformerTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # In a notebook the host shows a table of its own, which stays.
         if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(ProgressLine)
+            self.add_callback(ShortProgress)
+            self.add_callback(ShortLogs)
+        elif self.pop_callback(PrinterCallback) is not None:
+            self.add_callback(ShortLogs)
