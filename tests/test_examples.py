@@ -1,0 +1,94 @@
+"""The examples run as a user starts them, in their tiny mode."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from datasets import Dataset
+from PIL import Image
+
+from mmtune.testing import generated_pages
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Runs a script of the repository in an empty folder, in this process."""
+
+    def run_script(name: str, *arguments: str) -> ModuleType:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.main()
+        return module
+
+    return run_script
+
+
+def test_the_demo_trains_measures_searches_and_saves(run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run("examples/demo.py", "--queries", "40", "--epochs", "1", "--output", "out")
+    printed = capsys.readouterr().out
+    assert "ndcg@10" in printed
+    assert "Searching" in printed
+    assert {"final", "metrics.json", "report.md", "search.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    with Image.open(tmp_path / "out" / "search.png") as sheet:
+        assert sheet.width > sheet.height > 200
+
+
+def test_the_demo_runs_a_second_time_into_the_same_folder(run, tmp_path: Path) -> None:
+    for seed in ("0", "1"):
+        run("examples/demo.py", "--queries", "24", "--epochs", "1", "--output", "out", "--seed", seed)
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["settings"]["training"]["seed"] == 1
+
+
+def test_the_recipe_of_the_guide_runs_in_tiny_mode(run, capsys: pytest.CaptureFixture) -> None:
+    run("examples/vdr_qwen3_vl.py", "--tiny", "--output", "vdr")
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:5]] == ["full", "64", "32"]
+
+
+def test_the_guide_recipe_asks_for_what_the_guide_trains(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The real call can't run without the Hub; what it passes on can be looked at."""
+    module = run("examples/vdr_qwen3_vl.py", "--tiny", "--output", "vdr")
+    loaded, called = [], {}
+    monkeypatch.setattr(module, "load_model", lambda name, **options: (name, options))
+    monkeypatch.setattr(module.RetrievalDataset, "load", lambda *args, **options: loaded.append((*args, options)))
+    monkeypatch.setattr(module, "finetune", lambda model, *data, **options: called.update(options, model=model))
+    module.guide(tmp_path, resume=False)
+    assert called["model"] == ("Qwen/Qwen3-VL-Embedding-2B", {"min_pixels": 784, "max_pixels": 360_000})
+    assert [(config, options) for _, config, options in loaded] == [
+        ("train", {"split": "train"}),
+        ("eval", {"split": "train"}),
+    ]
+    assert (called["num_negatives"], called["mini_batch_size"]) == (1, 1)
+    assert called["matryoshka_dims"] == [2048, 1536, 1024, 512, 256, 128, 64]
+
+
+def test_a_table_of_ones_own_in_tiny_mode(run, tmp_path: Path) -> None:
+    run("examples/own_table.py", "--tiny", "--output", "mine")
+    assert (tmp_path / "mine" / "final" / "modules.json").is_file()
+
+
+def test_a_table_of_ones_own_with_groups(run, tmp_path: Path, clip_path: str) -> None:
+    rows = generated_pages(24)
+    rows = rows.add_column("file", [f"{row_id.rsplit('-', 1)[0][:9]}.pdf" for row_id in rows["id"]])
+    rows.to_parquet(tmp_path / "pages.parquet")
+    run(
+        "examples/own_table.py",
+        *("--table", "pages.parquet", "--model", clip_path, "--output", "mine"),
+        *("--eval-queries", "6", "--group-column", "file"),
+    )
+    assert (tmp_path / "mine" / "metrics.json").is_file()
+
+
+def test_the_receipts_benchmark_runs_on_a_folder(run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name, seed in (("train", 0), ("eval", 1)):
+        part: Dataset = generated_pages(12, seed=seed)
+        part.to_parquet(tmp_path / f"{name}.parquet")
+    run("benchmarks/receipts.py", "--data", str(tmp_path), "--output", "out", "--epochs", "1")
+    assert "unseen receipts, after" in capsys.readouterr().out
