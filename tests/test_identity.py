@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image as PillowImage
 
 from mmtune import RetrievalDataset
-from mmtune.data.dataset import relevant_on_both_sides
+from mmtune.data.inputs import relevant_on_both_sides
 from mmtune.data.identity import identical_documents
 
 

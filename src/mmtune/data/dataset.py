@@ -1,27 +1,26 @@
 """``RetrievalDataset``: a corpus, queries, judgements and hard negatives, with images encoded until they are used."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TypeAlias
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset
-from tqdm.auto import tqdm
 
 from mmtune.data import files, layouts
 from mmtune.data.arrow import column, positions
+from mmtune.data.beir import tables_from_beir
+from mmtune.data.combining import concatenated, deduplicated
 from mmtune.data.documents import DocumentKind, document_columns
-from mmtune.data.encoded import EncodedImages
-from mmtune.data.identity import same_documents
-from mmtune.data.images import check_page
-from mmtune.data.negatives import OnShort, choose_negatives
+from mmtune.data.encoded import check_pages
+from mmtune.data.negatives import Candidates, OnShort, choose_negatives
 from mmtune.data.relevance import Relevance
-from mmtune.data.rows import training_rows
+from mmtune.data.rows import Direction, labeled_pairs, training_rows
 from mmtune.data.splitting import evaluation_queries
 from mmtune.data.tables import BuildNotes, Tables, checked_tables, require_columns
-from mmtune.errors import ConfigError, DatasetError, ImageDecodeError
+from mmtune.errors import ConfigError, DatasetError
 
 
 class RetrievalDataset:
@@ -164,6 +163,56 @@ class RetrievalDataset:
         return cls._of(tables)
 
     @classmethod
+    def from_beir(cls, corpus: Dataset, queries: Dataset, qrels: Dataset | None) -> "RetrievalDataset":
+        """A dataset from three tables, as in ViDoRe v1, v2 and v3, JinaVDR and Tevatron corpora.
+
+        Known spellings, the first that is there wins:
+
+        ========  =====================================================================================
+        table     columns
+        ========  =====================================================================================
+        corpus    ``document_id``, ``corpus-id``, ``corpus_id``, ``docid``, ``_id`` or ``id``; ``image``
+        queries   ``query_id``, ``query-id``, ``_id`` or ``id``; ``query``, ``query_text`` or ``text``
+        qrels     the ids as above; ``score``, an integer or a float
+        ========  =====================================================================================
+
+        Ids may be integers. Judgements of 0 or less are not relevant. Where the queries list
+        ``negative_document_ids``, as Tevatron's do, those are the negatives.
+
+        Args:
+            corpus: The documents.
+            queries: The queries; those without text are left out and counted.
+            qrels: The judgements. ``None`` takes ``positive_document_ids`` of the queries.
+
+        Raises:
+            DatasetError: A table lacks a column or holds the wrong type, or no query has a relevant document.
+            MissingDocumentError: A judgement or a negative refers to an id that is not there.
+        """
+        tables = (_as_table(corpus), _as_table(queries), None if qrels is None else _as_table(qrels))
+        return cls._of(tables_from_beir(*tables))
+
+    @classmethod
+    def concatenate(
+        cls, datasets: Sequence["RetrievalDataset"] | Mapping[str, "RetrievalDataset"]
+    ) -> "RetrievalDataset":
+        """Several datasets as one. Ids that stand in more than one are prefixed.
+
+        Use this, not ``datasets.concatenate_datasets`` on training rows, which loses the view of the rows without a
+        word.
+
+        Args:
+            datasets: The parts. The prefix of an id is the part's name in a mapping, its number in a sequence:
+                ``"1/page-7"``.
+
+        Raises:
+            DatasetError: There are no parts, or columns of one name have different types.
+        """
+        parts = datasets if isinstance(datasets, Mapping) else {str(at): part for at, part in enumerate(datasets)}
+        if not parts:
+            raise DatasetError("There are no datasets to concatenate. Pass at least one.")
+        return cls._of(concatenated({str(name): part._tables for name, part in parts.items()}))
+
+    @classmethod
     def load(
         cls,
         name_or_path: str | os.PathLike[str],
@@ -175,7 +224,8 @@ class RetrievalDataset:
         """A dataset from a folder, a file or the Hub; the layout is recognised by its columns.
 
         Args:
-            name_or_path: A folder written by ``save``, a parquet file or folder, or the name of a Hub dataset.
+            name_or_path: A folder written by ``save``, a parquet file or folder, or the name of a Hub dataset. A folder
+                or a Hub dataset with ``corpus``, ``queries`` and ``qrels`` is read as ``from_beir`` reads these.
             config: The configuration of a Hub dataset, e.g. ``"en"``.
             split: The split; needed where there are several.
             revision: The commit or tag of a Hub dataset, to pin what is read.
@@ -190,7 +240,8 @@ class RetrievalDataset:
                     "Leave config, split and revision out."
                 )
             return cls._of(files.load_tables(name_or_path))
-        return cls._from_known_layout(files.load_rows(name_or_path, config, split=split, revision=revision))
+        loaded = files.load(name_or_path, config, split=split, revision=revision)
+        return cls._from_known_layout(loaded) if isinstance(loaded, Dataset) else cls.from_beir(**loaded)
 
     @classmethod
     def _from_known_layout(cls, rows: Dataset) -> "RetrievalDataset":
@@ -269,13 +320,86 @@ class RetrievalDataset:
             _require_count("max_pixels", max_pixels, at_least=1)
         document_columns(self.corpus, documents)
         wanted = num_negatives if self.negatives is not None else 0
-        chosen = choose_negatives(self.relevance, wanted, on_short, seed)
-        if not len(chosen.queries):
+        chosen = choose_negatives(Candidates.documents_of_queries(self.relevance), wanted, on_short, seed)
+        if not len(chosen.rows):
             raise DatasetError(
                 f'No query has {num_negatives} usable negatives, and on_short="drop" leaves all of them out. '
                 'Lower num_negatives, or pass on_short="random".'
             )
         return training_rows(self._tables, self.relevance, chosen, documents, max_pixels)
+
+    def labeled_pairs(
+        self,
+        num_negatives: int = 4,
+        *,
+        direction: Direction = "text_to_image",
+        documents: DocumentKind = "image",
+        seed: int = 42,
+    ) -> Dataset:
+        """Rows for rerankers: ``query, document, label``, each relevant pair with its negatives after it.
+
+        Under ``rows.with_format(None)`` the same rows hold ``query_id, document_id, label``. Lists that are too short
+        are filled at random, never with what is relevant.
+
+        Args:
+            num_negatives: Pairs of label 0 to each pair of label 1.
+            direction: ``"text_to_image"`` asks with a text for pages. ``"image_to_text"`` asks with a page for query
+                texts: its negatives are first the texts that list the page as a negative.
+            documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
+            seed: Of the filling.
+
+        Raises:
+            ConfigError: An argument has a value it can't have.
+            DatasetError: There are too few documents, or texts, to fill a row.
+        """
+        _require_one_of("direction", direction, get_args(Direction))
+        _require_count("num_negatives", num_negatives, at_least=0)
+        document_columns(self.corpus, documents)
+        relevance = self.relevance
+        positives = relevance.judged_query, relevance.judged_document
+        if direction == "text_to_image":
+            candidates, rows = Candidates.documents_of_queries(relevance), positives[0]
+        else:
+            pages, rows = np.unique(positives[1], return_inverse=True)
+            candidates = Candidates.texts_of_pages(relevance, pages)
+        chosen = choose_negatives(candidates, num_negatives, "random", seed)
+        return labeled_pairs(self._tables, relevance, positives, chosen.items[rows], documents, direction)
+
+    def select_queries(self, n_or_ids: int | Sequence[str]) -> "RetrievalDataset":
+        """The dataset with some of its queries, in its order; the corpus stays.
+
+        Args:
+            n_or_ids: The first n queries, or the ids of those to keep.
+
+        Raises:
+            DatasetError: An id is of no query.
+            ConfigError: ``n_or_ids`` is a number below 1, or no id was given.
+        """
+        if isinstance(n_or_ids, (int, np.integer)):
+            _require_count("n_or_ids", n_or_ids, at_least=1)
+            rows = np.arange(min(int(n_or_ids), len(self)))
+        else:
+            rows = self._rows_of_queries(n_or_ids)
+        return self._of(self.relevance.subset(rows, np.arange(len(self.corpus))))
+
+    def _rows_of_queries(self, ids: Sequence[str]) -> np.ndarray:
+        wanted = pa.array([str(query_id) for query_id in ids], type=pa.string())
+        rows = positions(wanted, self.relevance.query_ids)
+        if not len(rows):
+            raise ConfigError("n_or_ids holds no id. Name at least one query.")
+        if (rows < 0).any():
+            raise DatasetError(
+                f"{int((rows < 0).sum())} of the ids are of no query, e.g. {wanted[int(np.argmin(rows))].as_py()!r}. "
+                f"There are {len(self)} queries, e.g. {self.relevance.query_ids[0].as_py()!r}."
+            )
+        return np.unique(rows)
+
+    def deduplicate(self) -> "RetrievalDataset":
+        """The dataset with one document for each page: the first of its byte-identical copies.
+
+        Judgements and negatives follow. Of several scores for one page, the highest is kept.
+        """
+        return self._of(deduplicated(self._tables, self.relevance))
 
     def check_pages(self, *, show_progress_bar: bool = True) -> None:
         """Make sure that every page can be decoded, from its header and its end rather than in full.
@@ -283,19 +407,8 @@ class RetrievalDataset:
         Raises:
             ImageDecodeError: A page is missing, damaged, or no image; the message names the document.
         """
-        if "image" not in self.corpus.column_names:
-            return
-        images, document_ids = EncodedImages(self.corpus), self.relevance.document_ids
-        for row in tqdm(range(len(images)), desc="Checking pages", disable=not show_progress_bar, leave=False):
-            document_id = document_ids[row].as_py()
-            try:
-                content = images.read(row)
-            except OSError as error:
-                raise ImageDecodeError(
-                    f"The file of document {document_id!r} can't be read: {error}. "
-                    "Restore the file, or leave the document out."
-                ) from error
-            check_page(content, document_id)
+        if "image" in self.corpus.column_names:
+            check_pages(self.corpus, show_progress_bar=show_progress_bar)
 
     def split(
         self, eval_queries: int, *, seed: int = 42, group_column: str | None = None
@@ -358,40 +471,6 @@ class RetrievalDataset:
             return "none"
         lengths = self.relevance.listed_negatives.lengths
         return f"{lengths.min()} to {lengths.max()} a query, {lengths.mean():.1f} on average"
-
-
-def relevant_on_both_sides(train: RetrievalDataset, evaluation: RetrievalDataset) -> list[tuple[str, str]]:
-    """Documents that are relevant in training and in evaluation, as pairs (training id, evaluation id).
-
-    Two documents are the same when their content is, or when they have the same id, unless a builder made up the ids
-    of a side from row numbers.
-    """
-    left, right = (np.unique(side.relevance.judged_document) for side in (train, evaluation))
-    pairs = same_documents(train.corpus, evaluation.corpus, left, right)
-    if not (train.notes.ids_are_row_numbers or evaluation.notes.ids_are_row_numbers):
-        same_id = positions(evaluation.relevance.document_ids.take(right), train.relevance.document_ids)
-        shared = np.isin(same_id, left)
-        pairs += zip(same_id[shared].tolist(), right[shared].tolist(), strict=True)
-    found = {(int(at), int(row)) for at, row in pairs}
-    ids = train.relevance.document_ids, evaluation.relevance.document_ids
-    return sorted((ids[0][at].as_py(), ids[1][row].as_py()) for at, row in found)
-
-
-DatasetLike: TypeAlias = RetrievalDataset | Dataset | str | os.PathLike[str]
-"""What every function takes as a dataset: built, rows in a known layout, or what ``RetrievalDataset.load`` takes."""
-
-
-def as_retrieval_dataset(dataset: DatasetLike) -> RetrievalDataset:
-    """``dataset`` itself, or what its layout builds.
-
-    Raises:
-        DatasetError: The layout is unknown, or the data can't be read.
-    """
-    if isinstance(dataset, RetrievalDataset):
-        return dataset
-    if isinstance(dataset, (str, os.PathLike)):
-        return RetrievalDataset.load(dataset)
-    return RetrievalDataset._from_known_layout(dataset)
 
 
 def _as_table(rows: object) -> Dataset:

@@ -62,6 +62,7 @@ class DocumentReader:
         self._columns = document_columns(corpus, documents)
         self._table = KeyedTable(corpus, "document_id", self._columns)
         self._max_pixels = max_pixels
+        self.fingerprint = f"{self._table.fingerprint}, {documents}, {max_pixels}"
 
     def read(self, document_ids: Sequence[str]) -> list[Any]:
         """The documents in the order of their ids. An id that occurs twice is decoded once.

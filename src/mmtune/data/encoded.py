@@ -6,8 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
+from tqdm.auto import tqdm
 
-from mmtune.data.arrow import stored_image_column
+from mmtune.data.arrow import column, stored_image_column
+from mmtune.data.images import check_page
+from mmtune.errors import ImageDecodeError
 
 
 class EncodedImages:
@@ -52,3 +55,22 @@ class EncodedImages:
             path = Path(self.path(int(row)) or "")
             lengths[row] = path.stat().st_size if path.is_file() else -1 - row
         return lengths
+
+
+def check_pages(corpus: Dataset, *, show_progress_bar: bool = True) -> None:
+    """Make sure that every page of a corpus can be decoded; see ``check_page``.
+
+    Raises:
+        ImageDecodeError: A page is missing, damaged, or no image; the message names the document.
+    """
+    images, document_ids = EncodedImages(corpus), column(corpus, "document_id")
+    for row in tqdm(range(len(images)), desc="Checking pages", disable=not show_progress_bar, leave=False):
+        document_id = document_ids[row].as_py()
+        try:
+            content = images.read(row)
+        except OSError as error:
+            raise ImageDecodeError(
+                f"The file of document {document_id!r} can't be read: {error}. "
+                "Restore the file, or leave the document out."
+            ) from error
+        check_page(content, document_id)

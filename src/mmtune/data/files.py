@@ -5,13 +5,14 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, get_dataset_config_names, load_dataset, load_from_disk
 
 from mmtune.data.tables import BuildNotes, Tables
 from mmtune.errors import DatasetError
 
 _MANIFEST = "mmtune_dataset.json"
 _FORMAT_VERSION = 1
+_BEIR = ("corpus", "queries", "qrels")
 
 
 def save_tables(tables: Tables, folder: str | os.PathLike[str]) -> None:
@@ -74,10 +75,13 @@ def load_tables(folder: str | os.PathLike[str]) -> Tables:
     return Tables(**named, notes=BuildNotes(**notes))
 
 
-def load_rows(
+def load(
     name_or_path: str | os.PathLike[str], config: str | None, *, split: str | None, revision: str | None
-) -> Dataset:
+) -> Dataset | dict[str, Dataset]:
     """The rows of a parquet file, a folder of parquet files, a saved ``datasets`` folder or a Hub dataset.
+
+    Returns:
+        One table, or ``corpus``, ``queries`` and ``qrels`` where the folder or the Hub dataset has these.
 
     Raises:
         DatasetError: There is nothing, it can't be read, or it has several splits and none was named.
@@ -85,10 +89,10 @@ def load_rows(
     path = Path(name_or_path)
     try:
         if path.is_file():
-            return _one_split(load_dataset("parquet", data_files=str(path)), name_or_path, split)
+            return _one_split(load_dataset("parquet", data_files=str(path)), str(path), split)
         if path.is_dir():
-            return _load_folder(path, name_or_path, config, split)
-        return _one_split(load_dataset(str(name_or_path), config, revision=revision), name_or_path, split)
+            return _load_folder(path, config, split)
+        return _load_from_hub(str(name_or_path), config, split, revision)
     except DatasetError:
         raise
     except Exception as error:  # the Hub client and the readers raise many kinds; the name is what the user can mend
@@ -98,22 +102,44 @@ def load_rows(
         ) from error
 
 
-def _load_folder(path: Path, name: str | os.PathLike[str], config: str | None, split: str | None) -> Dataset:
+def _load_folder(path: Path, config: str | None, split: str | None) -> Dataset | dict[str, Dataset]:
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         loaded = load_from_disk(str(path))
-    else:
-        if not any(path.rglob("*.parquet")):
-            found = sorted(entry.name for entry in path.iterdir())[:10]
-            raise DatasetError(f"The folder {str(path)!r} holds no parquet file and no saved dataset; it has {found}.")
-        loaded = load_dataset(str(path), config)
-    return loaded if isinstance(loaded, Dataset) else _one_split(loaded, name, split)
+        return loaded if isinstance(loaded, Dataset) else _one_split(loaded, str(path), split)
+    files_by_table = {name: _parquet_files(path, name) for name in _BEIR}
+    if config is None and all(files_by_table.values()):
+        return {
+            name: _one_split(load_dataset("parquet", data_files=files), f"{path}/{name}", split)
+            for name, files in files_by_table.items()
+        }
+    if not any(path.rglob("*.parquet")):
+        found = sorted(entry.name for entry in path.iterdir())[:10]
+        raise DatasetError(f"The folder {str(path)!r} holds no parquet file and no saved dataset; it has {found}.")
+    return _one_split(load_dataset(str(path), config), str(path), split)
 
 
-def _one_split(loaded: DatasetDict, name: str | os.PathLike[str], split: str | None) -> Dataset:
+def _parquet_files(folder: Path, table: str) -> list[str]:
+    """The files of one of the three tables: ``corpus.parquet``, ``corpus/*.parquet`` or ``corpus-*.parquet``."""
+    patterns = (f"{table}.parquet", f"{table}/*.parquet", f"{table}-*.parquet")
+    return sorted(str(path) for pattern in patterns for path in folder.glob(pattern))
+
+
+def _load_from_hub(
+    name: str, config: str | None, split: str | None, revision: str | None
+) -> Dataset | dict[str, Dataset]:
+    if config is None and set(_BEIR) <= set(get_dataset_config_names(name, revision=revision)):
+        return {
+            table: _one_split(load_dataset(name, table, revision=revision), f"{name}, {table}", split)
+            for table in _BEIR
+        }
+    return _one_split(load_dataset(name, config, revision=revision), name, split)
+
+
+def _one_split(loaded: DatasetDict, name: str, split: str | None) -> Dataset:
     if split is None and len(loaded) == 1:
         return next(iter(loaded.values()))
     if split not in loaded:
         raise DatasetError(
-            f"{str(name)!r} has the splits {list(loaded)}, and split={split!r} was asked for. Name one of them."
+            f"{name!r} has the splits {list(loaded)}, and split={split!r} was asked for. Name one of them."
         )
     return loaded[split]

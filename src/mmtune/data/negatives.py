@@ -1,9 +1,11 @@
-"""Which negatives each training row gets."""
+"""Which negatives each row gets, from lists and at random."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 
 from mmtune.data.relevance import Ragged, Relevance
 from mmtune.errors import DatasetError
@@ -12,112 +14,163 @@ OnShort = Literal["random", "drop", "error"]
 
 
 @dataclass(frozen=True)
-class ChosenNegatives:
-    """The negatives of every query.
+class Candidates:
+    """What may be a negative of what: documents of queries, or query texts of pages.
 
     Attributes:
-        queries: Positions of the queries that are trained on, int64, shape ``(rows,)``.
-        documents: Positions of their negatives, best first, int64, shape ``(rows, num_negatives)``.
-        listed: Negatives taken from the lists.
-        filled: Negatives drawn at random because a list was too short.
-        refused: Listed negatives that are relevant to the same query text, and so not used.
-        dropped_queries: Queries left out with ``on_short="drop"``.
+        row_ids: For each row the id that errors name.
+        lists: For each row the items listed as its negatives, best first.
+        same: For each item a number that items of equal content share.
+        is_relevant: Whether each item is relevant to the row beside it; takes two int64 arrays of one shape.
+        what: What the rows and items are, for errors.
     """
 
-    queries: np.ndarray
-    documents: np.ndarray
+    row_ids: pa.Array
+    lists: Ragged
+    same: np.ndarray
+    is_relevant: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    what: tuple[str, str]
+
+    @classmethod
+    def documents_of_queries(cls, relevance: Relevance) -> "Candidates":
+        """The listed negatives of each query, and all documents."""
+        return cls(
+            relevance.query_ids,
+            relevance.listed_negatives,
+            relevance.page,
+            relevance.is_relevant,
+            ("Query", "documents"),
+        )
+
+    @classmethod
+    def texts_of_pages(cls, relevance: Relevance, documents: np.ndarray) -> "Candidates":
+        """The queries that list each of ``documents`` as a negative, and all queries.
+
+        Args:
+            relevance: The judgements.
+            documents: Positions of pages; they are the rows.
+        """
+        listed = relevance.listed_negatives
+        asking = Ragged.grouped(relevance.page[listed.values], listed.rows, len(relevance.page))
+        return cls(
+            relevance.document_ids.take(pa.array(documents)),
+            asking.take(relevance.page[documents]),
+            relevance.text,
+            lambda rows, queries: relevance.is_relevant(queries, documents[rows]),
+            ("Page", "query texts"),
+        )
+
+
+@dataclass(frozen=True)
+class ChosenNegatives:
+    """The negatives of every row.
+
+    Attributes:
+        rows: Positions of the rows that are trained on, int64, shape ``(rows,)``.
+        items: Positions of their negatives, best first, int64, shape ``(rows, num_negatives)``.
+        listed: Negatives taken from the lists.
+        filled: Negatives drawn at random because a list was too short.
+        refused: Listed negatives that are relevant, and so not used.
+        dropped: Rows left out with ``on_short="drop"``.
+    """
+
+    rows: np.ndarray
+    items: np.ndarray
     listed: int = 0
     filled: int = 0
     refused: int = 0
-    dropped_queries: int = 0
+    dropped: int = 0
 
 
-def choose_negatives(relevance: Relevance, num_negatives: int, on_short: OnShort, seed: int) -> ChosenNegatives:
-    """The first ``num_negatives`` usable negatives of each query's list, and what ``on_short`` says where it is short.
+def choose_negatives(candidates: Candidates, num_negatives: int, on_short: OnShort, seed: int) -> ChosenNegatives:
+    """The first ``num_negatives`` usable negatives of each row's list, and what ``on_short`` says where it is short.
 
-    Usable is what is not relevant to the query's text, under any id or as a byte-identical page, and has not been
-    taken for the same query yet.
+    Usable is what is not relevant to the row, under any id or as a copy of equal content, and has not been taken for
+    the same row yet.
 
     Raises:
-        DatasetError: A list is short and ``on_short="error"``, or the corpus has too few documents to fill it.
+        DatasetError: A list is short and ``on_short="error"``, or there are too few items to fill it.
     """
-    usable, refused = _usable(relevance)
-    kept = Ragged.grouped(usable.rows, usable.values, len(relevance.query_ids))
-    taken = np.minimum(kept.lengths, num_negatives)
-    documents = np.full((len(taken), num_negatives), -1, dtype=np.int64)
+    usable, refused = _usable(candidates)
+    taken = np.minimum(usable.lengths, num_negatives)
+    items = np.full((len(taken), num_negatives), -1, dtype=np.int64)
     mask = np.arange(num_negatives) < taken[:, None]
-    documents[mask] = kept.values[(kept.offsets[:-1, None] + np.arange(num_negatives))[mask]]
-    queries = np.arange(len(taken))
+    items[mask] = usable.values[(usable.offsets[:-1, None] + np.arange(num_negatives))[mask]]
+    rows = np.arange(len(taken))
     short = taken < num_negatives
     if short.any() and on_short == "error":
-        raise DatasetError(_short_message(relevance, taken, num_negatives))
+        raise DatasetError(_short_message(candidates, taken, num_negatives))
     if on_short == "drop":
-        queries, documents = queries[~short], documents[~short]
+        rows, items = rows[~short], items[~short]
     elif short.any():
-        _fill(relevance, queries, documents, np.random.default_rng(seed))
+        _fill(candidates, items, np.random.default_rng(seed))
     return ChosenNegatives(
-        queries=queries,
-        documents=documents,
-        listed=int(taken[queries].sum()),
+        rows=rows,
+        items=items,
+        listed=int(taken[rows].sum()),
         filled=int((num_negatives - taken)[short].sum()) if on_short == "random" else 0,
         refused=refused,
-        dropped_queries=int(short.sum()) if on_short == "drop" else 0,
+        dropped=int(short.sum()) if on_short == "drop" else 0,
     )
 
 
-def _usable(relevance: Relevance) -> tuple[Ragged, int]:
-    """The listed negatives without relevant ones and without repeats of a page, and how many were relevant."""
-    listed = relevance.listed_negatives
+def _usable(candidates: Candidates) -> tuple[Ragged, int]:
+    """The lists without relevant items and without repeats of equal content, and how many were relevant."""
+    listed = candidates.lists
     rows = listed.rows
-    relevant = relevance.is_relevant(rows, listed.values)
+    relevant = candidates.is_relevant(rows, listed.values)
     rows, values = rows[~relevant], listed.values[~relevant]
-    _, first = np.unique(rows * len(relevance.document_ids) + relevance.page[values], return_index=True)
+    _, first = np.unique(rows * len(candidates.same) + candidates.same[values], return_index=True)
     first.sort()
-    return Ragged.grouped(rows[first], values[first], len(relevance.query_ids)), int(relevant.sum())
+    return Ragged.grouped(rows[first], values[first], len(candidates.row_ids)), int(relevant.sum())
 
 
-def _fill(relevance: Relevance, queries: np.ndarray, documents: np.ndarray, rng: np.random.Generator) -> None:
-    """Put a random document that is not relevant, and not in the row yet, wherever ``documents`` is -1; in place."""
+def _fill(candidates: Candidates, items: np.ndarray, rng: np.random.Generator) -> None:
+    """Put a random item that is not relevant, and not in the row yet, wherever ``items`` is -1; in place."""
     for _ in range(20):
-        short = np.flatnonzero((documents < 0).any(axis=1))
+        short = np.flatnonzero((items < 0).any(axis=1))
         if not len(short):
             return
-        rows = documents[short]
+        rows = items[short]
         holes = rows < 0
-        rows[holes] = rng.integers(len(relevance.document_ids), size=int(holes.sum()))
-        relevant = relevance.is_relevant(np.broadcast_to(queries[short, None], rows.shape), rows)
-        rows[holes & (relevant | _repeats(relevance, rows))] = -1
-        documents[short] = rows
-    _fill_exactly(relevance, queries, documents, rng)
+        rows[holes] = rng.integers(len(candidates.same), size=int(holes.sum()))
+        relevant = candidates.is_relevant(np.broadcast_to(short[:, None], rows.shape), rows)
+        rows[holes & (relevant | _repeats(candidates.same[rows]))] = -1
+        items[short] = rows
+    _fill_exactly(candidates, items, rng)
 
 
-def _repeats(relevance: Relevance, documents: np.ndarray) -> np.ndarray:
-    """Which entries stand for a page that another entry of the row stands for too."""
-    pages = relevance.page[documents]
-    same = pages[:, :, None] == pages[:, None, :]
-    return (same & ~np.eye(pages.shape[1], dtype=bool)).any(axis=2)
+def _repeats(contents: np.ndarray) -> np.ndarray:
+    """Which entries have the content of another entry of their row."""
+    same = contents[:, :, None] == contents[:, None, :]
+    return (same & ~np.eye(contents.shape[1], dtype=bool)).any(axis=2)
 
 
-def _fill_exactly(relevance: Relevance, queries: np.ndarray, documents: np.ndarray, rng: np.random.Generator) -> None:
+def _fill_exactly(candidates: Candidates, items: np.ndarray, rng: np.random.Generator) -> None:
     """As ``_fill``, by listing what is left for a row: for rows to which nearly everything is relevant."""
-    first_copies = np.flatnonzero(relevance.page == np.arange(len(relevance.page)))
-    for row in np.flatnonzero((documents < 0).any(axis=1)):
-        holes = np.flatnonzero(documents[row] < 0)
-        taken = relevance.page[documents[row][documents[row] >= 0]]
-        free = first_copies[~relevance.is_relevant(np.full(len(first_copies), queries[row]), first_copies)]
-        free = np.setdiff1d(free, taken)
+    _, distinct = np.unique(candidates.same, return_index=True)
+    for row in np.flatnonzero((items < 0).any(axis=1)):
+        holes = np.flatnonzero(items[row] < 0)
+        taken = candidates.same[items[row][items[row] >= 0]]
+        free = distinct[~candidates.is_relevant(np.full(len(distinct), row), distinct)]
+        free = free[~np.isin(candidates.same[free], taken)]
         if len(free) < len(holes):
-            raise DatasetError(
-                f"Query {relevance.query_ids[int(queries[row])].as_py()!r} can't get {documents.shape[1]} negatives: "
-                f"only {len(free) + len(taken)} documents of the corpus of {len(relevance.document_ids)} are neither "
-                "relevant to it nor copies of each other. Lower num_negatives, or add documents."
-            )
-        documents[row, holes] = rng.choice(free, size=len(holes), replace=False)
+            raise DatasetError(_exhausted_message(candidates, int(row), items.shape[1], len(free) + len(taken)))
+        items[row, holes] = rng.choice(free, size=len(holes), replace=False)
 
 
-def _short_message(relevance: Relevance, taken: np.ndarray, num_negatives: int) -> str:
+def _exhausted_message(candidates: Candidates, row: int, num_negatives: int, available: int) -> str:
+    kind, items = candidates.what
+    return (
+        f"{kind} {candidates.row_ids[row].as_py()!r} can't get {num_negatives} negatives: only {available} of the "
+        f"{len(candidates.same)} {items} are neither relevant to it nor copies of each other. Lower num_negatives, or "
+        f"add {items}."
+    )
+
+
+def _short_message(candidates: Candidates, taken: np.ndarray, num_negatives: int) -> str:
     short = np.flatnonzero(taken < num_negatives)
-    examples = ", ".join(f"{relevance.query_ids[int(at)].as_py()!r} ({taken[at]})" for at in short[:3])
+    examples = ", ".join(f"{candidates.row_ids[int(at)].as_py()!r} ({taken[at]})" for at in short[:3])
     return (
         f"{len(short)} queries have fewer than {num_negatives} usable negatives, e.g. {examples}. Lower num_negatives, "
         'add negatives, or pass on_short="random" to fill at random or on_short="drop" to leave these queries out.'

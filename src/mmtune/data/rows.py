@@ -1,11 +1,12 @@
-"""Training rows: ids in Arrow, texts and pages when a row is read."""
+"""Rows for the host's trainers: ids in Arrow, texts and pages when a row is read."""
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
+from mmtune.data import internals
 from mmtune.data.arrow import lists, table_dataset
 from mmtune.data.documents import DocumentKind, DocumentReader, KeyedTable
 from mmtune.data.negatives import ChosenNegatives
@@ -13,9 +14,12 @@ from mmtune.data.relevance import Ragged, Relevance
 from mmtune.data.tables import Tables
 
 ID_COLUMNS = ("query_id", "document_id", "negative_document_ids", "relevant_document_ids")
-"""The columns under ``rows.with_format(None)``."""
+"""The columns of training rows under ``rows.with_format(None)``."""
+
+Direction = Literal["text_to_image", "image_to_text"]
 
 
+@internals.hashed_by(lambda view: view.fingerprint)
 class TrainingView:
     """Turns rows of ids into ``query, image, negative_0, ...``; the transform of the training rows."""
 
@@ -27,11 +31,17 @@ class TrainingView:
         chosen: ChosenNegatives,
         max_pixels: int | None = None,
     ) -> None:
+        self.tables: Tables | None = tables
         self.documents = documents
-        self.num_negatives = chosen.documents.shape[1]
-        self.chosen = {name: getattr(chosen, name) for name in ("listed", "filled", "refused", "dropped_queries")}
+        self.num_negatives = chosen.items.shape[1]
+        self.chosen = {name: getattr(chosen, name) for name in ("listed", "filled", "refused", "dropped")}
         self._queries = KeyedTable(tables.queries, "query_id", ["text"])
         self._documents = DocumentReader(tables.corpus, documents, max_pixels=max_pixels)
+        self.fingerprint = f"{self._queries.fingerprint}, {self._documents.fingerprint}, {self.num_negatives}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Worker processes read rows; the tables are for the process that starts the training.
+        return {**self.__dict__, "tables": None}
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """The batch as the host's losses read it, positives and negatives of one batch decoded once."""
@@ -43,12 +53,30 @@ class TrainingView:
         return {"query": [row["text"] for row in self._queries.get(batch["query_id"])], **columns}
 
 
+@internals.hashed_by(lambda view: view.fingerprint)
+class PairView:
+    """Turns rows of ids into ``query, document, label``; the transform of labeled pairs."""
+
+    def __init__(self, tables: Tables, documents: DocumentKind, direction: Direction) -> None:
+        self._queries = KeyedTable(tables.queries, "query_id", ["text"])
+        self._documents = DocumentReader(tables.corpus, documents)
+        self.direction = direction
+        self.fingerprint = f"{self._queries.fingerprint}, {self._documents.fingerprint}, {direction}"
+
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """The batch as the host's rerankers read it."""
+        texts = [row["text"] for row in self._queries.get(batch["query_id"])]
+        documents = self._documents.read(batch["document_id"])
+        query, document = (texts, documents) if self.direction == "text_to_image" else (documents, texts)
+        return {"query": query, "document": document, "label": batch["label"]}
+
+
 def training_rows(
     tables: Tables, relevance: Relevance, chosen: ChosenNegatives, documents: DocumentKind, max_pixels: int | None
 ) -> Dataset:
     """One row per (query, relevant document); see ``RetrievalDataset.training_rows``."""
     row_of_query = np.full(len(relevance.query_ids), -1)
-    row_of_query[chosen.queries] = np.arange(len(chosen.queries))
+    row_of_query[chosen.rows] = np.arange(len(chosen.rows))
     order = np.argsort(relevance.judged_query, kind="stable")
     order = order[row_of_query[relevance.judged_query[order]] >= 0]
     queries, positives = relevance.judged_query[order], relevance.judged_document[order]
@@ -56,11 +84,42 @@ def training_rows(
     ids = {
         "query_id": relevance.query_ids.take(pa.array(queries)),
         "document_id": relevance.document_ids.take(pa.array(positives)),
-        "negative_document_ids": _id_lists(_rectangle(chosen.documents[row_of_query[queries]]), relevance),
+        "negative_document_ids": _id_lists(_rectangle(chosen.items[row_of_query[queries]]), relevance),
         "relevant_document_ids": _id_lists(relevant, relevance),
     }
     view = TrainingView(tables, documents, chosen=chosen, max_pixels=max_pixels)
     return table_dataset(ids).with_transform(view)
+
+
+def labeled_pairs(
+    tables: Tables,
+    relevance: Relevance,
+    positives: tuple[np.ndarray, np.ndarray],
+    negatives: np.ndarray,
+    documents: DocumentKind,
+    direction: Direction,
+) -> Dataset:
+    """Each positive pair followed by its negatives; see ``RetrievalDataset.labeled_pairs``.
+
+    Args:
+        tables: The data.
+        relevance: Its judgements.
+        positives: Positions of queries and of documents, int64, shape ``(pairs,)`` each.
+        negatives: What takes the place of the document (of the query, for ``image_to_text``) in the negatives of each
+            pair, int64, shape ``(pairs, num_negatives)``.
+        documents: What a document is made of.
+        direction: Which side is the query of the pair.
+    """
+    queries, pages = (np.repeat(side[:, None], negatives.shape[1] + 1, axis=1) for side in positives)
+    (pages if direction == "text_to_image" else queries)[:, 1:] = negatives
+    labels = np.zeros(queries.shape, dtype=np.int64)
+    labels[:, 0] = 1
+    ids = {
+        "query_id": relevance.query_ids.take(pa.array(queries.reshape(-1))),
+        "document_id": relevance.document_ids.take(pa.array(pages.reshape(-1))),
+        "label": pa.array(labels.reshape(-1)),
+    }
+    return table_dataset(ids).with_transform(PairView(tables, documents, direction))
 
 
 def _rectangle(values: np.ndarray) -> Ragged:

@@ -35,6 +35,7 @@ class BuildNotes:
         unknown_negatives: Negative ids that no document has, dropped with ``on_missing="drop"``.
         unknown_examples: Up to ten of these, as (query id, negative id).
         queries_without_document: Queries left out because nothing is relevant to them.
+        judged_not_relevant: Judgements with a score of 0 or less; they are no judgements here.
         held_out_negatives: Entries taken out of lists of negatives because ``split`` keeps them for evaluation.
         ids_are_row_numbers: The builder made up the ids from row numbers, so that they mean nothing elsewhere.
     """
@@ -45,6 +46,7 @@ class BuildNotes:
     unknown_negatives: int = 0
     unknown_examples: tuple[tuple[str, str], ...] = ()
     queries_without_document: int = 0
+    judged_not_relevant: int = 0
     held_out_negatives: int = 0
     ids_are_row_numbers: bool = False
 

@@ -11,8 +11,8 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 from tqdm.auto import tqdm
 
 from mmtune.data.arrow import column
-from mmtune.data.dataset import DatasetLike, as_retrieval_dataset
 from mmtune.data.documents import DocumentKind, DocumentReader, as_host_input
+from mmtune.data.inputs import DatasetLike, as_retrieval_dataset
 from mmtune.errors import ConfigError
 
 _BATCHES_READ_AHEAD = 4

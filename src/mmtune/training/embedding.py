@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 
-from mmtune.data.dataset import DatasetLike, RetrievalDataset, as_retrieval_dataset, relevant_on_both_sides
+from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind, document_columns
+from mmtune.data.inputs import DatasetLike, as_retrieval_dataset, relevant_on_both_sides
 from mmtune.errors import ConfigError, DatasetError
 from mmtune.evaluation.retrieval import RetrievalEvaluator, build_evaluator
 from mmtune.models.loading import check_documents, describe_model, load_model

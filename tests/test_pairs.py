@@ -1,0 +1,107 @@
+"""Rows for rerankers, in both directions."""
+
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmtune import ConfigError, DatasetError, RetrievalDataset
+from mmtune.testing import generated_pages
+
+
+@pytest.fixture(scope="module")
+def dataset() -> RetrievalDataset:
+    return RetrievalDataset.from_id_rows(generated_pages(12))
+
+
+def test_each_positive_is_followed_by_its_listed_negatives(dataset: RetrievalDataset) -> None:
+    rows = dataset.labeled_pairs(3)
+    ids = rows.with_format(None)
+    assert len(rows) == 4 * len(dataset)
+    assert rows.format["type"] == "custom"
+    assert ids["label"][:] == [1, 0, 0, 0] * len(dataset)
+    listed = dict(zip(dataset.negatives["query_id"], dataset.negatives["document_ids"], strict=True))
+    for start in range(0, len(rows), 4):
+        group = ids[start : start + 4]
+        assert len(set(group["query_id"])) == 1
+        assert group["document_id"] == [group["query_id"][0], *listed[group["query_id"][0]][:3]]
+
+
+def test_rows_read_as_query_document_and_label(dataset: RetrievalDataset) -> None:
+    row = dataset.labeled_pairs(1)[0]
+    assert list(row) == ["query", "document", "label"]
+    assert isinstance(row["query"], str)
+    assert row["document"].mode == "RGB"
+
+
+def test_pages_ask_for_texts(dataset: RetrievalDataset) -> None:
+    rows = dataset.labeled_pairs(2, direction="image_to_text")
+    ids = rows.with_format(None)
+    text_by_id = dict(zip(dataset.queries["query_id"], dataset.queries["text"], strict=True))
+    listed = dict(zip(dataset.negatives["query_id"], dataset.negatives["document_ids"], strict=True))
+    for start in range(0, len(rows), 3):
+        group = ids[start : start + 3]
+        page = group["document_id"][0]
+        assert group["document_id"] == [page] * 3
+        assert group["query_id"][0] == page
+        assert page not in group["query_id"][1:]
+        asking = [query_id for query_id, documents in listed.items() if page in documents]
+        assert set(group["query_id"][1:]) <= set(asking) or len(asking) < 2
+    assert rows[0]["query"].mode == "RGB"
+    assert rows[0]["document"] == text_by_id[ids[0]["query_id"]]
+
+
+def test_a_dataset_without_negatives_draws_them() -> None:
+    bare = RetrievalDataset.from_id_rows(generated_pages(8), negatives_column=None)
+    ids = bare.labeled_pairs(2, seed=1).with_format(None)
+    assert ids[:] == bare.labeled_pairs(2, seed=1).with_format(None)[:]
+    assert ids[:] != bare.labeled_pairs(2, seed=2).with_format(None)[:]
+    assert all(row["query_id"] != row["document_id"] for row in ids if row["label"] == 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"direction": "sideways"}, "direction='sideways'"),
+        ({"num_negatives": -1}, "num_negatives=-1"),
+        ({"documents": "text"}, "needs a column 'text'"),
+    ],
+)
+def test_wrong_arguments(dataset: RetrievalDataset, arguments: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        dataset.labeled_pairs(**arguments)
+
+
+def test_too_few_texts_are_named() -> None:
+    two = RetrievalDataset.from_id_rows(generated_pages(2))
+    with pytest.raises(DatasetError, match=r"Page '.*' can't get 4 negatives: only 1 of the 2 query texts"):
+        two.labeled_pairs(4, direction="image_to_text")
+
+
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_no_negative_pair_is_relevant(data) -> None:
+    """Neither by id nor by an equal text under another id nor by an equal document under another id."""
+    count = data.draw(st.integers(4, 9))
+    texts = data.draw(st.lists(st.sampled_from("abcdef"), min_size=count, max_size=count))
+    contents = data.draw(st.lists(st.sampled_from("uvwxyz"), min_size=count, max_size=count))
+    ids = [str(k) for k in range(count)]
+    relevant = data.draw(st.lists(st.sampled_from(ids), min_size=count, max_size=count))
+    listed = data.draw(st.lists(st.lists(st.sampled_from(ids), max_size=4), min_size=count, max_size=count))
+    direction = data.draw(st.sampled_from(["text_to_image", "image_to_text"]))
+    dataset = RetrievalDataset(
+        Dataset.from_dict({"document_id": ids, "text": contents}),
+        Dataset.from_dict({"query_id": ids, "text": texts}),
+        Dataset.from_dict({"query_id": ids, "document_id": relevant, "score": [1] * count}),
+        Dataset.from_dict({"query_id": ids, "document_ids": listed}),
+    )
+    truth = {(texts[k], contents[int(relevant[k])]) for k in range(count)}
+    try:
+        rows = dataset.labeled_pairs(2, direction=direction, documents="text")
+    except DatasetError as error:
+        assert "can't get 2 negatives" in str(error)
+        return
+    for row in rows:
+        pair = (row["query"], row["document"])
+        pair = pair if direction == "text_to_image" else pair[::-1]
+        assert (pair in truth) == (row["label"] == 1)
