@@ -152,7 +152,7 @@ def test_a_judgement_of_an_unknown_page_is_named() -> None:
 def test_a_judgement_of_an_unknown_query_is_named() -> None:
     given = tables("corpus-id", "query-id")
     given["queries"] = given["queries"].select([0, 1])
-    with pytest.raises(MissingDocumentError, match="not in the queries, e.g. '2'"):
+    with pytest.raises(MissingDocumentError, match=r"not in the queries, e\.g\. '2'"):
         RetrievalDataset.from_beir(**given)
 
 

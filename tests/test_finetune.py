@@ -2,13 +2,14 @@
 
 import json
 import logging
+import math
 import re
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets, interleave_datasets
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -509,10 +510,105 @@ def test_a_loss_of_another_model_is_refused(clip_path: str, tmp_path: Path) -> N
         finetune(clip_path, generated_pages(6), output_dir=tmp_path, loss=MultipleNegativesRankingLoss(other))
 
 
-def test_rows_that_lost_their_view_are_refused(clip_path: str, tmp_path: Path) -> None:
-    lost = RetrievalDataset.from_id_rows(generated_pages(6)).training_rows(1).with_format(None)
-    with pytest.raises(DatasetError, match="no layout that is known"):
-        finetune(clip_path, lost, output_dir=tmp_path / "run")
+@pytest.mark.parametrize("join", [concatenate_datasets, interleave_datasets])
+def test_rows_that_lost_their_view_are_refused(broken_weights: str, tmp_path: Path, join) -> None:
+    parts = [RetrievalDataset.from_id_rows(generated_pages(6, seed=seed)).training_rows(1) for seed in (0, 1)]
+    with pytest.raises(DatasetError, match=r"lost their view.*RetrievalDataset.concatenate"):
+        finetune(broken_weights, join(parts), output_dir=tmp_path / "run")
+
+
+def test_rows_are_trained_on_as_they_are_given(clip_path: str, tmp_path: Path) -> None:
+    data = RetrievalDataset.from_id_rows(generated_pages(12))
+    rows = data.training_rows(2).shuffle(seed=1).select(range(8))
+    result = finetune(clip_path, rows, output_dir=tmp_path, max_steps=1, **QUIET)
+    facts = result.settings["data"]
+    assert (facts["training_rows"], facts["training_queries"], facts["negatives_a_row"]) == (8, 8, 2)
+
+
+def test_rows_overlap_with_what_they_refer_to_only(clip_path: str, tmp_path: Path) -> None:
+    data = RetrievalDataset.from_id_rows(generated_pages(12))
+    rows, rest = data.training_rows(1), data.select_queries(data.queries["query_id"][6:])
+    finetune(clip_path, rows.select(range(6)), rest, output_dir=tmp_path / "a", max_steps=1, **QUIET)
+    with pytest.raises(DatasetError, match="1 documents are relevant in training and in evaluation"):
+        finetune(clip_path, rows.select(range(7)), rest, output_dir=tmp_path / "b", max_steps=1, **QUIET)
+
+
+# Several datasets
+
+
+@pytest.fixture(scope="module")
+def several(clip_path: str, tmp_path_factory: pytest.TempPathFactory) -> FinetuneResult:
+    parts = {
+        name: RetrievalDataset.from_id_rows(generated_pages(count, seed=seed)).split(5)
+        for name, count, seed in (("small", 12, 0), ("large", 24, 1))
+    }
+    return finetune(
+        clip_path,
+        {name: train for name, (train, _) in parts.items()},
+        {name: evaluation for name, (_, evaluation) in parts.items()},
+        output_dir=tmp_path_factory.mktemp("several") / "run",
+        allow_overlap=True,  # both parts are drawn from the same words, and a page may be drawn twice
+        per_device_train_batch_size=3,
+        **QUIET,
+    )
+
+
+def test_several_sets_are_averaged_under_a_name_that_says_so(several: FinetuneResult) -> None:
+    assert several.primary_metric == "vdr-mean_cosine_ndcg@10"
+    for metrics in (several.before, several.after):
+        parts = [metrics[f"vdr-{name}_cosine_ndcg@10"] for name in ("small", "large")]
+        assert metrics["vdr-mean_cosine_ndcg@10"] == pytest.approx(sum(parts) / 2)
+        parts = [metrics[f"vdr-{name}-64d_cosine_ndcg@10"] for name in ("small", "large")]
+        assert metrics["vdr-mean-64d_cosine_ndcg@10"] == pytest.approx(sum(parts) / 2)
+    assert [row.label for row in several.rows] == [
+        "mean full",
+        "mean 64",
+        "small full",
+        "small 64",
+        "large full",
+        "large 64",
+    ]
+
+
+def test_each_batch_is_of_one_dataset_in_proportion_to_its_size(several: FinetuneResult) -> None:
+    boundary = len(several.trainer.train_dataset["small"])
+    batches = list(several.trainer.get_train_dataloader().batch_sampler)
+    sides = [{row >= boundary for row in batch} for batch in batches]
+    assert all(len(side) == 1 for side in sides)
+    assert sum(side == {True} for side in sides) == math.ceil((24 - 5) / 3)
+    assert sum(side == {False} for side in sides) == math.ceil((12 - 5) / 3)
+    assert sides != sorted(sides, key=min)
+    assert several.trainer.state.max_steps == len(batches)
+
+
+def test_settings_say_what_each_dataset_gave(several: FinetuneResult) -> None:
+    data = several.settings["data"]
+    assert (data["small: training_rows"], data["large: training_rows"]) == (7, 19)
+    assert (data["small: evaluation_queries"], data["large: evaluation_queries"]) == (5, 5)
+
+
+def test_datasets_in_turn(clip_path: str, tmp_path: Path) -> None:
+    data = {name: RetrievalDataset.from_id_rows(generated_pages(8, seed=seed)) for name, seed in (("a", 0), ("b", 1))}
+    result = finetune(
+        clip_path, data, output_dir=tmp_path, multi_dataset_batch_sampler="round_robin", max_steps=2, **QUIET
+    )
+    batches = list(result.trainer.get_train_dataloader().batch_sampler)
+    assert [min(batch) >= 8 for batch in batches] == [False, True] * (len(batches) // 2)
+
+
+def test_prompts_reach_every_dataset(clip_path: str, tmp_path: Path) -> None:
+    model = SentenceTransformer(clip_path, device="cpu", prompts={"query": "find: "})
+    data = {name: RetrievalDataset.from_id_rows(generated_pages(8, seed=seed)) for name, seed in (("a", 0), ("b", 1))}
+    result = finetune(model, data, output_dir=tmp_path, max_steps=2, **QUIET)
+    assert result.trainer.data_collator.prompts == {"query": "find: "}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"), [({}, "mapping of datasets is empty"), ({"a_b": None}, r"named \['a_b'\]")]
+)
+def test_names_that_can_not_be_names(broken_weights: str, tmp_path: Path, given: dict, message: str) -> None:
+    with pytest.raises((DatasetError, ConfigError), match=message):
+        finetune(broken_weights, given, output_dir=tmp_path)
 
 
 def test_importing_and_running_change_no_filters_or_handlers(

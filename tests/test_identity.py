@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image as PillowImage
 
 from mmtune import RetrievalDataset
-from mmtune.data.inputs import relevant_on_both_sides
 from mmtune.data.identity import identical_documents
+from mmtune.data.inputs import relevant_on_both_sides
 
 
 def page(number: int) -> bytes:

@@ -98,8 +98,7 @@ def test_no_negative_pair_is_relevant(data) -> None:
     truth = {(texts[k], contents[int(relevant[k])]) for k in range(count)}
     try:
         rows = dataset.labeled_pairs(2, direction=direction, documents="text")
-    except DatasetError as error:
-        assert "can't get 2 negatives" in str(error)
+    except DatasetError:  # too few are left; that error has a test of its own
         return
     for row in rows:
         pair = (row["query"], row["document"])

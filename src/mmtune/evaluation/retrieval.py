@@ -2,15 +2,18 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
+from datasets import DatasetDict
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.evaluation import SequentialEvaluator
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from tqdm.auto import tqdm
 
 from mmtune.data.arrow import column
+from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind, DocumentReader, as_host_input
 from mmtune.data.inputs import DatasetLike, as_retrieval_dataset
 from mmtune.errors import ConfigError
@@ -143,6 +146,10 @@ class RetrievalEvaluator(InformationRetrievalEvaluator):
             self.per_query |= evaluator.per_query
         return metrics
 
+    def metric_name(self, model: SentenceTransformer) -> str:
+        """The key of the metric that says how good ``model`` is: nDCG at the deepest k, at this evaluator's size."""
+        return f"{self.name}_{model.similarity_fn_name}_ndcg@{max(self.ndcg_at_k)}"
+
     def encode(self, model: SentenceTransformer) -> Embeddings:
         """Queries and documents at full size, each preprocessed once."""
         queries = self._encode_queries(model)
@@ -221,6 +228,43 @@ class RetrievalEvaluator(InformationRetrievalEvaluator):
         return [score_by_document_id.get(hit["corpus_id"], 0) for hit in ranked]
 
 
+class MeanEvaluator(SequentialEvaluator):
+    """Several evaluators and the mean of their metrics, under ``<name>-mean_...`` keys.
+
+    Args:
+        evaluators: Evaluators with the same dimensions and depths.
+        name: Prefix of the keys of the means.
+    """
+
+    def __init__(self, evaluators: Sequence[RetrievalEvaluator], name: str) -> None:
+        super().__init__(evaluators)
+        self.retrieval = list(evaluators)
+        self.name = name
+        self.per_query: dict[str, dict[str, float]] = {}
+
+    def __call__(
+        self, model: SentenceTransformer, output_path: str | None = None, epoch: int = -1, steps: int = -1
+    ) -> dict[str, float]:
+        """The metrics of each evaluator, and ``vdr-mean_cosine_ndcg@10`` and the like."""
+        parts = [evaluator(model, output_path, epoch, steps) for evaluator in self.retrieval]
+        self.per_query = {key: values for evaluator in self.retrieval for key, values in evaluator.per_query.items()}
+        self.primary_metric = self.metric_name(model)
+        first = self.retrieval[0]
+        means = {
+            key.replace(first.name, f"{self.name}-mean", 1): float(np.mean(values))
+            for key, values in zip(parts[0], zip(*(part.values() for part in parts), strict=True), strict=True)
+        }
+        return {key: value for part in (*parts, means) for key, value in part.items()}
+
+    def metric_name(self, model: SentenceTransformer) -> str:
+        """The key of the mean that says how good ``model`` is."""
+        return self.retrieval[0].metric_name(model).replace(self.retrieval[0].name, f"{self.name}-mean", 1)
+
+
+Evaluator: TypeAlias = RetrievalEvaluator | MeanEvaluator
+"""What ``build_evaluator`` returns: for one dataset, or for several by name."""
+
+
 def ndcg(gains: Sequence[int], all_gains: Sequence[int], k: int) -> float:
     """Normalised discounted cumulative gain with linear gains, as ``ndcg_cut`` of trec_eval.
 
@@ -238,7 +282,7 @@ def ndcg(gains: Sequence[int], all_gains: Sequence[int], k: int) -> float:
 
 
 def build_evaluator(
-    dataset: DatasetLike,
+    dataset: DatasetLike | Mapping[str, DatasetLike],
     *,
     model: SentenceTransformer | None = None,
     name: str = "vdr",
@@ -247,11 +291,13 @@ def build_evaluator(
     ndcg_at_k: Sequence[int] = (10,),
     batch_size: int = 16,
     show_progress_bar: bool = True,
-) -> RetrievalEvaluator:
+) -> Evaluator:
     """An evaluator over a dataset, for ``evaluator=`` of the host's trainers or for ``evaluator(model)``.
 
     Args:
-        dataset: A ``RetrievalDataset``, rows in a known layout, or what ``RetrievalDataset.load`` takes.
+        dataset: A ``RetrievalDataset``, rows in a known layout, or what ``RetrievalDataset.load`` takes. Several by
+            name are evaluated one after the other, as ``vdr-<name>_cosine_ndcg@10``, and averaged, as
+            ``vdr-mean_cosine_ndcg@10``.
         model: If given, ``truncate_dims`` are checked against it now rather than at the first call.
         name: Prefix of the metric keys.
         truncate_dims: Matryoshka dimensions to score besides the full one, from the same encoding.
@@ -278,17 +324,24 @@ def build_evaluator(
         raise ConfigError("ndcg_at_k is empty. Give at least one depth, e.g. (10,).")
     if model is not None:
         require_dimensions(dims, model)
-    data = as_retrieval_dataset(dataset)
+    options = {"truncate_dims": dims, "ndcg_at_k": depths, "batch_size": batch_size}
+    options["show_progress_bar"] = show_progress_bar
+    if isinstance(dataset, Mapping) and not isinstance(dataset, DatasetDict):
+        parts = {f"{name}-{part}": as_retrieval_dataset(data) for part, data in dataset.items()}
+        return MeanEvaluator([_evaluator(data, documents, part, options) for part, data in parts.items()], name)
+    return _evaluator(as_retrieval_dataset(dataset), documents, name, options)
+
+
+def _evaluator(
+    data: RetrievalDataset, documents: DocumentKind, name: str, options: Mapping[str, Any]
+) -> RetrievalEvaluator:
     return RetrievalEvaluator(
         DocumentReader(data.corpus, documents),
         column(data.corpus, "document_id").to_pylist(),
         dict(zip(data.queries["query_id"][:], data.queries["text"][:], strict=True)),
         _judgements(data.qrels[:]),
         name=name,
-        truncate_dims=dims,
-        ndcg_at_k=depths,
-        batch_size=batch_size,
-        show_progress_bar=show_progress_bar,
+        **options,
     )
 
 

@@ -28,19 +28,29 @@ class BeforeAfter:
 def before_after(before: Mapping[str, float], after: Mapping[str, float], primary_metric: str) -> list[BeforeAfter]:
     """A row per size of the embeddings, full size first, then by falling dimension.
 
+    Where several sets were evaluated, their mean comes first, then each set.
+
     Args:
         before: Metrics by key.
         after: Metrics by key.
-        primary_metric: The key at full size, e.g. ``"vdr_cosine_ndcg@10"``; its truncations are found by name, e.g.
-            ``"vdr-256d_cosine_ndcg@10"``.
+        primary_metric: The key at full size, e.g. ``"vdr_cosine_ndcg@10"`` or ``"vdr-mean_cosine_ndcg@10"``; its
+            truncations are found by name, e.g. ``"vdr-256d_cosine_ndcg@10"``.
     """
     name, _, measure = primary_metric.partition("_")
-    truncated = re.compile(rf"{re.escape(name)}-(\d+)d_{re.escape(measure)}")
-    dims = {int(match.group(1)): key for key in after if (match := truncated.fullmatch(key))}
-    keys = {"full": primary_metric} | {str(dim): dims[dim] for dim in sorted(dims, reverse=True)}
+    pattern = re.compile(rf"([^_]+?)(?:-(\d+)d)?_{re.escape(measure)}")
+    found = [(match.group(1), int(match.group(2) or 0), key) for key in after if (match := pattern.fullmatch(key))]
+    order = {part: at for at, part in enumerate(dict.fromkeys([name, *(part for part, _, _ in found)]))}
+    found.sort(key=lambda each: (order[each[0]], -(each[1] or float("inf"))))
     return [
-        BeforeAfter(label, before[key], after[key]) for label, key in keys.items() if key in before and key in after
+        BeforeAfter(_label(part, dim, several=len(order) > 1), before[key], after[key])
+        for part, dim, key in found
+        if key in before
     ]
+
+
+def _label(name: str, dim: int, *, several: bool) -> str:
+    size = str(dim) if dim else "full"
+    return f"{name.partition('-')[2]} {size}" if several else size
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch.distributed
 from datasets import Dataset
-from sentence_transformers.base.sampler import DefaultBatchSampler
+from sentence_transformers.base.sampler import DefaultBatchSampler, MultiDatasetDefaultBatchSampler
 
 from mmtune.errors import DatasetError
 from mmtune.training.planning import BatchShape, BusiestDocument, EpochPlan, IntLists, RowDocuments, plan_epoch
@@ -84,6 +85,11 @@ class ConflictFreeBatchSampler(DefaultBatchSampler):
         self._left_over_by_epoch: list[np.ndarray] = []
         self._first: EpochPlan | None = None
         self._planned: tuple[int, EpochPlan] | None = None
+
+    @property
+    def num_processes(self) -> int:
+        """Processes that share the batches."""
+        return self._shape.num_processes
 
     @property
     def left_over(self) -> int:
@@ -151,6 +157,37 @@ class ConflictFreeBatchSampler(DefaultBatchSampler):
         if busiest.num_rows > plan.num_groups:
             return f"{shared}, which exclude each other, in {plan.num_groups} steps. Pass a smaller batch size"
         return f"they conflict with too many rows, e.g. {shared}. Pass a smaller batch size or fewer negatives"
+
+
+class StepwiseProportionalBatchSampler(MultiDatasetDefaultBatchSampler):
+    """Batches of several datasets, each batch from one, in proportion to their sizes.
+
+    As the host's sampler of that name, except that the processes take the batches of one step from one dataset: the
+    host mixes single batches, and batches of two datasets were not planned together.
+
+    Args:
+        dataset: The datasets, concatenated.
+        batch_samplers: A `ConflictFreeBatchSampler` for each.
+        generator: Not used; the host passes it to every sampler.
+        seed: Seed of the order, together with the epoch.
+    """
+
+    def __iter__(self) -> Iterator[list[int]]:
+        offsets = [0, *self.dataset.cumulative_sizes]
+        steps = [len(sampler) // self._batches_a_step for sampler in self.batch_samplers]
+        turns = np.repeat(np.arange(len(steps)), steps)
+        np.random.default_rng([self.seed, self.epoch]).shuffle(turns)
+        batches = [iter(sampler) for sampler in self.batch_samplers]
+        for turn in turns:
+            for batch in islice(batches[turn], self._batches_a_step):
+                yield [offsets[turn] + row for row in batch]
+
+    def __len__(self) -> int:
+        return sum(len(sampler) // self._batches_a_step for sampler in self.batch_samplers) * self._batches_a_step
+
+    @property
+    def _batches_a_step(self) -> int:
+        return max(getattr(sampler, "num_processes", 1) for sampler in self.batch_samplers)
 
 
 def require_view(dataset: Dataset) -> None:

@@ -9,23 +9,23 @@ import torch
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 
 from mmtune.data.dataset import RetrievalDataset
-from mmtune.data.documents import DocumentKind, document_columns
-from mmtune.data.inputs import DatasetLike, as_retrieval_dataset, relevant_on_both_sides
-from mmtune.errors import ConfigError, DatasetError
-from mmtune.evaluation.retrieval import RetrievalEvaluator, build_evaluator
+from mmtune.data.documents import DocumentKind
+from mmtune.errors import ConfigError
+from mmtune.evaluation.retrieval import Evaluator, build_evaluator
 from mmtune.models.loading import check_documents, describe_model, load_model
 from mmtune.training import recipe
 from mmtune.training.output import prepare_output_dir, resolve_output_dir
 from mmtune.training.recipe import Loss
 from mmtune.training.result import FinetuneResult
+from mmtune.training.sets import DatasetsLike, evaluation_sets, refuse_overlap, training_sets
 from mmtune.training.settings import settings
 from mmtune.training.trainer import PageTrainer
 
 
 def finetune(
     model: SentenceTransformer | str | os.PathLike[str],
-    train_dataset: DatasetLike,
-    eval_dataset: DatasetLike | None = None,
+    train_dataset: DatasetsLike,
+    eval_dataset: DatasetsLike | None = None,
     *,
     output_dir: str | os.PathLike[str] | None = None,
     num_negatives: int = 1,
@@ -49,9 +49,12 @@ def finetune(
 
     Args:
         model: A model, or a checkpoint for ``load_model``. A model is trained in place.
-        train_dataset: What to train on: a ``RetrievalDataset``, rows in a known layout, or what
-            ``RetrievalDataset.load`` takes.
-        eval_dataset: What to measure on, before, during and after. ``None`` measures nothing.
+        train_dataset: What to train on: a ``RetrievalDataset``, rows in a known layout, what
+            ``RetrievalDataset.load`` takes, or rows of ``training_rows``. Several by name train together, each batch
+            from one of them: in proportion to their sizes, or in turn with
+            ``multi_dataset_batch_sampler="round_robin"``.
+        eval_dataset: What to measure on, before, during and after, likewise. The mean over several chooses the
+            checkpoint. ``None`` measures nothing.
         output_dir: Folder for checkpoints, model and report. ``None`` is ``args.output_dir``, or ``mmtune-output``.
         num_negatives: Hard negatives a row.
         matryoshka_dims: Dimensions that the loss trains and the evaluator scores. ``"auto"`` is the model's and those
@@ -89,24 +92,27 @@ def finetune(
     """
     _check_arguments(args, training_arguments, matryoshka_dims, mini_batch_size)
     folder = resolve_output_dir(output_dir, args.output_dir if args else None)
-    train, evaluation = _checked_datasets(train_dataset, eval_dataset, documents, allow_overlap)
-    rows = train.training_rows(num_negatives, documents=documents, seed=seed)
+    train = training_sets(train_dataset, num_negatives=num_negatives, documents=documents, seed=seed)
+    evaluation = evaluation_sets(eval_dataset, documents)
+    if not allow_overlap:
+        refuse_overlap(train, evaluation)
     host_args = args or recipe.training_arguments(
-        len(rows), output_dir=str(folder), seed=seed, evaluates=evaluation is not None, **training_arguments
+        train.num_rows, output_dir=str(folder), seed=seed, evaluates=bool(evaluation), **training_arguments
     )
     checkpoint = prepare_output_dir(folder, overwrite=overwrite, resume=resume)
 
     model = model if isinstance(model, SentenceTransformer) else load_model(os.fspath(model))
     check_documents(model, documents)
     dims = recipe.matryoshka_dims(matryoshka_dims, model, loss)
-    host_args = recipe.arguments_for_model(host_args, model, prompts, rows)
-    loss = recipe.loss_for_model(loss, model, dims, mini_batch_size, host_args.per_device_train_batch_size)
     evaluator = _evaluator(evaluation, model, dims, documents, show_progress_bar=not host_args.disable_tqdm)
+    metric = evaluator.metric_name(model) if evaluator else None
+    host_args = recipe.arguments_for_model(host_args, model, prompts, train.columns, metric)
+    loss = recipe.loss_for_model(loss, model, dims, mini_batch_size, host_args.per_device_train_batch_size)
     description = describe_model(model)
     trainer = PageTrainer(
         model=model,
         args=host_args,
-        train_dataset=rows,
+        train_dataset=train.for_host,
         loss=loss,
         evaluator=evaluator,
         callbacks=recipe.callbacks(args, training_arguments),
@@ -119,11 +125,9 @@ def finetune(
         trainer=trainer,
         before=before,
         after=measure(trainer, evaluator),
-        primary_metric=evaluator.primary_metric if evaluator else None,
+        primary_metric=metric,
         output_dir=folder,
-        settings=settings(
-            trainer, rows=rows, train=train, evaluation=evaluation, model=description, dims=dims, seed=seed
-        ),
+        settings=settings(trainer, train=train, evaluation=evaluation, model=description, dims=dims, seed=seed),
     )
     if trainer.is_world_process_zero():
         result.save()
@@ -153,49 +157,26 @@ def _check_arguments(
         )
 
 
-def _checked_datasets(
-    train_dataset: DatasetLike, eval_dataset: DatasetLike | None, documents: DocumentKind, allow_overlap: bool
-) -> tuple[RetrievalDataset, RetrievalDataset | None]:
-    """Both datasets, built, every page readable, and without a document that is relevant in both."""
-    train = _checked_dataset(train_dataset, documents)
-    if eval_dataset is None:
-        return train, None
-    evaluation = _checked_dataset(eval_dataset, documents)
-    shared = [] if allow_overlap else relevant_on_both_sides(train, evaluation)
-    if shared:
-        examples = ", ".join(one if one == other else f"{one} (there {other})" for one, other in shared[:5])
-        raise DatasetError(
-            f"{len(shared)} documents are relevant in training and in evaluation: {examples}. Scores on pages that "
-            "were trained on say nothing about new ones. Make both sides with RetrievalDataset.split, or pass "
-            "allow_overlap=True."
-        )
-    return train, evaluation
-
-
-def _checked_dataset(dataset: DatasetLike, documents: DocumentKind) -> RetrievalDataset:
-    data = as_retrieval_dataset(dataset)
-    if "image" in document_columns(data.corpus, documents):
-        data.check_pages()
-    return data
-
-
 def _evaluator(
-    evaluation: RetrievalDataset | None,
+    evaluation: Mapping[str, RetrievalDataset],
     model: SentenceTransformer,
     dims: Sequence[int],
     documents: DocumentKind,
     *,
     show_progress_bar: bool,
-) -> RetrievalEvaluator | None:
-    if evaluation is None:
+) -> Evaluator | None:
+    if not evaluation:
         return None
-    smaller = [dim for dim in dims if dim != model.get_embedding_dimension()]
     return build_evaluator(
-        evaluation, model=model, truncate_dims=smaller, documents=documents, show_progress_bar=show_progress_bar
+        evaluation[""] if list(evaluation) == [""] else evaluation,
+        model=model,
+        truncate_dims=[dim for dim in dims if dim != model.get_embedding_dimension()],
+        documents=documents,
+        show_progress_bar=show_progress_bar,
     )
 
 
-def measure(trainer: PageTrainer, evaluator: RetrievalEvaluator | None) -> dict[str, float]:
+def measure(trainer: PageTrainer, evaluator: Evaluator | None) -> dict[str, float]:
     """The evaluator's metrics for the model as it is, shared among the processes; empty without an evaluator.
 
     The state of the random numbers stays, so that the training after it is the host's to the last bit.
@@ -205,6 +186,5 @@ def measure(trainer: PageTrainer, evaluator: RetrievalEvaluator | None) -> dict[
     device = trainer.model.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         metrics = trainer.evaluate()
-    names = (evaluator.name, *(part.name for part in evaluator.truncations))
     own = {key.removeprefix("eval_"): value for key, value in metrics.items()}
-    return {key: float(value) for key, value in own.items() if key.startswith(tuple(f"{name}_" for name in names))}
+    return {key: float(value) for key, value in own.items() if key.startswith("vdr")}

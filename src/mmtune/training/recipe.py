@@ -9,19 +9,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
-from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MatryoshkaLoss
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mmtune.errors import ConfigError
-from mmtune.training.batches import ConflictFreeBatchSampler
+from mmtune.training.batches import ConflictFreeBatchSampler, StepwiseProportionalBatchSampler
 
 Loss: TypeAlias = torch.nn.Module | Callable[[SentenceTransformer], torch.nn.Module]
 """A host loss, built or as a callable that takes the model."""
 
 BATCH_SIZE = 64
 EVALUATIONS = 10
+METRIC_OF_RECIPE = "eval_primary"
+"""Stands for the metric whose key is only known once the model is there."""
 MIN_STEPS_AN_EPOCH = 4
 MATRYOSHKA_DIMS = (2048, 1536, 1024, 512, 256, 128, 64)
 _SCHEDULE_ARGUMENTS = ("eval_strategy", "eval_steps", "save_strategy", "save_steps")
@@ -86,6 +87,7 @@ def training_arguments(
         "num_train_epochs": 1,
         "learning_rate": 2e-5,
         "batch_sampler": ConflictFreeBatchSampler,
+        "multi_dataset_batch_sampler": StepwiseProportionalBatchSampler,
         "save_total_limit": 2,
         "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         "dataloader_num_workers": _workers(),
@@ -116,7 +118,7 @@ def _schedule(steps: int, evaluates: bool, given: Mapping[str, Any]) -> dict[str
         "eval_strategy": evaluated,
         "eval_steps": interval,
         "load_best_model_at_end": "no" not in (evaluated, saved),
-        "metric_for_best_model": f"eval_{primary_metric('cosine')}",
+        "metric_for_best_model": METRIC_OF_RECIPE,
         "greater_is_better": True,
     }
 
@@ -151,23 +153,27 @@ def callbacks(args: SentenceTransformerTrainingArguments | None, given: Mapping[
     return [] if args is not None or follows_own_schedule(given) else [EvenTenths()]
 
 
-def primary_metric(similarity: str) -> str:
-    """The key of the metric that says which checkpoint is best, e.g. ``"vdr_cosine_ndcg@10"``."""
-    return f"vdr_{similarity}_ndcg@10"
-
-
 def arguments_for_model(
     args: SentenceTransformerTrainingArguments,
     model: SentenceTransformer,
     prompts: dict[str, str] | str | None,
-    rows: Dataset,
+    columns: Sequence[str],
+    metric: str | None,
 ) -> SentenceTransformerTrainingArguments:
-    """A copy of ``args`` with what only the model knows: its prompts, where there are none, and its similarity."""
+    """A copy of ``args`` with what only the model knows: its prompts, where there are none, and the recipe's metric.
+
+    Args:
+        args: The caller's arguments, or the recipe's.
+        model: The model to train.
+        prompts: As ``finetune`` takes it.
+        columns: The columns of the rows.
+        metric: The key of the metric that chooses the checkpoint.
+    """
     args = copy.copy(args)
     if not args.prompts:
-        args.prompts = column_prompts(model, list(rows[:1])) if prompts == "model" else prompts
-    if args.metric_for_best_model == f"eval_{primary_metric('cosine')}":
-        args.metric_for_best_model = f"eval_{primary_metric(model.similarity_fn_name)}"
+        args.prompts = column_prompts(model, columns) if prompts == "model" else prompts
+    if args.metric_for_best_model == METRIC_OF_RECIPE:
+        args.metric_for_best_model = f"eval_{metric}"
     return args
 
 

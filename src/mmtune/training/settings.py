@@ -3,21 +3,20 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from datasets import Dataset
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.training.batches import ConflictFreeBatchSampler
 from mmtune.training.recipe import EvenTenths, tenths
+from mmtune.training.sets import TrainingSet, TrainingSets
 from mmtune.training.trainer import PageTrainer
 
 
 def settings(
     trainer: PageTrainer,
     *,
-    rows: Dataset,
-    train: RetrievalDataset,
-    evaluation: RetrievalDataset | None,
+    train: TrainingSets,
+    evaluation: Mapping[str, RetrievalDataset],
     model: Mapping[str, Any],
     dims: Sequence[int],
     seed: int,
@@ -26,42 +25,47 @@ def settings(
 
     Args:
         trainer: After training.
-        rows: What was trained on, from ``training_rows``.
         train: The training data.
-        evaluation: The evaluation data.
+        evaluation: The evaluation data by name.
         model: The model as it came, from ``describe_model``.
         dims: The dimensions that were trained.
         seed: Of filling up negatives.
     """
     return {
         "model": dict(model),
-        "data": _data(rows, train, evaluation, seed),
+        "data": _data(train, evaluation, seed),
         "training": _training(trainer, dims),
     }
 
 
-def _data(rows: Dataset, train: RetrievalDataset, evaluation: RetrievalDataset | None, seed: int) -> dict[str, Any]:
-    view = rows.format["format_kwargs"]["transform"]
-    notes = train.notes
-    facts = {
-        "training_queries": len(train),
-        "training_documents": len(train.corpus),
-        "training_rows": len(rows),
+def _data(train: TrainingSets, evaluation: Mapping[str, RetrievalDataset], seed: int) -> dict[str, Any]:
+    """The facts of each set; those of a single one without its name."""
+    facts: dict[str, Any] = {}
+    for name, part in train.by_name.items():
+        facts |= {f"{name}: {fact}" if name else fact: value for fact, value in _training_data(part).items()}
+    for name, data in evaluation.items():
+        prefix = f"{name}: " if name else ""
+        facts |= {f"{prefix}evaluation_queries": len(data), f"{prefix}evaluation_documents": len(data.corpus)}
+    return facts | {"seed_of_filling": seed}
+
+
+def _training_data(part: TrainingSet) -> dict[str, Any]:
+    view, notes = part.view, part.data.notes
+    return {
+        "training_queries": len(part.data),
+        "training_documents": len(part.data.corpus),
+        "training_rows": len(part.rows),
         "documents": view.documents,
         "negatives_a_row": view.num_negatives,
         "negatives_listed": view.chosen["listed"],
         "negatives_filled_at_random": view.chosen["filled"],
         "negatives_refused_as_relevant": view.chosen["refused"],
-        "byte_identical_copies": train.relevance.num_copies,
+        "byte_identical_copies": part.data.relevance.num_copies,
         "rows_without_query": notes.blank_queries,
         "unknown_negatives_dropped": notes.unknown_negatives,
         "negatives_held_out_for_evaluation": notes.held_out_negatives,
         "queries_without_document": notes.queries_without_document,
-        "seed_of_filling": seed,
     }
-    if evaluation is not None:
-        facts |= {"evaluation_queries": len(evaluation), "evaluation_documents": len(evaluation.corpus)}
-    return facts
 
 
 def _training(trainer: PageTrainer, dims: Sequence[int]) -> dict[str, Any]:

@@ -1,0 +1,250 @@
+"""What an audit reports: the kinds of findings, what each means, and how they are shown."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+_LINE_WIDTH = 120
+_ID_WIDTH = 24
+
+PROBLEMS = {
+    "relevant_negatives_by_id": (
+        "negatives that are relevant to their own query",
+        "Judgement and list contradict each other. They are not used as negatives; others take their place.",
+    ),
+    "relevant_negatives_by_text": (
+        "negatives relevant to the same text under another query id",
+        "The page answers the same words elsewhere. They are not used as negatives; others take their place.",
+    ),
+    "relevant_negatives_by_bytes": (
+        "negatives that are a byte-identical copy of a relevant page",
+        "The same page under another id. They are not used as negatives; others take their place.",
+    ),
+    "unknown_negatives": (
+        "negative ids that no document has",
+        'Dropped, as on_missing="drop" says. Often rows were filtered out before the dataset was built.',
+    ),
+    "queries_without_negatives": (
+        "queries without a usable negative",
+        "Their rows get random pages, are left out or raise an error, as on_short says.",
+    ),
+    "differing_judgements": (
+        "query texts with different judgements under different ids",
+        "Training takes the pages of all ids as relevant; evaluation counts those of the other ids as wrong.",
+    ),
+    "unjudged_copies": (
+        "copies of a relevant page that are not judged themselves",
+        "Training knows them by their bytes; evaluation counts them as wrong. deduplicate() makes them one page.",
+    ),
+    "documents_without_image": (
+        "documents without an image, where the corpus has images",
+        "Reading one as an image raises an error that names it. Leave them out, or read their text.",
+    ),
+    "unreadable_images": (
+        "images that are empty, or whose file is missing",
+        "Reading one raises an error that names it. Restore the files, or leave the documents out.",
+    ),
+    "documents_without_text": (
+        "documents with a null or blank text, and no image",
+        "There is nothing to embed, and reading a null raises an error. Leave them out.",
+    ),
+}
+"""What can hurt training or scores: key, what is counted, and what it means; in the order of the report."""
+
+GOOD_TO_KNOW = {
+    "short_negative_lists": (
+        "queries with fewer usable negatives than most have",
+        "Filled with random pages, left out or refused when rows are made, as on_short says.",
+    ),
+    "repeated_negatives": (
+        "negatives listed again for a query, by id or by bytes",
+        "A page is used once a row, so that the list is shorter than it looks.",
+    ),
+    "null_negatives": (
+        "null negatives",
+        "Left out of the lists.",
+    ),
+    "held_out_negatives": (
+        "negatives taken out because they answer in evaluation",
+        "split() keeps them off the training side, also as negatives.",
+    ),
+    "blank_queries": (
+        "rows with a null or blank query",
+        "They are documents only, or left out.",
+    ),
+    "null_documents": (
+        "rows with a null image",
+        "They are no documents, and their queries are left out.",
+    ),
+    "queries_without_document": (
+        "queries to which nothing is relevant",
+        "Left out of training and of evaluation.",
+    ),
+    "judged_not_relevant": (
+        "judgements with a score of 0 or less",
+        "They are no judgements here: what is not listed is not relevant.",
+    ),
+    "identical_pages": (
+        "documents that are a byte-identical copy of another one",
+        "They count as one page in batches and negatives. deduplicate() makes them one document.",
+    ),
+    "repeated_texts": (
+        "query texts that stand under several query ids",
+        "Two of them never share a batch, and what is relevant to one is no negative of the other.",
+    ),
+    "unreferenced_pages": (
+        "pages that are neither relevant to a query nor a negative",
+        "Random negatives are drawn from them too, and evaluation ranks them with the others.",
+    ),
+}
+"""What is good to know, in the same form."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """Where a finding shows.
+
+    Attributes:
+        query_ids: The query it is about first; further ids have the same text.
+        document_ids: The document it is about first; further ids have the same bytes.
+    """
+
+    query_ids: tuple[str, ...] = ()
+    document_ids: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        shown = 1 if self.query_ids and self.document_ids else 2
+        parts = [("query", self.query_ids), ("document", self.document_ids)]
+        return ", ".join(f"{what} {', '.join(map(_short_id, ids[:shown]))}" for what, ids in parts if ids)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One kind of thing that an audit looks for.
+
+    Attributes:
+        key: Its name, which stays the same between versions.
+        count: How often it was found; what is counted, ``title`` says.
+        is_problem: Whether it can hurt training or scores, rather than being good to know.
+        title: What is counted, in a few words.
+        meaning: What it means, and what is done about it.
+        examples: The first ones in the order of the tables; none where only a count was kept.
+    """
+
+    key: str
+    count: int
+    is_problem: bool
+    title: str
+    meaning: str
+    examples: tuple[Example, ...] = ()
+
+
+@dataclass(frozen=True, repr=False)
+class AuditReport:
+    """What an audit found. ``print(report)`` shows it on one screen.
+
+    Attributes:
+        tables: The number of ``documents``, ``queries``, ``judgements``, and listed ``negatives``.
+        negatives_per_query: How many queries have how many usable negatives, by rising number: those that are not
+            relevant, each page once. Empty for a dataset without a table of negatives.
+        findings: Every kind of finding, also those with a count of 0; problems first.
+
+    Example:
+        >>> from mmtune import RetrievalDataset
+        >>> from mmtune.testing import generated_pages
+        >>> report = RetrievalDataset.from_id_rows(generated_pages(20)).audit()
+        >>> report.problems, report["blank_queries"].count, report.negatives_per_query
+        ((), 4, {4: 20})
+    """
+
+    tables: Mapping[str, int]
+    negatives_per_query: Mapping[int, int]
+    findings: tuple[Finding, ...]
+
+    @property
+    def problems(self) -> tuple[Finding, ...]:
+        """The findings that can hurt training or scores, and were found."""
+        return tuple(finding for finding in self.findings if finding.is_problem and finding.count)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The count of every finding by its key, zeros included."""
+        return {finding.key: finding.count for finding in self.findings}
+
+    def __getitem__(self, key: str) -> Finding:
+        for finding in self.findings:
+            if finding.key == key:
+                return finding
+        raise KeyError(f"{key!r} is no finding. Known are: {', '.join(self.counts)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report in values that JSON has; the numbers in ``negatives_per_query`` become strings."""
+        return {
+            "tables": dict(self.tables),
+            "negatives_per_query": {str(length): queries for length, queries in self.negatives_per_query.items()},
+            "findings": [_plain(finding) for finding in self.findings],
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write ``to_dict()`` as JSON to a file, replacing what is there."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+    def __str__(self) -> str:
+        sizes = self.tables
+        known = [finding for finding in self.findings if finding.count and not finding.is_problem]
+        lines = [
+            "Audit",
+            f"  corpus     {sizes['documents']:,} documents",
+            f"  queries    {sizes['queries']:,}",
+            f"  qrels      {sizes['judgements']:,} judgements",
+            f"  negatives  {self._describe_negatives()}",
+            "",
+            "Problems" if self.problems else "No problem was found." if known else "Nothing was found.",
+            *(line for finding in self.problems for line in (_line(finding), f"{'':11}{finding.meaning}")),
+        ]
+        if known:
+            lines += ["", "Good to know", *map(_line, known)]
+        return "\n".join(_cut(line, _LINE_WIDTH) for line in lines)
+
+    __repr__ = __str__
+
+    def _describe_negatives(self) -> str:
+        lengths = self.negatives_per_query
+        if not lengths:
+            return "none"
+        listed = f"{self.tables['negatives']:,} listed"
+        if len(lengths) <= 5:
+            each = ", ".join(f"{length} for {queries:,}" for length, queries in lengths.items())
+            return f"{listed}; usable a query: {each}"
+        usual = most_common(lengths)
+        return (
+            f"{listed}; usable a query: {min(lengths)} to {max(lengths)}, most often {usual} (for {lengths[usual]:,})"
+        )
+
+
+def most_common(queries_by_length: Mapping[int, int]) -> int:
+    """The length that most queries have; of equally common ones the larger."""
+    return max(queries_by_length, key=lambda length: (queries_by_length[length], length))
+
+
+def _plain(finding: Finding) -> dict[str, Any]:
+    examples = [{name: list(ids) for name, ids in asdict(example).items()} for example in finding.examples]
+    return {**asdict(finding), "examples": examples}
+
+
+def _line(finding: Finding) -> str:
+    example = f" ({finding.examples[0]})" if finding.examples else ""
+    return f"{finding.count:>9,}  {finding.title}{example}"
+
+
+def _short_id(value: str) -> str:
+    """An id in quotes; of a long one the two ends, where ids differ."""
+    half = (_ID_WIDTH - 3) // 2
+    return repr(value if len(value) <= _ID_WIDTH else f"{value[:half]}...{value[-half:]}")
+
+
+def _cut(line: str, width: int) -> str:
+    return line if len(line) <= width else f"{line[: width - 3]}..."

@@ -1,0 +1,143 @@
+"""The data of a run: one set or several by name, built and checked before weights load."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from datasets import Dataset, DatasetDict
+
+from mmtune.data.dataset import RetrievalDataset
+from mmtune.data.documents import DocumentKind, document_columns
+from mmtune.data.inputs import DatasetLike, as_retrieval_dataset, relevant_on_both_sides
+from mmtune.data.rows import TrainingView
+from mmtune.errors import ConfigError, DatasetError
+from mmtune.training.batches import ID_COLUMNS, require_view
+
+DatasetsLike: TypeAlias = DatasetLike | Mapping[str, DatasetLike]
+"""One dataset, or several by name."""
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """What one dataset gives to training.
+
+    Attributes:
+        data: The dataset; where rows were given, what they refer to.
+        rows: The rows that the host trains on.
+    """
+
+    data: RetrievalDataset
+    rows: Dataset
+
+    @property
+    def view(self) -> TrainingView:
+        """What turns ids into texts and pages when a row is read."""
+        return self.rows.format["format_kwargs"]["transform"]
+
+
+@dataclass(frozen=True)
+class TrainingSets:
+    """One set, or several by name.
+
+    Attributes:
+        by_name: The sets; a single one has the name ``""``.
+    """
+
+    by_name: Mapping[str, TrainingSet]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all sets together."""
+        return sum(len(part.rows) for part in self.by_name.values())
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns as the host reads them, of all sets."""
+        first_rows = (part.rows[:1] for part in self.by_name.values())
+        return list(dict.fromkeys(name for row in first_rows for name in row))
+
+    @property
+    def for_host(self) -> Dataset | DatasetDict:
+        """What the host's trainer takes as ``train_dataset``."""
+        # With prompts and several sets the host changes the transform of the very objects that it is given.
+        rows = {name: part.rows.with_transform(part.view) for name, part in self.by_name.items()}
+        return rows[""] if list(rows) == [""] else DatasetDict(rows)
+
+
+def training_sets(given: DatasetsLike, *, num_negatives: int, documents: DocumentKind, seed: int) -> TrainingSets:
+    """The training data with its rows, every page readable.
+
+    Args:
+        given: A dataset, rows of ``training_rows``, or several of these by name.
+        num_negatives: Hard negatives a row; rows that are given have theirs already.
+        documents: What a document is made of.
+        seed: Of filling up negatives.
+    """
+    return TrainingSets(
+        {name: _training_set(part, num_negatives, documents, seed) for name, part in _by_name(given).items()}
+    )
+
+
+def evaluation_sets(given: DatasetsLike | None, documents: DocumentKind) -> dict[str, RetrievalDataset]:
+    """The evaluation data by name, every page readable; empty for ``None``, and a single set has the name ``""``."""
+    if given is None:
+        return {}
+    return {name: _readable(as_retrieval_dataset(part), documents) for name, part in _by_name(given).items()}
+
+
+def refuse_overlap(train: TrainingSets, evaluation: Mapping[str, RetrievalDataset]) -> None:
+    """Make sure that no document is relevant in training and in evaluation.
+
+    Raises:
+        DatasetError: Some are; the message lists them.
+    """
+    for part in train.by_name.values():
+        for measured in evaluation.values():
+            shared = relevant_on_both_sides(part.data, measured)
+            if shared:
+                examples = ", ".join(one if one == other else f"{one} (there {other})" for one, other in shared[:5])
+                raise DatasetError(
+                    f"{len(shared)} documents are relevant in training and in evaluation: {examples}. Scores on pages "
+                    "that were trained on say nothing about new ones. Make both sides with RetrievalDataset.split, or "
+                    "pass allow_overlap=True."
+                )
+
+
+def _by_name(given: DatasetsLike) -> dict[str, DatasetLike]:
+    if not isinstance(given, Mapping) or isinstance(given, DatasetDict):
+        return {"": given}
+    if not given:
+        raise DatasetError("The mapping of datasets is empty. Name at least one dataset.")
+    if not all(isinstance(name, str) and name and "_" not in name for name in given):
+        raise ConfigError(
+            f"The datasets are named {list(given)}. Names are texts without '_', which ends the name in metric keys."
+        )
+    return dict(given)
+
+
+def _training_set(given: DatasetLike, num_negatives: int, documents: DocumentKind, seed: int) -> TrainingSet:
+    if isinstance(given, Dataset) and set(ID_COLUMNS) <= set(given.column_names):
+        return _given_rows(given, documents)
+    data = _readable(as_retrieval_dataset(given), documents)
+    return TrainingSet(data, data.training_rows(num_negatives, documents=documents, seed=seed))
+
+
+def _given_rows(rows: Dataset, documents: DocumentKind) -> TrainingSet:
+    """Rows of ``training_rows``, with the queries they refer to."""
+    require_view(rows)
+    view = rows.format["format_kwargs"]["transform"]
+    if view.documents != documents:
+        raise ConfigError(
+            f"documents={documents!r}, and the rows were made with documents={view.documents!r}. Make them agree."
+        )
+    data = RetrievalDataset._of(view.tables)
+    queries = data._rows_of_queries(rows.with_format(None)["query_id"][:])
+    data = RetrievalDataset._of(data.relevance.subset(queries, np.arange(len(data.corpus))))
+    return TrainingSet(_readable(data, documents), rows)
+
+
+def _readable(data: RetrievalDataset, documents: DocumentKind) -> RetrievalDataset:
+    if "image" in document_columns(data.corpus, documents):
+        data.check_pages()
+    return data
