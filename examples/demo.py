@@ -54,7 +54,8 @@ def search(model: SentenceTransformer, evaluation: RetrievalDataset, picture: Pa
     relevant = set(evaluation.qrels.filter(lambda row: row["query_id"] == query["query_id"])["document_id"])
     pages = evaluation.corpus.cast_column("image", datasets.Image())
     hits = semantic_search(
-        model.encode_query([query["text"]], convert_to_tensor=True),
+        # As a dictionary, a query is a text, also one that looks like the path or the URL of an image.
+        model.encode_query([{"text": query["text"]}], convert_to_tensor=True),
         model.encode_document(pages["image"][:], convert_to_tensor=True),
         top_k=top_k,
     )[0]
