@@ -25,12 +25,25 @@ from mmtune.report.tables import markdown_table
 
 MOST_MS_A_ROW = 0.1
 LEAST_USED = 0.99
+# negatives a row, rows a batch, processes
+SHAPES = (
+    *((1, 64, 1), (1, 64, 2), (1, 16, 8), (1, 32, 8)),
+    *((4, 16, 1), (4, 16, 2), (4, 8, 8), (4, 16, 8)),
+)
 
 
-def dense_dataset(num_queries: int = 4000, num_pages: int = 1200, *, num_negatives: int = 4) -> RetrievalDataset:
-    """Queries that share pages and texts, and negatives of which some are relevant."""
+def dense_dataset(num_queries: int = 4000, num_pages: int = 1200, *, repeated: float = 0.1) -> RetrievalDataset:
+    """Queries that share pages and texts, and negatives of which some are relevant.
+
+    Args:
+        num_queries: Number of queries.
+        num_pages: Number of pages that they share.
+        repeated: Share of the queries whose text is that of another one.
+    """
     rng = np.random.default_rng(0)
-    texts = [f"question {number}" for number in rng.choice(int(0.95 * num_queries), num_queries)]
+    num_texts = num_queries - int(repeated * num_queries)
+    numbers = [*range(num_texts), *rng.choice(num_texts, num_queries - num_texts)]
+    texts = [f"question {number}" for number in rng.permutation(numbers)]
     relevant = [rng.choice(num_pages, rng.integers(1, 4), replace=False) for _ in texts]
     by_text: dict[str, set[int]] = defaultdict(set)
     for text, pages in zip(texts, relevant, strict=True):
@@ -60,7 +73,7 @@ def dense_dataset(num_queries: int = 4000, num_pages: int = 1200, *, num_negativ
         Dataset.from_dict(
             {
                 "query_id": query_ids,
-                "document_ids": [[f"p{page}" for page in pages[:num_negatives]] for pages in listed],
+                "document_ids": [[f"p{page}" for page in pages] for pages in listed],
             }
         ),
     )
@@ -176,15 +189,7 @@ def main() -> None:
     print(machine())
     dataset = dense_dataset(options.queries, options.pages)
     cells = []
-    for num_negatives, batch_size, num_processes in (
-        (1, 64, 1),
-        (1, 64, 2),
-        (1, 16, 8),
-        (1, 64, 8),
-        (4, 16, 1),
-        (4, 16, 2),
-        (4, 16, 8),
-    ):
+    for num_negatives, batch_size, num_processes in SHAPES:
         rows = dataset.training_rows(num_negatives, documents="text")
         epoch = draw_epoch(dataset, rows, batch_size, num_processes)
         ranks = sorted(set(epoch.batches_by_rank))

@@ -13,6 +13,7 @@ from PIL import ImageDraw, ImageFont
 # Real scans of receipts are around 750 x 1660 px and 370 kB.
 SIZES_PX = ((620, 1300), (744, 1660), (936, 2000))
 NUM_DRAWN = 24
+NUM_READ = 60
 FEATURES = Features(
     {"id": Value("string"), "query": Value("string"), "image": Image(), "negatives": List(Value("string"))}
 )
@@ -23,10 +24,11 @@ def scanned_pages(num_pages: int, data: Path | None = None) -> list[bytes]:
 
     Args:
         num_pages: Number of pages.
-        data: A parquet file with a column ``image``, or a folder of them; its pages are repeated with another comment
-            in the file where there are too few. ``None`` draws pages.
+        data: A parquet file with a column ``image``, or a folder of them, of which 60 pages are taken. ``None`` draws
+            24 pages. In both cases they are repeated with another comment in the file, so that more pages are no
+            larger pages.
     """
-    scans = _draw_scans(min(num_pages, NUM_DRAWN)) if data is None else _read_scans(data, num_pages)
+    scans = _draw_scans() if data is None else _read_scans(data)
     return [_with_comment(scans[page % len(scans)], f"page {page}") for page in range(num_pages)]
 
 
@@ -44,21 +46,21 @@ def id_rows(pages: list[bytes], num_negatives: int = 1) -> Dataset:
     )
 
 
-def _read_scans(data: Path, num_pages: int) -> list[bytes]:
+def _read_scans(data: Path) -> list[bytes]:
     files = sorted(data.glob("*.parquet")) if data.is_dir() else [data]
     scans: list[bytes] = []
     for file in files:
         scans += [scan["bytes"] for scan in pq.read_table(file, columns=["image"])["image"].to_pylist()]
-    return [_as_jpeg(scan) for scan in scans[:num_pages]]
+    return [_as_jpeg(scan) for scan in scans[:: max(1, len(scans) // NUM_READ)][:NUM_READ]]
 
 
 def _as_jpeg(scan: bytes) -> bytes:
     return scan if scan.startswith(b"\xff\xd8") else _jpeg(Pictures.open(io.BytesIO(scan)).convert("RGB"))
 
 
-def _draw_scans(num_scans: int) -> list[bytes]:
+def _draw_scans() -> list[bytes]:
     rng, words = np.random.default_rng(0), random.Random(0)
-    return [_draw_scan(SIZES_PX[scan % len(SIZES_PX)], rng, words) for scan in range(num_scans)]
+    return [_draw_scan(SIZES_PX[scan % len(SIZES_PX)], rng, words) for scan in range(NUM_DRAWN)]
 
 
 def _draw_scan(size_px: tuple[int, int], rng: np.random.Generator, words: random.Random) -> bytes:

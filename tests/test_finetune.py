@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import re
+import shutil
 import warnings
 from pathlib import Path
 
@@ -136,7 +137,29 @@ def test_ten_evaluations_also_in_a_short_run(run: FinetuneResult) -> None:
     assert max(during) == run.trainer.state.max_steps
 
 
-def test_the_best_checkpoint_is_the_result(run: FinetuneResult) -> None:
+WORST_IS_BEST = {**QUIET, "num_train_epochs": 6, "allow_overlap": True, "greater_is_better": False}
+"""Scores on training pages rise, and the lowest is asked for: an early checkpoint is the best."""
+
+
+def worst_is_best() -> tuple[Dataset, Dataset]:
+    rows = generated_pages(24, seed=1)
+    return rows, rows
+
+
+def test_the_best_checkpoint_is_the_result(clip_path: str, tmp_path: Path) -> None:
+    run = finetune(clip_path, *worst_is_best(), output_dir=tmp_path, **WORST_IS_BEST)
+    state = run.trainer.state
+    assert state.best_global_step < state.max_steps
+    best = SentenceTransformer(str(tmp_path / f"checkpoint-{state.best_global_step}"), device="cpu")
+    last = SentenceTransformer(str(tmp_path / f"checkpoint-{state.max_steps}"), device="cpu")
+    final = SentenceTransformer(str(tmp_path / "final"), device="cpu")
+    assert_same_weights(weights(final), weights(best))
+    assert any(not torch.equal(value, weights(last)[name]) for name, value in weights(final).items())
+    assert run.settings["training"]["best_step"] == state.best_global_step
+    assert run.after["vdr_cosine_ndcg@10"] == pytest.approx(state.best_metric, abs=1e-9)
+
+
+def test_the_best_of_all_evaluations_is_kept(run: FinetuneResult) -> None:
     best = max(
         entry["eval_vdr_cosine_ndcg@10"]
         for entry in run.trainer.state.log_history
@@ -226,13 +249,11 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(
     data: tuple[RetrievalDataset, RetrievalDataset], clip_path: str, tmp_path: Path
 ) -> None:
     train = data[0]
-    options = {**QUIET, "num_train_epochs": 2, "save_steps": 5, "save_total_limit": None, "max_steps": 12}
+    options = {**QUIET, "num_train_epochs": 2, "save_steps": 8, "save_total_limit": None, "max_steps": 12}
     whole = finetune(clip_path, train, output_dir=tmp_path / "whole", **options)
-    for step in (10, 12):
-        folder = tmp_path / "whole" / f"checkpoint-{step}"
-        for path in sorted(folder.rglob("*"), reverse=True):
-            path.unlink() if path.is_file() else path.rmdir()
-        folder.rmdir()
+    steps_an_epoch = math.ceil(30 / whole.settings["training"]["batch_size"])
+    assert 8 % steps_an_epoch != 0, "resumed within an epoch"
+    shutil.rmtree(tmp_path / "whole" / "checkpoint-12")
     resumed = finetune(clip_path, train, output_dir=tmp_path / "whole", resume=True, **options)
     assert_same_weights(weights(whole.model), weights(resumed.model))
 
@@ -245,6 +266,26 @@ def test_a_checkpoint_that_was_cut_off_is_not_resumed_from(
     (tmp_path / "checkpoint-99").mkdir()
     resumed = finetune(clip_path, data[0], output_dir=tmp_path, resume=True, **options)
     assert resumed.trainer.state.global_step == 10
+
+
+def test_a_moved_run_finds_its_best_checkpoint(clip_path: str, tmp_path: Path) -> None:
+    first = finetune(clip_path, *worst_is_best(), output_dir=tmp_path / "a", **WORST_IS_BEST)
+    assert first.trainer.state.best_global_step < first.trainer.state.max_steps
+    (tmp_path / "a").rename(tmp_path / "b")
+    again = finetune(clip_path, *worst_is_best(), output_dir=tmp_path / "b", resume=True, **WORST_IS_BEST)
+    assert again.after == pytest.approx(first.after, abs=1e-9)
+
+
+def test_a_run_that_failed_early_does_not_block_its_folder(
+    data: tuple[RetrievalDataset, RetrievalDataset], clip_path: str, tmp_path: Path
+) -> None:
+    class Failing(MultipleNegativesRankingLoss):
+        def forward(self, *args: object) -> torch.Tensor:
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        finetune(clip_path, *data, output_dir=tmp_path, loss=Failing, **QUIET)
+    finetune(clip_path, *data, output_dir=tmp_path, max_steps=1, **QUIET)
 
 
 # Choices
@@ -502,6 +543,118 @@ def test_overwriting_replaces_the_run_and_nothing_else(clip_path: str, tmp_path:
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert not (tmp_path / "checkpoint-7").exists()
     assert (tmp_path / "final" / "modules.json").is_file()
+
+
+def test_overwriting_deletes_nothing_before_everything_is_checked(run: FinetuneResult, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(run.output_dir, folder)
+    before = sorted(path.name for path in folder.rglob("*"))
+    for model, message in (("no/such/model/here", "no/such/model/here"), (folder / "final", "which this run reads")):
+        with pytest.raises(ConfigError, match=message):
+            finetune(model, generated_pages(6), output_dir=folder, overwrite=True)
+    with pytest.raises(ConfigError, match="4096"):
+        finetune(run.model, generated_pages(6), output_dir=folder, overwrite=True, matryoshka_dims=[4096])
+    assert sorted(path.name for path in folder.rglob("*")) == before
+
+
+def test_files_of_ones_own_are_no_run(clip_path: str, tmp_path: Path) -> None:
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "mine.parquet").write_bytes(b"mine")
+    (tmp_path / "report.md").write_text("mine")
+    finetune(clip_path, generated_pages(6), output_dir=tmp_path / "run", max_steps=1, **QUIET)
+    for name in ("eval", "report.md"):
+        (tmp_path / name).rename(tmp_path / "run" / f"{name}.kept" if name == "report.md" else tmp_path / "run" / name)
+    finetune(clip_path, generated_pages(6), output_dir=tmp_path / "run", overwrite=True, max_steps=1, **QUIET)
+    assert (tmp_path / "run" / "eval" / "mine.parquet").read_bytes() == b"mine"
+    assert (tmp_path / "run" / "report.md.kept").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": {"qery": "find: "}}, r"text for 'qery', and the rows have the columns \['query', 'image'"),
+        ({"prompts": 5}, "prompts=5"),
+        ({"num_train_epochs": 0}, "num_train_epochs=0"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0"),
+        ({"max_steps": "5"}, "host refuses"),
+        ({"mini_batch_size": True}, "mini_batch_size=True"),
+        ({"args": {"output_dir": "x"}}, "args is a dict"),
+        ({"model": 5}, "got int"),
+        ({"resume_from_checkpoint": "x"}, "resume=True"),
+        ({"batch_sampler": lambda dataset, **options: None}, "can't be pickled"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_values_that_can_not_be_are_named(broken_weights: str, tmp_path: Path, arguments: dict, message: str) -> None:
+    arguments = {"model": broken_weights, **arguments}
+    with pytest.raises(ConfigError, match=message):
+        finetune(train_dataset=generated_pages(6), output_dir=tmp_path / "run", **arguments)
+
+
+def test_an_unknown_metric_is_refused_before_training(
+    data: tuple[RetrievalDataset, RetrievalDataset], clip_path: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"metric_for_best_model='ndcg@10' is none of the metrics.*vdr_cosine_ndcg"):
+        finetune(clip_path, *data, output_dir=tmp_path, metric_for_best_model="ndcg@10", **QUIET)
+
+
+def test_saving_nothing_still_evaluates(
+    data: tuple[RetrievalDataset, RetrievalDataset], clip_path: str, tmp_path: Path
+) -> None:
+    result = finetune(clip_path, *data, output_dir=tmp_path, save_strategy="no", eval_steps=2, max_steps=4, **QUIET)
+    assert result.settings["training"]["evaluated_at_steps"] == [2, 4]
+    assert result.settings["training"]["best_step"] is None
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_dimensions_of_a_loss_by_callable_are_evaluated(
+    data: tuple[RetrievalDataset, RetrievalDataset], clip_path: str, tmp_path: Path
+) -> None:
+    result = finetune(
+        clip_path,
+        *data,
+        output_dir=tmp_path,
+        loss=lambda model: MatryoshkaLoss(model, MultipleNegativesRankingLoss(model), [128, 32]),
+        max_steps=1,
+        **QUIET,
+    )
+    assert [row.label for row in result.rows] == ["full", "32"]
+    assert result.settings["training"]["matryoshka_dims"] == [128, 32]
+
+
+def test_a_loss_for_each_dataset(clip_path: str, tmp_path: Path) -> None:
+    data = {name: RetrievalDataset.from_id_rows(generated_pages(8, seed=seed)) for name, seed in (("a", 0), ("b", 1))}
+    losses = {"a": MultipleNegativesRankingLoss, "b": CachedMultipleNegativesRankingLoss}
+    result = finetune(clip_path, data, output_dir=tmp_path, loss=losses, max_steps=2, **QUIET)
+    assert result.settings["training"]["loss"] == "MultipleNegativesRankingLoss, CachedMultipleNegativesRankingLoss"
+
+
+def test_what_is_not_used_is_said(
+    data: tuple[RetrievalDataset, RetrievalDataset], clip_path: str, tmp_path: Path
+) -> None:
+    with pytest.warns(UserWarning, match="mini_batch_size is not used"):
+        finetune(
+            clip_path,
+            data[0],
+            output_dir=tmp_path / "a",
+            loss=MultipleNegativesRankingLoss,
+            mini_batch_size=2,
+            max_steps=1,
+            **QUIET,
+        )
+    with pytest.warns(UserWarning, match="num_negatives=4 is not used"):
+        finetune(clip_path, data[0].training_rows(2), output_dir=tmp_path / "b", num_negatives=4, max_steps=1, **QUIET)
+
+
+def test_what_the_audit_finds_stands_in_the_settings(clip_path: str, tmp_path: Path) -> None:
+    rows = generated_pages(8)
+    twice = rows["negatives"][:]
+    twice[next(at for at, query in enumerate(rows["query"]) if query)] *= 2
+    data = RetrievalDataset.from_id_rows(rows.remove_columns("negatives").add_column("negatives", twice))
+    result = finetune(clip_path, data, output_dir=tmp_path, max_steps=1, **QUIET)
+    assert result.settings["audit"]["repeated_negatives"] > 0
+    assert "repeated_negatives" in result.report
 
 
 def test_a_loss_of_another_model_is_refused(clip_path: str, tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ class _Examiner:
         query, document = relevance.judged_query[judgement], relevance.judged_document[judgement]
         judged = relevance.judged_document[relevance.judged_query == query]
         copies = np.setdiff1d(np.flatnonzero(relevance.page == relevance.page[document]), judged)
-        return self._example([query], [document, copies[0]])
+        return self._example([query], [copies[0], document])
 
     def _contradiction(self, query: int, document: int) -> Example:
         """The entry, and the judgement that makes it relevant where its ids differ."""

@@ -11,6 +11,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 
 from mmtune.data import files, layouts
 from mmtune.data.arrow import column, positions
+from mmtune.data.audit import AuditReport, audit
 from mmtune.data.beir import tables_from_beir
 from mmtune.data.combining import concatenated, deduplicated
 from mmtune.data.documents import DocumentKind, document_columns
@@ -364,6 +365,10 @@ class RetrievalDataset:
             candidates = Candidates.texts_of_pages(relevance, pages)
         chosen = choose_negatives(candidates, num_negatives, "random", seed)
         return labeled_pairs(self._tables, relevance, positives, chosen.items[rows], documents, direction)
+
+    def audit(self) -> AuditReport:
+        """What is odd about the data: counts and examples of everything that can hurt training or scores."""
+        return audit(self._tables, self.relevance)
 
     def select_queries(self, n_or_ids: int | Sequence[str]) -> "RetrievalDataset":
         """The dataset with some of its queries, in its order; the corpus stays.

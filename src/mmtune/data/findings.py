@@ -216,13 +216,16 @@ class AuditReport:
         if not lengths:
             return "none"
         listed = f"{self.tables['negatives']:,} listed"
-        if len(lengths) <= 5:
-            each = ", ".join(f"{length} for {queries:,}" for length, queries in lengths.items())
+        if len(lengths) <= 3:
+            each = ", ".join(f"{length} ({_queries(queries)})" for length, queries in lengths.items())
             return f"{listed}; usable a query: {each}"
         usual = most_common(lengths)
-        return (
-            f"{listed}; usable a query: {min(lengths)} to {max(lengths)}, most often {usual} (for {lengths[usual]:,})"
-        )
+        spread = f"{min(lengths)} to {max(lengths)}, most often {usual} ({_queries(lengths[usual])})"
+        return f"{listed}; usable a query: {spread}"
+
+
+def _queries(count: int) -> str:
+    return f"{count:,} {'query' if count == 1 else 'queries'}"
 
 
 def most_common(queries_by_length: Mapping[int, int]) -> int:

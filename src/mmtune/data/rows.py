@@ -35,6 +35,7 @@ class TrainingView:
         self.documents = documents
         self.num_negatives = chosen.items.shape[1]
         self.chosen = {name: getattr(chosen, name) for name in ("listed", "filled", "refused", "dropped")}
+        self.columns = ["query", "image", *(f"negative_{k}" for k in range(self.num_negatives))]
         self._queries = KeyedTable(tables.queries, "query_id", ["text"])
         self._documents = DocumentReader(tables.corpus, documents, max_pixels=max_pixels)
         self.fingerprint = f"{self._queries.fingerprint}, {self._documents.fingerprint}, {self.num_negatives}"
@@ -48,7 +49,7 @@ class TrainingView:
         ids = [batch["document_id"], *zip(*batch["negative_document_ids"], strict=True)]
         documents = self._documents.read([document_id for column in ids for document_id in column])
         size = len(batch["document_id"])
-        names = ["image", *(f"negative_{k}" for k in range(self.num_negatives))]
+        names = self.columns[1:]
         columns = {name: documents[k * size : (k + 1) * size] for k, name in enumerate(names)}
         return {"query": [row["text"] for row in self._queries.get(batch["query_id"])], **columns}
 

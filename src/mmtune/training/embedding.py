@@ -1,12 +1,12 @@
 """``finetune``: from pages, queries and negatives to a better embedding model, in one call."""
 
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import torch
+from accelerate.utils import broadcast_object_list
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from sentence_transformers.util.distributed import distributed_evaluation
 
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
@@ -14,10 +14,10 @@ from mmtune.errors import ConfigError
 from mmtune.evaluation.retrieval import Evaluator, build_evaluator
 from mmtune.models.loading import check_documents, describe_model, load_model
 from mmtune.training import recipe
-from mmtune.training.output import prepare_output_dir, resolve_output_dir
+from mmtune.training.output import check_output_dir, clear_run, resolve_output_dir
 from mmtune.training.recipe import Loss
 from mmtune.training.result import FinetuneResult
-from mmtune.training.sets import DatasetsLike, evaluation_sets, refuse_overlap, training_sets
+from mmtune.training.sets import DatasetsLike, evaluation_sets, paths_of, refuse_overlap, training_sets
 from mmtune.training.settings import settings
 from mmtune.training.trainer import PageTrainer
 
@@ -31,7 +31,7 @@ def finetune(
     num_negatives: int = 1,
     matryoshka_dims: Literal["auto"] | Sequence[int] | None = "auto",
     mini_batch_size: Literal["auto"] | int = "auto",
-    loss: Loss | None = None,
+    loss: Loss | Mapping[str, Loss] | None = None,
     args: SentenceTransformerTrainingArguments | None = None,
     prompts: dict[str, str] | str | None = "model",
     documents: DocumentKind = "image",
@@ -61,10 +61,10 @@ def finetune(
             of 2048, 1536, 1024, 512, 256, 128 and 64 below it; ``None`` trains the full size only.
         mini_batch_size: Rows in one forward pass of the cached loss; changes memory and speed, not the result.
             ``"auto"`` goes by the size of the model.
-        loss: A host loss in place of the cached one, built or as a callable that takes the model.
-            ``matryoshka_dims`` then only says what is evaluated.
-        args: The host's training arguments, passed on as they are; only an empty ``prompts`` or ``router_mapping`` is
-            filled, on a copy.
+        loss: A host loss in place of the cached one, built or as a callable that takes the model; with several
+            datasets also one for each by name. ``matryoshka_dims`` then only says what is evaluated, and ``"auto"``
+            is what that loss trains.
+        args: The host's training arguments, passed on as they are; only empty ``prompts`` are filled, on a copy.
         prompts: ``"model"`` trains with the prompts that ``encode_query`` and ``encode_document`` will use; else what
             the host's ``prompts`` takes, or ``None`` for none.
         documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
@@ -90,28 +90,30 @@ def finetune(
         >>> sorted(path.name for path in result.output_dir.iterdir() if not path.name.startswith("checkpoint"))
         ['final', 'metrics.json', 'report.md']
     """
-    _check_arguments(args, training_arguments, matryoshka_dims, mini_batch_size)
+    recipe.check_arguments(args, training_arguments, matryoshka_dims, mini_batch_size, loss)
     folder = resolve_output_dir(output_dir, args.output_dir if args else None)
     train = training_sets(train_dataset, num_negatives=num_negatives, documents=documents, seed=seed)
     evaluation = evaluation_sets(eval_dataset, documents)
     if not allow_overlap:
         refuse_overlap(train, evaluation)
+    inputs = paths_of(model, train_dataset, eval_dataset)
+    checkpoint = check_output_dir(folder, overwrite=overwrite, resume=resume, inputs=inputs)
     host_args = args or recipe.training_arguments(
         train.num_rows, output_dir=str(folder), seed=seed, evaluates=bool(evaluation), **training_arguments
     )
-    checkpoint = prepare_output_dir(folder, overwrite=overwrite, resume=resume)
+    recipe.check_host_arguments(host_args, prompts, train.columns, evaluates=bool(evaluation))
 
-    model = model if isinstance(model, SentenceTransformer) else load_model(os.fspath(model))
+    model = loaded(model)
     check_documents(model, documents)
-    dims = recipe.matryoshka_dims(matryoshka_dims, model, loss)
+    description = describe_model(model)
+    dims = recipe.trained_dims(matryoshka_dims, model) if loss is None else ()
+    loss = recipe.loss_for_model(loss, model, dims, mini_batch_size, host_args.per_device_train_batch_size)
+    dims = recipe.evaluated_dims(matryoshka_dims, model, loss)
     evaluator = _evaluator(evaluation, model, dims, documents, show_progress_bar=not host_args.disable_tqdm)
     metric = evaluator.metric_name(model) if evaluator else None
-    host_args = recipe.arguments_for_model(host_args, model, prompts, train.columns, metric)
-    loss = recipe.loss_for_model(loss, model, dims, mini_batch_size, host_args.per_device_train_batch_size)
-    description = describe_model(model)
     trainer = PageTrainer(
         model=model,
-        args=host_args,
+        args=recipe.arguments_for_model(host_args, model, prompts, train.columns, metric),
         train_dataset=train.for_host,
         loss=loss,
         evaluator=evaluator,
@@ -119,42 +121,33 @@ def finetune(
     )
 
     before = measure(trainer, evaluator)
+    recipe.check_metric(trainer.args, before)
+    if overwrite and trainer.is_world_process_zero():
+        clear_run(folder)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    result = FinetuneResult(
-        model=model,
-        trainer=trainer,
-        before=before,
-        after=measure(trainer, evaluator),
-        primary_metric=metric,
-        output_dir=folder,
-        settings=settings(trainer, train=train, evaluation=evaluation, model=description, dims=dims, seed=seed),
-    )
+    after = measure(trainer, evaluator)
+    if trainer.is_world_process_zero():
+        model.save_pretrained(str(folder / "final"))
+    chosen = settings(trainer, train=train, evaluation=evaluation, model=description, dims=dims, seed=seed)
+    result = FinetuneResult(model.eval(), trainer, before, after, metric, folder, chosen)
     if trainer.is_world_process_zero():
         result.save()
+    # A script that goes on with final/ in every process finds it whole.
+    trainer.accelerator.wait_for_everyone()
     return result
 
 
-def _check_arguments(
-    args: SentenceTransformerTrainingArguments | None,
-    training_arguments: Mapping[str, Any],
-    matryoshka_dims: Literal["auto"] | Sequence[int] | None,
-    mini_batch_size: Literal["auto"] | int,
-) -> None:
-    recipe.check_training_arguments(training_arguments)
-    if args is not None and training_arguments:
-        raise ConfigError(
-            f"args and {next(iter(training_arguments))}={next(iter(training_arguments.values()))!r} were both given. "
-            "Set it in args, or leave args out."
-        )
-    recipe.check_matryoshka_dims(matryoshka_dims)
-    if mini_batch_size != "auto" and (not isinstance(mini_batch_size, int) or mini_batch_size < 1):
-        raise ConfigError(f"mini_batch_size={mini_batch_size!r}: expected 'auto' or a positive whole number.")
-    if args is not None and not recipe.is_conflict_free(args):
-        warnings.warn(
-            f"args.batch_sampler is {args.batch_sampler!r}, which may put documents that are relevant to a query among "
-            "its in-batch negatives. Pass batch_sampler=ConflictFreeBatchSampler to rule that out.",
-            stacklevel=3,
-        )
+def loaded(model: SentenceTransformer | str | os.PathLike[str]) -> SentenceTransformer:
+    """The model, or what ``load_model`` makes of a checkpoint.
+
+    Raises:
+        ConfigError: It is neither a model nor a checkpoint.
+    """
+    if isinstance(model, SentenceTransformer):
+        return model
+    if isinstance(model, (str, os.PathLike)):
+        return load_model(os.fspath(model))
+    raise ConfigError(f"Expected a SentenceTransformer, a checkpoint's folder or its name, got {type(model).__name__}.")
 
 
 def _evaluator(
@@ -179,12 +172,12 @@ def _evaluator(
 def measure(trainer: PageTrainer, evaluator: Evaluator | None) -> dict[str, float]:
     """The evaluator's metrics for the model as it is, shared among the processes; empty without an evaluator.
 
-    The state of the random numbers stays, so that the training after it is the host's to the last bit.
+    Not by ``trainer.evaluate()``: called before ``train()`` with several processes, it makes the trainer take the model
+    for wrapped already, the loss never gets the wrapped one, and the processes train apart without a word
+    (sentence-transformers 6.2, transformers 5.23).
     """
     if evaluator is None:
         return {}
-    device = trainer.model.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        metrics = trainer.evaluate()
-    own = {key.removeprefix("eval_"): value for key, value in metrics.items()}
-    return {key: float(value) for key, value in own.items() if key.startswith("vdr")}
+    with distributed_evaluation(trainer.model) as evaluates:
+        metrics = evaluator(trainer.model) if evaluates else {}
+    return {key: float(value) for key, value in broadcast_object_list([metrics])[0].items()}

@@ -1,44 +1,51 @@
 """The folder of a run: what may be written into it, and where a run goes on."""
 
+import json
 import os
 import shutil
 from pathlib import Path
 
 from mmtune.errors import ConfigError
 
-RUN_FILES = ("final", "metrics.json", "report.md", "eval")
-"""What a run leaves beside the host's checkpoints."""
+CSV_OF_EVALUATORS = "eval/Information-Retrieval_evaluation_vdr*_results.csv"
 
 
 def resolve_output_dir(output_dir: str | os.PathLike[str] | None, args_output_dir: str | None) -> Path:
-    """The folder of the run.
+    """The folder of the run, absolute, so that it stays the same when the working directory changes.
 
     Raises:
-        ConfigError: Two different folders were given.
+        ConfigError: Two different folders were given, or a file stands where the folder should be.
     """
-    if output_dir is None:
-        return Path(args_output_dir or "mmtune-output")
-    if args_output_dir is not None and Path(args_output_dir) != Path(output_dir):
+    folder = _absolute(output_dir or args_output_dir or "mmtune-output")
+    if args_output_dir is not None and _absolute(args_output_dir) != folder:
         raise ConfigError(
-            f"output_dir={str(output_dir)!r} and args.output_dir={args_output_dir!r} differ. Give only one of them."
+            f"output_dir={str(output_dir)!r} and args.output_dir={args_output_dir!r} differ. Leave output_dir out, or "
+            "set both to one folder."
         )
-    return Path(output_dir)
+    files = [path for path in (folder, *folder.parents) if path.is_file()]
+    if files:
+        raise ConfigError(f"output_dir={str(folder)!r} can't be a folder: {str(files[0])!r} is a file. Name another.")
+    return folder
 
 
-def prepare_output_dir(folder: Path, *, overwrite: bool, resume: bool) -> Path | None:
-    """Make the folder ready for a run.
+def check_output_dir(folder: Path, *, overwrite: bool, resume: bool, inputs: list[Path]) -> Path | None:
+    """Find out whether a run may use the folder; nothing is changed.
+
+    Args:
+        folder: The folder of the run.
+        overwrite: Whether a run that the folder holds may be replaced.
+        resume: Whether to go on with it.
+        inputs: Files and folders that the run reads: its checkpoint and data.
 
     Returns:
         The checkpoint to go on from; ``None`` to start from the beginning.
 
     Raises:
-        ConfigError: The folder holds a run and neither ``overwrite`` nor ``resume`` is set, both are, or there is
-            nothing to resume.
+        ConfigError: The folder holds a run and neither ``overwrite`` nor ``resume`` is set, both are, there is nothing
+            to resume, or the run would overwrite what it reads.
     """
     if overwrite and resume:
         raise ConfigError("overwrite=True deletes the run that resume=True would go on with. Set one of them.")
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output_dir={str(folder)!r} is a file. Name a folder.")
     if resume:
         return last_checkpoint(folder)
     run = run_files(folder)
@@ -47,17 +54,30 @@ def prepare_output_dir(folder: Path, *, overwrite: bool, resume: bool) -> Path |
             f"output_dir={str(folder)!r} holds a run already ({', '.join(path.name for path in run[:4])}). "
             "Name another folder, or pass resume=True to go on with that run or overwrite=True to replace it."
         )
-    if _is_main_process():
-        for path in run:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in map(_absolute, inputs):
+        if any(path == part or part in path.parents for part in run):
+            raise ConfigError(
+                f"overwrite=True would delete {str(path)!r}, which this run reads. Name another output_dir, or copy "
+                "that first."
+            )
     return None
 
 
+def clear_run(folder: Path) -> None:
+    """Delete the run that the folder holds, and nothing else; for the one process that writes."""
+    for path in [*run_files(folder), *folder.glob(CSV_OF_EVALUATORS)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def run_files(folder: Path) -> list[Path]:
-    """What runs have left in the folder: checkpoints, models, metrics and reports; nothing else is ever deleted."""
+    """What a run has left in the folder: checkpoints, the model, metrics and report; empty where there was none."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.name in RUN_FILES or _checkpoint_step(path) is not None)
+    found = [path for path in folder.iterdir() if _checkpoint_step(path) is not None]
+    found += [path for path in [folder / "final"] if (path / "modules.json").is_file()]
+    if _is_ours(folder / "metrics.json"):
+        found += [folder / "metrics.json", *folder.glob("report.md")]
+    return sorted(found)
 
 
 def last_checkpoint(folder: Path) -> Path:
@@ -74,9 +94,13 @@ def last_checkpoint(folder: Path) -> Path:
         cut_off = f" ({len(checkpoints)} were cut off while they were written)" if checkpoints else ""
         raise ConfigError(
             f"resume=True, and output_dir={str(folder)!r} has no checkpoint to go on from{cut_off}. "
-            "Check the folder, or start over with overwrite=True."
+            "Check the folder, or start over without resume."
         )
     return max(whole, key=lambda path: _checkpoint_step(path) or 0)
+
+
+def _absolute(path: str | os.PathLike[str]) -> Path:
+    return Path(os.path.abspath(Path(path).expanduser()))  # noqa: PTH100 - resolve() would follow links
 
 
 def _checkpoint_step(path: Path) -> int | None:
@@ -84,5 +108,9 @@ def _checkpoint_step(path: Path) -> int | None:
     return int(step) if prefix == "checkpoint" and step.isdigit() and path.is_dir() else None
 
 
-def _is_main_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
+def _is_ours(metrics: Path) -> bool:
+    """Whether a run wrote this ``metrics.json``."""
+    try:
+        return {"before", "after", "settings", "versions"} <= set(json.loads(metrics.read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        return False

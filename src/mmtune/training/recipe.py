@@ -4,7 +4,10 @@ import copy
 import dataclasses
 import difflib
 import math
+import numbers
 import os
+import pickle
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -36,7 +39,7 @@ class EvenTenths(TrainerCallback):
         if state.global_step in tenths(state.max_steps):
             control.should_save = True
             control.should_log = args.logging_strategy != "no"
-            control.should_evaluate = args.eval_strategy != "no"
+            control.should_evaluate = args.eval_strategy != "no" and state.global_step >= args.eval_delay
 
 
 def tenths(total_steps: int) -> list[int]:
@@ -44,12 +47,40 @@ def tenths(total_steps: int) -> list[int]:
     return sorted({math.ceil(total_steps * k / EVALUATIONS) for k in range(1, EVALUATIONS + 1)})
 
 
-def check_training_arguments(given: Mapping[str, Any]) -> None:
-    """Make sure that the host knows every name.
+def check_arguments(
+    args: SentenceTransformerTrainingArguments | None,
+    given: Mapping[str, Any],
+    matryoshka_dims: Literal["auto"] | Sequence[int] | None,
+    mini_batch_size: Literal["auto"] | int,
+    loss: object,
+) -> None:
+    """Make sure of the arguments of the call, as far as they show without data and model.
 
     Raises:
-        ConfigError: A name is no training argument of the host; the message gives the nearest that is.
+        ConfigError: A name is no training argument of the host, two arguments exclude each other, or a value can't be.
     """
+    _check_names(given)
+    if args is not None and not isinstance(args, SentenceTransformerTrainingArguments):
+        raise ConfigError(f"args is a {type(args).__name__}, expected SentenceTransformerTrainingArguments.")
+    if args is not None and given:
+        name, value = next(iter(given.items()))
+        raise ConfigError(f"args and {name}={value!r} were both given. Set it in args, or leave args out.")
+    check_matryoshka_dims(matryoshka_dims)
+    if mini_batch_size != "auto":
+        _require_positive("mini_batch_size", mini_batch_size, or_else="'auto'")
+        if loss is not None:
+            warnings.warn("mini_batch_size is not used: the loss that was given has its own.", stacklevel=3)
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        _require_positive(name, given.get(name, 1))
+
+
+def _require_positive(name: str, value: object, *, or_else: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        expected = " or ".join(filter(None, (or_else, "a positive whole number")))
+        raise ConfigError(f"{name}={value!r}: expected {expected}.")
+
+
+def _check_names(given: Mapping[str, Any]) -> None:
     known = [field.name for field in dataclasses.fields(SentenceTransformerTrainingArguments) if field.init]
     for name in given:
         if name not in known:
@@ -58,6 +89,68 @@ def check_training_arguments(given: Mapping[str, Any]) -> None:
                 f"{name!r} is neither an argument of this function nor a training argument of the host. "
                 f"Did you mean {nearest!r}?"
             )
+    if given.get("resume_from_checkpoint") is not None:
+        raise ConfigError("resume_from_checkpoint is for the host's trainer. Pass resume=True.")
+
+
+def check_host_arguments(
+    args: SentenceTransformerTrainingArguments,
+    prompts: dict[str, str] | str | None,
+    columns: Sequence[str],
+    *,
+    evaluates: bool,
+) -> None:
+    """Make sure that the host's arguments go with the data, before hours of training end in an error.
+
+    Raises:
+        ConfigError: Evaluation without an evaluation set, prompts for columns that are not there, or a batch sampler
+            that can't be saved with a checkpoint.
+    """
+    if args.eval_strategy != "no" and not evaluates:
+        raise ConfigError(f"eval_strategy={str(args.eval_strategy)!r} needs an evaluation set. Pass eval_dataset.")
+    _check_prompts(args.prompts or prompts, columns)
+    if args.prompts and prompts not in ("model", None, args.prompts):
+        warnings.warn(f"prompts={prompts!r} is not used: args.prompts is {args.prompts!r}.", stacklevel=3)
+    try:
+        pickle.dumps(args.batch_sampler)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ConfigError(
+            f"args.batch_sampler={args.batch_sampler!r} can't be pickled, and every checkpoint stores it. Pass a class "
+            "or a function of a module, such as ConflictFreeBatchSampler."
+        ) from error
+    if not is_conflict_free(args):
+        warnings.warn(
+            f"The batch sampler is {args.batch_sampler!r}, which may put documents that are relevant to a query among "
+            "its in-batch negatives. Pass batch_sampler=ConflictFreeBatchSampler to rule that out.",
+            stacklevel=3,
+        )
+
+
+def _check_prompts(prompts: object, columns: Sequence[str]) -> None:
+    if prompts is None or isinstance(prompts, str):
+        return
+    if not isinstance(prompts, dict):
+        raise ConfigError(f"prompts={prompts!r}: expected 'model', a text, a mapping of columns to texts, or None.")
+    unknown = [name for name, value in prompts.items() if name not in columns and not isinstance(value, dict)]
+    if unknown:
+        raise ConfigError(f"prompts has a text for {unknown[0]!r}, and the rows have the columns {list(columns)}.")
+
+
+def check_metric(args: SentenceTransformerTrainingArguments, metrics: Mapping[str, float]) -> None:
+    """Make sure that the metric that chooses the checkpoint exists.
+
+    Raises:
+        ConfigError: The evaluators give no such metric; the message lists some that they give.
+    """
+    if not metrics or not args.load_best_model_at_end:
+        return
+    wanted = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if wanted not in metrics:
+        known = [key for key in metrics if "ndcg" in key]
+        raise ConfigError(
+            f"metric_for_best_model={args.metric_for_best_model!r} is none of the metrics, which are {known} and "
+            f"{len(metrics) - len(known)} more. Name one of them."
+        )
 
 
 def training_arguments(
@@ -77,10 +170,8 @@ def training_arguments(
         **given: Training arguments of the host by name, in place of the recipe's.
 
     Raises:
-        ConfigError: The host refuses a value, or evaluation was asked for without an evaluation set.
+        ConfigError: The host refuses a value.
     """
-    if not evaluates and given.get("eval_strategy", "no") != "no":
-        raise ConfigError(f"eval_strategy={given['eval_strategy']!r} needs an evaluation set. Pass eval_dataset.")
     recipe: dict[str, Any] = {
         "output_dir": output_dir,
         "seed": seed,
@@ -89,16 +180,20 @@ def training_arguments(
         "batch_sampler": ConflictFreeBatchSampler,
         "multi_dataset_batch_sampler": StepwiseProportionalBatchSampler,
         "save_total_limit": 2,
-        "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        "bf16": not given.get("fp16") and _computes_in_bf16(),
         "dataloader_num_workers": _workers(),
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
-    recipe["per_device_train_batch_size"] = batch_size(num_rows, given.get("num_train_epochs", 1), _num_processes())
-    steps = total_steps(num_rows, recipe | given)
-    # A warm-up of one step starts at a learning rate of zero: a shorter run would spend much of itself there.
-    recipe["warmup_steps"] = 0.1 if steps >= EVALUATIONS else 0
-    recipe |= _schedule(steps, evaluates, given)
+    epochs = given.get("num_train_epochs", 1)
+    if isinstance(epochs, bool) or not isinstance(epochs, (int, float)) or epochs <= 0:
+        raise ConfigError(f"num_train_epochs={epochs!r}: expected a positive number.")
+    recipe["per_device_train_batch_size"] = batch_size(num_rows, epochs, _num_processes())
     try:
+        steps = total_steps(num_rows, recipe | given)
+        # A warm-up of one step starts at a learning rate of zero: a shorter run would spend much of itself there.
+        recipe["warmup_steps"] = given.get("warmup_ratio") or (0.1 if steps >= EVALUATIONS else 0)
+        recipe |= _schedule(steps, evaluates, given)
+        given = {name: value for name, value in given.items() if name != "warmup_ratio"}
         return SentenceTransformerTrainingArguments(**(recipe | given))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"The host refuses these training arguments: {error}") from error
@@ -109,8 +204,9 @@ def _schedule(steps: int, evaluates: bool, given: Mapping[str, Any]) -> dict[str
     interval = given.get("eval_steps") or given.get("save_steps")
     # The tenths between come from EvenTenths: the host's fraction rounds up, and 11 steps would make 6 evaluations.
     interval = interval or (1 / EVALUATIONS if follows_own_schedule(given) else max(1, steps))
-    evaluated = given.get("eval_strategy", given.get("save_strategy", "steps"))
-    saved = given.get("save_strategy", evaluated if evaluated != "no" else "steps")
+    saved, evaluated = given.get("save_strategy"), given.get("eval_strategy")
+    evaluated = evaluated or (saved if saved in ("steps", "epoch") else "steps")
+    saved = saved or (evaluated if evaluated != "no" else "steps")
     schedule: dict[str, Any] = {"save_strategy": saved, "save_steps": interval, "logging_steps": 1 / EVALUATIONS}
     if not evaluates:
         return schedule
@@ -197,12 +293,12 @@ def is_conflict_free(args: SentenceTransformerTrainingArguments) -> bool:
 
 
 def loss_for_model(
-    loss: Loss | None,
+    loss: Loss | Mapping[str, Loss] | None,
     model: SentenceTransformer,
     dims: Sequence[int],
     mini_batch: Literal["auto"] | int,
     batch: int,
-) -> torch.nn.Module:
+) -> torch.nn.Module | dict[str, torch.nn.Module]:
     """The caller's loss, built, or that of the recipe.
 
     The recipe's is cached in-batch negatives (Gao et al., 2021), at each of ``dims`` (Kusupati et al., 2022) where
@@ -214,31 +310,27 @@ def loss_for_model(
     if loss is None:
         cached = CachedMultipleNegativesRankingLoss(model, mini_batch_size=mini_batch_size(mini_batch, model, batch))
         return MatryoshkaLoss(model, cached, matryoshka_dims=list(dims)) if dims else cached
-    if not isinstance(loss, torch.nn.Module):
-        return loss(model)
-    if getattr(loss, "model", model) is not model:
+    if isinstance(loss, Mapping):
+        return {name: _built(part, model) for name, part in loss.items()}
+    return _built(loss, model)
+
+
+def _built(loss: Loss, model: SentenceTransformer) -> torch.nn.Module:
+    built = loss if isinstance(loss, torch.nn.Module) else loss(model)
+    if getattr(built, "model", model) is not model:
         raise ConfigError(
-            f"The loss {type(loss).__name__} was built for another model than the one to train. Pass that model to "
+            f"The loss {type(built).__name__} was built for another model than the one to train. Pass that model to "
             "finetune, or pass the loss as a callable, e.g. loss=lambda model: MyLoss(model)."
         )
-    return loss
+    return built
 
 
-def matryoshka_dims(
-    choice: Literal["auto"] | Sequence[int] | None, model: SentenceTransformer, loss: Loss | None = None
-) -> tuple[int, ...]:
-    """The dimensions to train and score, largest first; empty for the full size only.
-
-    Args:
-        choice: As ``finetune`` takes it.
-        model: Tells the full dimension.
-        loss: The caller's own loss: ``"auto"`` is then what that loss trains.
+def trained_dims(choice: Literal["auto"] | Sequence[int] | None, model: SentenceTransformer) -> tuple[int, ...]:
+    """The dimensions that the recipe's loss trains, largest first; empty for the full size only.
 
     Raises:
         ConfigError: A dimension is larger than the model's, or the model does not tell its dimension.
     """
-    if choice == "auto" and loss is not None:
-        choice = getattr(loss, "matryoshka_dims", None)
     if choice is None:
         return ()
     full = model.get_embedding_dimension()
@@ -251,7 +343,16 @@ def matryoshka_dims(
         raise ConfigError(
             f"matryoshka_dims holds {larger[0]}, and the model has {full} dimensions. Name dimensions of up to {full}."
         )
-    return tuple(sorted(set(choice), reverse=True))
+    return tuple(sorted({int(dim) for dim in choice}, reverse=True))
+
+
+def evaluated_dims(
+    choice: Literal["auto"] | Sequence[int] | None, model: SentenceTransformer, loss: object
+) -> tuple[int, ...]:
+    """The dimensions to score: those that the caller names, else those that the loss trains."""
+    if choice == "auto":
+        choice = getattr(loss, "matryoshka_dims", None)
+    return trained_dims(choice, model)
 
 
 def check_matryoshka_dims(choice: Literal["auto"] | Sequence[int] | None) -> None:
@@ -262,10 +363,14 @@ def check_matryoshka_dims(choice: Literal["auto"] | Sequence[int] | None) -> Non
     """
     if choice is None or choice == "auto":
         return
-    if isinstance(choice, str) or not choice or not all(isinstance(dim, int) and dim > 0 for dim in choice):
+    if isinstance(choice, (str, int)) or not len(choice) or not all(_is_dimension(dim) for dim in choice):
         raise ConfigError(
             f"matryoshka_dims={choice!r}: expected 'auto', None, or positive dimensions such as [512, 64]."
         )
+
+
+def _is_dimension(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) > 0
 
 
 def mini_batch_size(choice: Literal["auto"] | int, model: SentenceTransformer, batch_size: int) -> int:
@@ -279,6 +384,10 @@ def mini_batch_size(choice: Literal["auto"] | int, model: SentenceTransformer, b
 
 def _num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _computes_in_bf16() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _workers() -> int:

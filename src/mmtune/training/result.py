@@ -60,10 +60,8 @@ class FinetuneResult:
         return f"{table}\n{saved}"
 
     def save(self) -> None:
-        """Write ``final/``, ``metrics.json`` and ``report.md``."""
-        final = self.output_dir / "final"
-        self.model.save_pretrained(str(final))
-        card = final / "README.md"
+        """Write ``metrics.json``, ``report.md`` and the card of the model, which is in ``final/`` already."""
+        card = self.output_dir / "final" / "README.md"
         if card.is_file():
             text = with_finetuning_section(card.read_text("utf-8"), self.rows, self.measure, self.settings)
             card.write_text(text, "utf-8")

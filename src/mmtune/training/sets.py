@@ -1,7 +1,11 @@
 """The data of a run: one set or several by name, built and checked before weights load."""
 
+import os
+import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -13,6 +17,9 @@ from mmtune.data.inputs import DatasetLike, as_retrieval_dataset, relevant_on_bo
 from mmtune.data.rows import TrainingView
 from mmtune.errors import ConfigError, DatasetError
 from mmtune.training.batches import ID_COLUMNS, require_view
+
+DEFAULT_NEGATIVES = 1
+_NAME = re.compile(r"(?!mean$)(?!(.*-)?\d+d$)[^_]+")
 
 DatasetsLike: TypeAlias = DatasetLike | Mapping[str, DatasetLike]
 """One dataset, or several by name."""
@@ -54,8 +61,7 @@ class TrainingSets:
     @property
     def columns(self) -> list[str]:
         """The columns as the host reads them, of all sets."""
-        first_rows = (part.rows[:1] for part in self.by_name.values())
-        return list(dict.fromkeys(name for row in first_rows for name in row))
+        return list(dict.fromkeys(name for part in self.by_name.values() for name in part.view.columns))
 
     @property
     def for_host(self) -> Dataset | DatasetDict:
@@ -104,26 +110,33 @@ def refuse_overlap(train: TrainingSets, evaluation: Mapping[str, RetrievalDatase
                 )
 
 
+def paths_of(*given: object) -> list[Path]:
+    """The files and folders among models and datasets that were given by path."""
+    parts = (part for each in given for part in (each.values() if isinstance(each, Mapping) else [each]))
+    return [Path(part) for part in parts if isinstance(part, (str, os.PathLike)) and Path(part).exists()]
+
+
 def _by_name(given: DatasetsLike) -> dict[str, DatasetLike]:
     if not isinstance(given, Mapping) or isinstance(given, DatasetDict):
         return {"": given}
     if not given:
         raise DatasetError("The mapping of datasets is empty. Name at least one dataset.")
-    if not all(isinstance(name, str) and name and "_" not in name for name in given):
+    if not all(isinstance(name, str) and _NAME.fullmatch(name) for name in given):
         raise ConfigError(
-            f"The datasets are named {list(given)}. Names are texts without '_', which ends the name in metric keys."
+            f"The datasets are named {list(given)}. Names become part of metric "
+            "keys: they are texts without '_', other than 'mean' and dimensions such as '64d'."
         )
     return dict(given)
 
 
 def _training_set(given: DatasetLike, num_negatives: int, documents: DocumentKind, seed: int) -> TrainingSet:
     if isinstance(given, Dataset) and set(ID_COLUMNS) <= set(given.column_names):
-        return _given_rows(given, documents)
+        return _given_rows(given, documents, num_negatives)
     data = _readable(as_retrieval_dataset(given), documents)
     return TrainingSet(data, data.training_rows(num_negatives, documents=documents, seed=seed))
 
 
-def _given_rows(rows: Dataset, documents: DocumentKind) -> TrainingSet:
+def _given_rows(rows: Dataset, documents: DocumentKind, num_negatives: int) -> TrainingSet:
     """Rows of ``training_rows``, with the queries they refer to."""
     require_view(rows)
     view = rows.format["format_kwargs"]["transform"]
@@ -134,6 +147,10 @@ def _given_rows(rows: Dataset, documents: DocumentKind) -> TrainingSet:
     data = RetrievalDataset._of(view.tables)
     queries = data._rows_of_queries(rows.with_format(None)["query_id"][:])
     data = RetrievalDataset._of(data.relevance.subset(queries, np.arange(len(data.corpus))))
+    if view.num_negatives != num_negatives != DEFAULT_NEGATIVES:
+        warnings.warn(
+            f"num_negatives={num_negatives} is not used: the rows were made with {view.num_negatives}.", stacklevel=2
+        )
     return TrainingSet(_readable(data, documents), rows)
 
 

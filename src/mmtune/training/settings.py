@@ -7,7 +7,6 @@ from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.training.batches import ConflictFreeBatchSampler
-from mmtune.training.recipe import EvenTenths, tenths
 from mmtune.training.sets import TrainingSet, TrainingSets
 from mmtune.training.trainer import PageTrainer
 
@@ -21,20 +20,21 @@ def settings(
     dims: Sequence[int],
     seed: int,
 ) -> dict[str, dict[str, Any]]:
-    """What was chosen, by topic: ``model``, ``data``, ``training``.
+    """What was chosen, by topic: ``model``, ``data``, ``training``; and ``audit``, what was found in the data.
 
     Args:
         trainer: After training.
         train: The training data.
         evaluation: The evaluation data by name.
         model: The model as it came, from ``describe_model``.
-        dims: The dimensions that were trained.
+        dims: The dimensions that were evaluated besides the full one.
         seed: Of filling up negatives.
     """
     return {
         "model": dict(model),
         "data": _data(train, evaluation, seed),
         "training": _training(trainer, dims),
+        "audit": _audit(train),
     }
 
 
@@ -49,8 +49,18 @@ def _data(train: TrainingSets, evaluation: Mapping[str, RetrievalDataset], seed:
     return facts | {"seed_of_filling": seed}
 
 
+def _audit(train: TrainingSets) -> dict[str, int]:
+    """The findings of each set with their counts; empty where nothing was found."""
+    return {
+        f"{name}: {key}" if name else key: count
+        for name, part in train.by_name.items()
+        for key, count in part.data.audit().counts.items()
+        if count
+    }
+
+
 def _training_data(part: TrainingSet) -> dict[str, Any]:
-    view, notes = part.view, part.data.notes
+    view = part.view
     return {
         "training_queries": len(part.data),
         "training_documents": len(part.data.corpus),
@@ -61,21 +71,18 @@ def _training_data(part: TrainingSet) -> dict[str, Any]:
         "negatives_filled_at_random": view.chosen["filled"],
         "negatives_refused_as_relevant": view.chosen["refused"],
         "byte_identical_copies": part.data.relevance.num_copies,
-        "rows_without_query": notes.blank_queries,
-        "unknown_negatives_dropped": notes.unknown_negatives,
-        "negatives_held_out_for_evaluation": notes.held_out_negatives,
-        "queries_without_document": notes.queries_without_document,
     }
 
 
 def _training(trainer: PageTrainer, dims: Sequence[int]) -> dict[str, Any]:
     args, state = trainer.args, trainer.state
-    loss = trainer.loss.loss if isinstance(trainer.loss, MatryoshkaLoss) else trainer.loss
-    sampler = trainer.get_train_dataloader().batch_sampler
+    losses = list(trainer.loss.values()) if isinstance(trainer.loss, dict) else [trainer.loss]
+    inner = [loss.loss if isinstance(loss, MatryoshkaLoss) else loss for loss in losses]
     facts = {
-        "loss": type(loss).__name__,
-        "matryoshka_dims": list(dims),
-        "mini_batch_size": getattr(loss, "mini_batch_size", None),
+        "loss": ", ".join(type(loss).__name__ for loss in inner),
+        "matryoshka_dims": list(getattr(losses[0], "matryoshka_dims", ())),
+        "evaluated_dims": list(dims),
+        "mini_batch_size": getattr(inner[0], "mini_batch_size", None),
         "batch_size": args.per_device_train_batch_size,
         "processes": args.world_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
@@ -89,10 +96,10 @@ def _training(trainer: PageTrainer, dims: Sequence[int]) -> dict[str, Any]:
         "prompts": args.prompts or {},
         "router_mapping": args.router_mapping or {},
         "seed": args.seed,
-        "best_step": state.best_global_step,
+        "best_step": state.best_global_step if args.load_best_model_at_end else None,
     }
-    if isinstance(sampler, ConflictFreeBatchSampler):
-        facts["rows_left_over_in_first_epoch"] = sampler.left_over
-    if any(isinstance(callback, EvenTenths) for callback in trainer.callback_handler.callbacks):
-        facts["evaluated_at_steps"] = tenths(state.max_steps)
-    return facts
+    samplers = getattr(trainer.train_sampler, "batch_samplers", [trainer.train_sampler])
+    if all(isinstance(sampler, ConflictFreeBatchSampler) for sampler in samplers):
+        facts["rows_left_over_in_last_epoch"] = sum(sampler.left_over for sampler in samplers)
+    steps = [entry["step"] for entry in state.log_history if "eval_runtime" in entry]
+    return facts | ({"evaluated_at_steps": sorted(set(steps))} if steps else {})

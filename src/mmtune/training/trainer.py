@@ -2,11 +2,14 @@
 
 import copy
 import sys
+import warnings
+from pathlib import Path
 from typing import Any
 
 from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardCallback
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
     PrinterCallback,
@@ -80,6 +83,55 @@ class ShortProgress(ProgressCallback):
         """Leaves the logs to ``ShortLogs``."""
 
 
+class EpochOfSampler(TrainerCallback):
+    """Tells the batch sampler its epoch, however deep it is wrapped.
+
+    When several processes resume within an epoch, transformers 5.23 tells the epoch to the wrapper that skips batches,
+    which does not pass it on: every process then plans the batches of the first epoch.
+    """
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Walks down to the sampler that plans."""
+        sampler = innermost_sampler(kwargs["train_dataloader"])
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
+class BestCheckpointHere(TrainerCallback):
+    """Finds the best checkpoint of a resumed run in the folder of the run, also when the folder was moved.
+
+    The host looks for it under the path that it had, and on not finding it ends with the last weights, and keeps the
+    best score so that no later checkpoint takes its place (transformers 5.23).
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Points the state to the checkpoint of that step in ``args.output_dir``."""
+        if state.best_model_checkpoint is not None or not state.best_global_step:
+            return
+        here = Path(args.output_dir or ".", f"checkpoint-{state.best_global_step}")
+        if here.is_dir():
+            state.best_model_checkpoint = str(here)
+            return
+        warnings.warn(
+            f"The best checkpoint so far, {here.name}, is not in {str(here.parent)!r} any more. The best of the "
+            "evaluations still to come is taken instead.",
+            stacklevel=2,
+        )
+        state.best_metric = state.best_global_step = None
+
+
+def innermost_sampler(loader: Any) -> Any:
+    """The batch sampler behind the wrappers of accelerate."""
+    sampler = loader
+    while getattr(sampler, "batch_sampler", None) is not None:
+        sampler = sampler.batch_sampler
+    return sampler
+
+
 class PageTrainer(SentenceTransformerTrainer):
     """``SentenceTransformerTrainer`` for rows that decode pages when they are read."""
 
@@ -88,9 +140,17 @@ class PageTrainer(SentenceTransformerTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.add_callback(EpochOfSampler)
+        self.add_callback(BestCheckpointHere)
         # In a notebook the host shows a table of its own, which stays.
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ShortProgress)
             self.add_callback(ShortLogs)
         elif self.pop_callback(PrinterCallback) is not None:
             self.add_callback(ShortLogs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The host's data loader; its sampler stays in ``train_sampler``."""
+        loader = super().get_train_dataloader()
+        self.train_sampler = innermost_sampler(loader)
+        return loader
