@@ -15,6 +15,7 @@ import mmtune
 import mmtune.testing
 
 PUBLIC = [
+    "AuditReport",
     "ConfigError",
     "ConflictFreeBatchSampler",
     "DatasetError",
@@ -51,7 +52,19 @@ class Promised:
 
     def load(self, name_or_path, config=None, *, split=None, revision=None): ...
 
+    def from_beir(self, corpus, queries, qrels): ...
+
+    def concatenate(self, datasets): ...
+
     def save(self, folder): ...
+
+    def select_queries(self, n_or_ids): ...
+
+    def deduplicate(self): ...
+
+    def audit(self): ...
+
+    def labeled_pairs(self, num_negatives=4, *, direction="text_to_image", documents="image", seed=42): ...
 
     def split(self, eval_queries, *, seed=42, group_column=None): ...
 
@@ -107,7 +120,11 @@ class Promised:
     tiny_siglip = tiny_text_encoder = tiny_qwen3_vl = tiny_clip
 
 
-METHODS = ["__init__", "from_id_rows", "from_columns", "load", "save", "split", "training_rows"]
+METHODS = [
+    "__init__",
+    *("from_id_rows", "from_columns", "from_beir", "load", "concatenate"),
+    *("training_rows", "labeled_pairs", "split", "select_queries", "deduplicate", "audit", "save"),
+]
 FUNCTIONS = ["build_evaluator", "load_model", "finetune"]
 NOT_BUILT_YET = {"finetune": {"lora", "freeze"}}
 """Promised arguments that may still be missing. Where they are there, they are as promised."""

@@ -1,6 +1,6 @@
 """Finetune multimodal embedding models on your own pages, and know that they got better."""
 
-from mmtune.data import RetrievalDataset
+from mmtune.data import AuditReport, RetrievalDataset
 from mmtune.errors import (
     ConfigError,
     DatasetError,
@@ -16,6 +16,7 @@ from mmtune.training import ConflictFreeBatchSampler, FinetuneResult, finetune
 __version__ = "0.1.0"
 
 __all__ = [
+    "AuditReport",
     "ConfigError",
     "ConflictFreeBatchSampler",
     "DatasetError",

@@ -14,6 +14,7 @@ from mmtune.errors import ConfigError
 from mmtune.evaluation.retrieval import Evaluator, build_evaluator
 from mmtune.models.loading import check_documents, describe_model, load_model
 from mmtune.training import recipe
+from mmtune.training.checks import check_arguments, check_host_arguments, check_metric
 from mmtune.training.output import check_output_dir, clear_run, resolve_output_dir
 from mmtune.training.recipe import Loss
 from mmtune.training.result import FinetuneResult
@@ -90,7 +91,7 @@ def finetune(
         >>> sorted(path.name for path in result.output_dir.iterdir() if not path.name.startswith("checkpoint"))
         ['final', 'metrics.json', 'report.md']
     """
-    recipe.check_arguments(args, training_arguments, matryoshka_dims, mini_batch_size, loss)
+    check_arguments(args, training_arguments, matryoshka_dims, mini_batch_size, loss)
     folder = resolve_output_dir(output_dir, args.output_dir if args else None)
     train = training_sets(train_dataset, num_negatives=num_negatives, documents=documents, seed=seed)
     evaluation = evaluation_sets(eval_dataset, documents)
@@ -101,7 +102,7 @@ def finetune(
     host_args = args or recipe.training_arguments(
         train.num_rows, output_dir=str(folder), seed=seed, evaluates=bool(evaluation), **training_arguments
     )
-    recipe.check_host_arguments(host_args, prompts, train.columns, evaluates=bool(evaluation))
+    check_host_arguments(host_args, prompts, train.columns, evaluates=bool(evaluation))
 
     model = loaded(model)
     check_documents(model, documents)
@@ -121,7 +122,7 @@ def finetune(
     )
 
     before = measure(trainer, evaluator)
-    recipe.check_metric(trainer.args, before)
+    check_metric(trainer.args, before)
     if overwrite and trainer.is_world_process_zero():
         clear_run(folder)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

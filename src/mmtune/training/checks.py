@@ -1,0 +1,143 @@
+"""What can be known to fail before weights load, or before hours of training."""
+
+import dataclasses
+import difflib
+import numbers
+import pickle
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from sentence_transformers import SentenceTransformerTrainingArguments
+
+from mmtune.errors import ConfigError
+from mmtune.training.batches import ConflictFreeBatchSampler
+
+
+def check_arguments(
+    args: SentenceTransformerTrainingArguments | None,
+    given: Mapping[str, Any],
+    matryoshka_dims: Literal["auto"] | Sequence[int] | None,
+    mini_batch_size: Literal["auto"] | int,
+    loss: object,
+) -> None:
+    """Make sure of the arguments of the call, as far as they show without data and model.
+
+    Raises:
+        ConfigError: A name is no training argument of the host, two arguments exclude each other, or a value can't be.
+    """
+    _check_names(given)
+    if args is not None and not isinstance(args, SentenceTransformerTrainingArguments):
+        raise ConfigError(f"args is a {type(args).__name__}, expected SentenceTransformerTrainingArguments.")
+    if args is not None and given:
+        name, value = next(iter(given.items()))
+        raise ConfigError(f"args and {name}={value!r} were both given. Set it in args, or leave args out.")
+    _check_matryoshka_dims(matryoshka_dims)
+    if mini_batch_size != "auto":
+        _require_positive("mini_batch_size", mini_batch_size, or_else="'auto'")
+        if loss is not None:
+            warnings.warn("mini_batch_size is not used: the loss that was given has its own.", stacklevel=3)
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        _require_positive(name, given.get(name, 1))
+
+
+def check_host_arguments(
+    args: SentenceTransformerTrainingArguments,
+    prompts: dict[str, str] | str | None,
+    columns: Sequence[str],
+    *,
+    evaluates: bool,
+) -> None:
+    """Make sure that the host's arguments go with the data, before hours of training end in an error.
+
+    Raises:
+        ConfigError: Evaluation without an evaluation set, prompts for columns that are not there, or a batch sampler
+            that can't be saved with a checkpoint.
+    """
+    if args.eval_strategy != "no" and not evaluates:
+        raise ConfigError(f"eval_strategy={str(args.eval_strategy)!r} needs an evaluation set. Pass eval_dataset.")
+    _check_prompts(args.prompts or prompts, columns)
+    if args.prompts and prompts not in ("model", None, args.prompts):
+        warnings.warn(f"prompts={prompts!r} is not used: args.prompts is {args.prompts!r}.", stacklevel=3)
+    try:
+        pickle.dumps(args.batch_sampler)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ConfigError(
+            f"args.batch_sampler={args.batch_sampler!r} can't be pickled, and every checkpoint stores it. Pass a class "
+            "or a function of a module, such as ConflictFreeBatchSampler."
+        ) from error
+    if not is_conflict_free(args):
+        warnings.warn(
+            f"The batch sampler is {args.batch_sampler!r}, which may put documents that are relevant to a query among "
+            "its in-batch negatives. Pass batch_sampler=ConflictFreeBatchSampler to rule that out.",
+            stacklevel=3,
+        )
+
+
+def check_metric(args: SentenceTransformerTrainingArguments, metrics: Mapping[str, float]) -> None:
+    """Make sure that the metric that chooses the checkpoint exists.
+
+    Raises:
+        ConfigError: The evaluators give no such metric; the message lists some that they give.
+    """
+    if not metrics or not args.load_best_model_at_end:
+        return
+    wanted = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if wanted not in metrics:
+        known = [key for key in metrics if "ndcg" in key]
+        raise ConfigError(
+            f"metric_for_best_model={args.metric_for_best_model!r} is none of the metrics, which are {known} and "
+            f"{len(metrics) - len(known)} more. Name one of them."
+        )
+
+
+def is_conflict_free(args: SentenceTransformerTrainingArguments) -> bool:
+    """Whether the batches keep what is relevant to a query from its in-batch negatives."""
+    return isinstance(args.batch_sampler, type) and issubclass(args.batch_sampler, ConflictFreeBatchSampler)
+
+
+def _check_names(given: Mapping[str, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(SentenceTransformerTrainingArguments) if field.init]
+    for name in given:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise ConfigError(
+                f"{name!r} is neither an argument of this function nor a training argument of the host. "
+                f"Did you mean {nearest!r}?"
+            )
+    if given.get("resume_from_checkpoint") is not None:
+        raise ConfigError("resume_from_checkpoint is for the host's trainer. Pass resume=True.")
+
+
+def _check_matryoshka_dims(choice: Literal["auto"] | Sequence[int] | None) -> None:
+    """Make sure that the choice can be a list of dimensions, as far as that shows without the model.
+
+    Raises:
+        ConfigError: The choice is neither ``"auto"``, ``None`` nor positive dimensions.
+    """
+    if choice is None or choice == "auto":
+        return
+    if isinstance(choice, (str, int)) or not len(choice) or not all(_is_dimension(dim) for dim in choice):
+        raise ConfigError(
+            f"matryoshka_dims={choice!r}: expected 'auto', None, or positive dimensions such as [512, 64]."
+        )
+
+
+def _is_dimension(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) > 0
+
+
+def _require_positive(name: str, value: object, *, or_else: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        expected = " or ".join(filter(None, (or_else, "a positive whole number")))
+        raise ConfigError(f"{name}={value!r}: expected {expected}.")
+
+
+def _check_prompts(prompts: object, columns: Sequence[str]) -> None:
+    if prompts is None or isinstance(prompts, str):
+        return
+    if not isinstance(prompts, dict):
+        raise ConfigError(f"prompts={prompts!r}: expected 'model', a text, a mapping of columns to texts, or None.")
+    unknown = [name for name, value in prompts.items() if name not in columns and not isinstance(value, dict)]
+    if unknown:
+        raise ConfigError(f"prompts has a text for {unknown[0]!r}, and the rows have the columns {list(columns)}.")
