@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
@@ -81,7 +81,7 @@ def test_pages_are_decoded_in_small_portions(pages: Dataset, clip: SentenceTrans
     evaluator = build_evaluator(pages, batch_size=2, show_progress_bar=False)
     sizes = [len(portion) for portion in evaluator._documents()]
     assert sum(sizes) == len(pages)
-    assert max(sizes) <= 8
+    assert max(sizes) == 2
 
 
 def test_per_query_values_average_to_the_metrics(pages: Dataset, clip: SentenceTransformer) -> None:
@@ -119,6 +119,20 @@ def test_ties_do_not_depend_on_how_ids_are_spelled() -> None:
         return score_hits(evaluator, {"q": dict.fromkeys(names, 0.5)})["ndcg@k"][10]
 
     assert tied([str(i) for i in range(8)]) == tied([f"page-{9 - i}" for i in range(8)])
+
+
+def test_a_copy_of_the_relevant_page_costs_nothing(pages: Dataset, clip: SentenceTransformer) -> None:
+    """Whatever its id and wherever it stands, and each content is encoded once."""
+    before = build_evaluator(pages, show_progress_bar=False)(clip)
+    for name, position in (("a-copy", 0), ("zz-copy", len(pages))):
+        copies = pages.remove_columns("id").add_column("id", [f"{name}-{row_id}" for row_id in pages["id"]])
+        copies = copies.remove_columns(["query", "negatives"])
+        copies = copies.add_column("query", [None] * len(pages)).add_column("negatives", [[]] * len(pages))
+        parts = [pages, copies.select_columns(pages.column_names).cast(pages.features)]
+        doubled = concatenate_datasets(parts if position else parts[::-1])
+        evaluator = build_evaluator(doubled, show_progress_bar=False)
+        assert len(evaluator.corpus_ids) == len(pages)
+        assert evaluator(clip) == pytest.approx(before, abs=1e-9)
 
 
 def test_a_query_that_looks_like_an_image_is_a_text(pages: Dataset, clip: SentenceTransformer, tmp_path) -> None:

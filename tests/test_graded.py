@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ir_measures
 import numpy as np
 import pytest
 from datasets import Dataset, concatenate_datasets
@@ -12,7 +13,6 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 
 from mmtune import RetrievalDataset, build_evaluator
 
-ir_measures = pytest.importorskip("ir_measures")
 # trec_eval itself, through its binding: ir_measures would choose another tool for some of the measures
 trec_eval = ir_measures.pytrec_eval
 

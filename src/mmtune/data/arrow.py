@@ -17,10 +17,13 @@ ENCODED_IMAGE = Image(decode=False)
 
 def column(dataset: Dataset, name: str) -> pa.Array:
     """One column in the order of the rows, as a single Arrow array; for columns of ids and text, not of images."""
-    values = dataset.select_columns([name]).with_format("arrow")[:].column(name)
+    values = dataset.data.table.column(name)
     if pa.types.is_string(values.type) and values.nbytes >= 2**31:
         values = values.cast(pa.large_string())  # one array of strings holds 2 GB at most
-    return pa.concat_arrays(values.chunks) if values.num_chunks else pa.array([], type=values.type)
+    # Not through the Arrow format of datasets, which gathers shuffled rows one by one.
+    stored = values.combine_chunks()
+    order = stored_positions(dataset)
+    return stored if order is None else stored.take(pa.array(order))
 
 
 def id_column(dataset: Dataset, name: str) -> pa.Array:

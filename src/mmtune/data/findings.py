@@ -35,10 +35,6 @@ PROBLEMS = {
         "query texts with different judgements under different ids",
         "Training takes the pages of all ids as relevant; evaluation counts those of the other ids as wrong.",
     ),
-    "unjudged_copies": (
-        "copies of a relevant page that are not judged themselves",
-        "Training knows them by their bytes; evaluation counts them as wrong. deduplicate() makes them one page.",
-    ),
     "documents_without_image": (
         "documents without an image, where the corpus has images",
         "Reading one as an image raises an error that names it. Leave them out, or read their text.",
@@ -90,6 +86,10 @@ GOOD_TO_KNOW = {
     "identical_pages": (
         "documents that are a byte-identical copy of another one",
         "They count as one page in batches and negatives. deduplicate() makes them one document.",
+    ),
+    "unjudged_copies": (
+        "copies of a relevant page that are not judged themselves",
+        "Training and build_evaluator count copies as one page; the host's own evaluator counts these as wrong.",
     ),
     "repeated_texts": (
         "query texts that stand under several query ids",

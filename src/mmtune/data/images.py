@@ -42,7 +42,8 @@ def decode_page(encoded: Mapping[str, Any] | None, document_id: str, *, max_pixe
             _warn_of_frames(image, document_id)
             if max_pixels is not None:
                 image.draft(image.mode, _size_within(image.size, max_pixels))
-            page = _to_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            page = _to_rgb(image)
     except ImageDecodeError:
         raise
     except Exception as error:  # a damaged file can raise nearly anything from inside a codec
@@ -93,7 +94,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    image.load()
+    # convert() would copy the pixels of an image that is RGB already.
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _size_within(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:

@@ -18,7 +18,6 @@ from mmtune.data.documents import DocumentKind, DocumentReader, as_host_input
 from mmtune.data.inputs import DatasetLike, as_retrieval_dataset
 from mmtune.errors import ConfigError
 
-_BATCHES_READ_AHEAD = 4
 _TIE_ORDER_SEED = 0
 
 
@@ -53,9 +52,10 @@ class OrderedId(str):
 class RetrievalEvaluator(InformationRetrievalEvaluator):
     """The host's ``InformationRetrievalEvaluator`` over documents that are read as they are encoded.
 
-    What differs from the host: documents are decoded in small portions, so that memory does not grow with the corpus;
+    What differs from the host: documents are decoded a batch at a time, so that memory does not grow with the corpus;
     all dimensions are scored from one encoding; nDCG is graded; ties are broken by a fixed random order of the
-    documents, whatever their ids; and ``per_query`` keeps the values behind each mean.
+    documents, whatever their ids; and ``per_query`` keeps the values behind each mean. MAP@100 is the host's: it is
+    divided by at most 100 relevant documents, where trec_eval divides by all.
 
     Args:
         reader: Gives the documents by id.
@@ -167,7 +167,7 @@ class RetrievalEvaluator(InformationRetrievalEvaluator):
 
     def _documents(self) -> Iterator[list[Any]]:
         """The corpus in portions; the next one is decoded while the model works on the last."""
-        size = self.batch_size * _BATCHES_READ_AHEAD
+        size = self.batch_size
         portions = [self._document_ids[start : start + size] for start in range(0, len(self._document_ids), size)]
         with (
             tqdm(
@@ -294,6 +294,9 @@ def build_evaluator(
 ) -> Evaluator:
     """An evaluator over a dataset, for ``evaluator=`` of the host's trainers or for ``evaluator(model)``.
 
+    Byte-identical pages are one document, as ``RetrievalDataset.deduplicate`` makes them: a copy of a relevant page
+    under another id is no wrong answer.
+
     Args:
         dataset: A ``RetrievalDataset``, rows in a known layout, or what ``RetrievalDataset.load`` takes. Several by
             name are evaluated one after the other, as ``vdr-<name>_cosine_ndcg@10``, and averaged, as
@@ -335,6 +338,9 @@ def build_evaluator(
 def _evaluator(
     data: RetrievalDataset, documents: DocumentKind, name: str, options: Mapping[str, Any]
 ) -> RetrievalEvaluator:
+    # A copy of a relevant page under another id would take its rank, and cost up to half the nDCG.
+    if documents == "image" and data.relevance.num_copies:
+        data = data.deduplicate()
     return RetrievalEvaluator(
         DocumentReader(data.corpus, documents),
         column(data.corpus, "document_id").to_pylist(),
