@@ -174,7 +174,7 @@ class RetrievalDataset:
         ========  =====================================================================================
         corpus    ``document_id``, ``corpus-id``, ``corpus_id``, ``docid``, ``_id`` or ``id``; ``image``
         queries   ``query_id``, ``query-id``, ``_id`` or ``id``; ``query``, ``query_text`` or ``text``
-        qrels     the ids as above; ``score``, an integer or a float
+        qrels     the ids as above; ``score``, ``relevance`` or ``label``, integers or floats
         ========  =====================================================================================
 
         Ids may be integers. Judgements of 0 or less are not relevant. Where the queries list
