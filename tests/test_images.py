@@ -385,3 +385,16 @@ def test_scaled_jpegs_of_odd_sizes_are_not_scaled_up():
         page = decoded(content, max_pixels=max_pixels)
         assert max_pixels * 0.95 < page.width * page.height <= max_pixels
         assert page.width / page.height == pytest.approx(801 / 603, rel=0.03)
+
+
+def test_a_huge_jpeg_is_halved_where_that_is_enough():
+    """Other formats and smaller scans keep every pixel."""
+    for format_name, size, expected in (
+        ("JPEG", (640, 480), (320, 240)),
+        ("JPEG", (300, 200), (300, 200)),
+        ("PNG", (640, 480), (640, 480)),
+    ):
+        buffer = io.BytesIO()
+        Image.new("RGB", size, "red").save(buffer, format_name)
+        page = decode_page({"bytes": buffer.getvalue(), "path": None}, "p", enough_pixels=320 * 240)
+        assert page.size == expected

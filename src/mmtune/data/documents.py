@@ -53,15 +53,23 @@ class DocumentReader:
         corpus: A table with ``document_id`` and ``image`` (encoded) and/or ``text``.
         documents: What a document is made of.
         max_pixels: Upper bound of width times height of an image; ``None`` keeps every pixel.
+        enough_pixels: What a huge JPEG may be scaled down to; see ``decode_page``.
 
     Raises:
         ConfigError: The corpus lacks a column that ``documents`` asks for.
     """
 
-    def __init__(self, corpus: Dataset, documents: DocumentKind = "image", *, max_pixels: int | None = None) -> None:
+    def __init__(
+        self,
+        corpus: Dataset,
+        documents: DocumentKind = "image",
+        *,
+        max_pixels: int | None = None,
+        enough_pixels: int | None = None,
+    ) -> None:
         self._columns = document_columns(corpus, documents)
         self._table = KeyedTable(corpus, "document_id", self._columns)
-        self._max_pixels = max_pixels
+        self._size = {"max_pixels": max_pixels, "enough_pixels": enough_pixels}
         self.fingerprint = f"{self._table.fingerprint}, {documents}, {max_pixels}"
 
     def read(self, document_ids: Sequence[str]) -> list[Any]:
@@ -80,7 +88,7 @@ class DocumentReader:
         parts = dict(row)
         document_id = parts.pop("document_id")
         if "image" in parts:
-            parts["image"] = decode_page(parts["image"], document_id, max_pixels=self._max_pixels)
+            parts["image"] = decode_page(parts["image"], document_id, **self._size)
         if "text" in parts and not isinstance(parts["text"], str):
             raise DatasetError(
                 f"Document {document_id!r} has no text: it is {parts['text']!r}. Give it one, or leave it out."

@@ -19,7 +19,13 @@ _TAIL_BYTES = 64
 _END_BY_FORMAT = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 
 
-def decode_page(encoded: Mapping[str, Any] | None, document_id: str, *, max_pixels: int | None = None) -> Image.Image:
+def decode_page(
+    encoded: Mapping[str, Any] | None,
+    document_id: str,
+    *,
+    max_pixels: int | None = None,
+    enough_pixels: int | None = None,
+) -> Image.Image:
     """The page as an upright RGB image.
 
     EXIF orientation is applied, transparency is laid on white, 16-bit grey is scaled to 8 bits, and of several
@@ -30,6 +36,8 @@ def decode_page(encoded: Mapping[str, Any] | None, document_id: str, *, max_pixe
         document_id: Named in errors.
         max_pixels: Upper bound of width times height. A larger page is scaled down with its aspect ratio; a JPEG is
             then decoded at a fraction of its size, which is faster. ``None`` keeps every pixel.
+        enough_pixels: A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves at least this many pixels;
+            nothing else is scaled. ``None`` decodes it whole.
 
     Raises:
         ImageDecodeError: There is nothing to read, it is no image, it is damaged, or it has more than
@@ -40,8 +48,9 @@ def decode_page(encoded: Mapping[str, Any] | None, document_id: str, *, max_pixe
         with Image.open(source) as image:
             _check_size(image, document_id)
             _warn_of_frames(image, document_id)
-            if max_pixels is not None:
-                image.draft(image.mode, _size_within(image.size, max_pixels))
+            wanted = max_pixels or enough_pixels
+            if wanted is not None:
+                image.draft(image.mode, _size_within(image.size, wanted))
             ImageOps.exif_transpose(image, in_place=True)
             page = _to_rgb(image)
     except ImageDecodeError:

@@ -19,6 +19,7 @@ from mmtune.data.inputs import DatasetLike, as_retrieval_dataset
 from mmtune.errors import ConfigError
 
 _TIE_ORDER_SEED = 0
+_ENOUGH_PIXELS = 8_000_000  # an A4 page at 300 dpi; beyond any encoder's input
 
 
 class Embeddings(NamedTuple):
@@ -295,7 +296,8 @@ def build_evaluator(
     """An evaluator over a dataset, for ``evaluator=`` of the host's trainers or for ``evaluator(model)``.
 
     Byte-identical pages are one document, as ``RetrievalDataset.deduplicate`` makes them: a copy of a relevant page
-    under another id is no wrong answer.
+    under another id is no wrong answer. A JPEG of 32 million pixels or more is decoded at half its size, or less, so
+    that one huge scan does not take half a gigabyte.
 
     Args:
         dataset: A ``RetrievalDataset``, rows in a known layout, or what ``RetrievalDataset.load`` takes. Several by
@@ -342,7 +344,7 @@ def _evaluator(
     if documents == "image" and data.relevance.num_copies:
         data = data.deduplicate()
     return RetrievalEvaluator(
-        DocumentReader(data.corpus, documents),
+        DocumentReader(data.corpus, documents, enough_pixels=_ENOUGH_PIXELS),
         column(data.corpus, "document_id").to_pylist(),
         dict(zip(data.queries["query_id"][:], data.queries["text"][:], strict=True)),
         _judgements(data.qrels[:]),
