@@ -686,6 +686,55 @@ def test_rows_overlap_with_what_they_refer_to_only(clip_path: str, tmp_path: Pat
         finetune(clip_path, rows.select(range(7)), rest, output_dir=tmp_path / "b", max_steps=1, **QUIET)
 
 
+# Data of every odd shape
+
+
+def uneven(negatives: list | None, count: int = 4) -> RetrievalDataset:
+    """Pages with lists of negatives of different lengths; ``None`` for no table of negatives at all."""
+    rows = generated_pages(count, num_negatives=2).remove_columns("negatives")
+    if negatives is None:
+        return RetrievalDataset.from_id_rows(rows, negatives_column=None)
+    ids = rows["id"][:]
+    lists = [
+        None if at is None else [ids[(row + 1 + k) % len(ids)] for k in range(at)] for row, at in enumerate(negatives)
+    ]
+    return RetrievalDataset.from_id_rows(rows.add_column("negatives", lists))
+
+
+@pytest.mark.parametrize("on_short", ["random", "drop"])
+def test_lists_of_different_lengths_train(clip_path: str, tmp_path: Path, on_short: str) -> None:
+    data = uneven([2, 1, 0, None, 2])
+    rows = data.training_rows(2, on_short=on_short)
+    facts = finetune(clip_path, rows, output_dir=tmp_path, max_steps=1, **QUIET).settings["data"]
+    full = sum(len(documents) == 2 for documents in data.negatives["document_ids"])
+    assert facts["training_rows"] == (len(data) if on_short == "random" else full)
+    assert (facts["negatives_filled_at_random"] > 0) == (on_short == "random")
+
+
+def test_short_lists_can_be_an_error() -> None:
+    with pytest.raises(DatasetError, match="fewer than 2 usable negatives"):
+        uneven([2, 1, 0, None, 2]).training_rows(2, on_short="error")
+
+
+def test_a_dataset_without_negatives_trains_on_those_of_the_batch(clip_path: str, tmp_path: Path) -> None:
+    facts = finetune(clip_path, uneven(None), output_dir=tmp_path, max_steps=1, **QUIET).settings["data"]
+    assert facts["negatives_a_row"] == 0
+
+
+def test_one_query_with_negatives_trains(clip_path: str, tmp_path: Path) -> None:
+    result = finetune(clip_path, generated_pages(1), output_dir=tmp_path, **QUIET)
+    assert result.trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_where_nothing_can_be_learned_it_is_said(broken_weights: str, tmp_path: Path, rows: int) -> None:
+    page = generated_pages(1).remove_columns("negatives").select([0 if generated_pages(1)["query"][0] else 1])
+    data = RetrievalDataset.from_id_rows(page, negatives_column=None) if rows == 1 else uneven(None)
+    options = {} if rows == 1 else {"per_device_train_batch_size": 1}
+    with pytest.raises(ConfigError, match="Nothing can be learned"):
+        finetune(broken_weights, data, output_dir=tmp_path / "run", **options)
+
+
 # Several datasets
 
 

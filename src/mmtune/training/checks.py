@@ -74,6 +74,19 @@ def check_host_arguments(
         )
 
 
+def check_contrast(batch_size: int, num_negatives: int) -> None:
+    """Make sure that the recipe's loss has something to tell the relevant page from.
+
+    Raises:
+        ConfigError: A batch is one row, and rows have no negatives: the loss is zero whatever the model does.
+    """
+    if batch_size == 1 and num_negatives == 0:
+        raise ConfigError(
+            "Nothing can be learned: batches hold one row, and rows have no negatives, so the loss is always zero. Add "
+            "queries, add negatives with num_negatives=1 or more, or raise per_device_train_batch_size."
+        )
+
+
 def check_metric(args: SentenceTransformerTrainingArguments, metrics: Mapping[str, float]) -> None:
     """Make sure that the metric that chooses the checkpoint exists.
 

@@ -14,7 +14,7 @@ from mmtune.errors import ConfigError
 from mmtune.evaluation.retrieval import Evaluator, build_evaluator
 from mmtune.models.loading import check_documents, describe_model, load_model
 from mmtune.training import recipe
-from mmtune.training.checks import check_arguments, check_host_arguments, check_metric
+from mmtune.training.checks import check_arguments, check_contrast, check_host_arguments, check_metric
 from mmtune.training.output import check_output_dir, clear_run, resolve_output_dir
 from mmtune.training.recipe import Loss
 from mmtune.training.result import FinetuneResult
@@ -103,6 +103,8 @@ def finetune(
         train.num_rows, output_dir=str(folder), seed=seed, evaluates=bool(evaluation), **training_arguments
     )
     check_host_arguments(host_args, prompts, train.columns, evaluates=bool(evaluation))
+    if loss is None:
+        check_contrast(min(host_args.per_device_train_batch_size, train.num_rows), train.num_negatives)
 
     model = loaded(model)
     check_documents(model, documents)

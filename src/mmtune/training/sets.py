@@ -64,6 +64,11 @@ class TrainingSets:
         return list(dict.fromkeys(name for part in self.by_name.values() for name in part.view.columns))
 
     @property
+    def num_negatives(self) -> int:
+        """Negatives a row of the set that has most."""
+        return max(part.view.num_negatives for part in self.by_name.values())
+
+    @property
     def for_host(self) -> Dataset | DatasetDict:
         """What the host's trainer takes as ``train_dataset``."""
         # With prompts and several sets the host changes the transform of the very objects that it is given.
