@@ -196,8 +196,14 @@ def test_a_column_of_empty_lists_is_a_table_of_none(negatives):
 def test_rows_without_negatives_are_built_on_request():
     rows = id_rows().remove_columns("negatives")
     assert RetrievalDataset.from_id_rows(rows, negatives_column=None).negatives is None
-    with pytest.raises(DatasetError, match=r"no column 'negatives'.*\['id', 'query', 'image'\].*negatives_column=None"):
-        RetrievalDataset.from_id_rows(rows)
+    assert RetrievalDataset.from_id_rows(rows).negatives is None
+    with pytest.raises(DatasetError, match=r"no column 'negs'.*\['id', 'query', 'image'\].*negatives_column=None"):
+        RetrievalDataset.from_id_rows(rows, negatives_column="negs")
+
+
+def test_a_renamed_column_of_negatives_is_not_overlooked():
+    with pytest.raises(DatasetError, match=r"no column 'negatives'.*'hard_negs'"):
+        RetrievalDataset.from_id_rows(id_rows().rename_column("negatives", "hard_negs"))
 
 
 @pytest.mark.parametrize("missing", ["id", "query", "image"])

@@ -408,7 +408,7 @@ def with_value(name: str, value: object) -> Dataset:
         (lambda: generated_pages(6).rename_column("query", "question"), DatasetError, "'question'"),
         (lambda: generated_pages(6).select([]), DatasetError, "zero rows"),
         (lambda: "no/such/file.parquet", DatasetError, "no/such/file.parquet"),
-        (lambda: [1, 2], DatasetError, "got list"),
+        (lambda: [1, 2], DatasetError, r"\[1, 2\] is no dataset"),
     ],
     ids=[
         "unknown negative",

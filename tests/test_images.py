@@ -398,3 +398,11 @@ def test_a_huge_jpeg_is_halved_where_that_is_enough():
         Image.new("RGB", size, "red").save(buffer, format_name)
         page = decode_page({"bytes": buffer.getvalue(), "path": None}, "p", enough_pixels=320 * 240)
         assert page.size == expected
+
+
+@pytest.mark.parametrize(("values", "expected"), [([0, 200], [0, 200]), ([0, 65535], [0, 255]), ([0, 25700], [0, 100])])
+def test_grey_values_of_32_bit_files_keep_their_brightness(values, expected):
+    buffer = io.BytesIO()
+    Image.fromarray(np.array([values], dtype=np.int32)).save(buffer, "TIFF")
+    page = decode_page({"bytes": buffer.getvalue(), "path": None}, "p")
+    assert [page.getpixel((at, 0))[0] for at in (0, 1)] == expected

@@ -428,3 +428,8 @@ def test_where_the_processor_counts_patches_a_limit_in_pixels_stands_for_them(si
 def test_where_the_processor_counts_patches_a_lower_limit_warns(siglip2_processor):
     with pytest.warns(UserWarning, match="min_pixels=4096 is not applied: .*only knows a largest number of patches"):
         warn_unused_limits([siglip2_processor], PixelLimits(min_pixels=4096, max_pixels=8192))
+
+
+def test_an_unknown_attention_is_a_named_error(clip_path: str) -> None:
+    with pytest.raises(ConfigError, match="can't be built with these arguments"):
+        load_model(clip_path, attention="zz")

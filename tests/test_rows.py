@@ -10,6 +10,7 @@ from PIL import Image as PillowImage
 from torch.utils.data import DataLoader
 
 from mmtune import ConfigError, DatasetError, ImageDecodeError, RetrievalDataset
+from mmtune.testing import generated_pages
 
 NUM_PAGES = 30
 
@@ -390,3 +391,11 @@ def test_worker_processes_read_the_same_rows():
     workers = list(DataLoader(rows, num_workers=2, multiprocessing_context="fork", **options))
     assert workers == alone
     assert sum(map(len, alone)) == 20
+
+
+def test_rows_can_be_filtered_by_an_id_column_without_reading_pages():
+    dataset = RetrievalDataset.from_id_rows(generated_pages(8))
+    wanted = dataset.queries["query_id"][2]
+    rows = dataset.training_rows(1).filter(lambda query_id: query_id == wanted, input_columns=["query_id"])
+    assert rows.with_format(None)["query_id"][:] == [wanted]
+    assert rows[0]["query"] == dataset.queries["text"][2]

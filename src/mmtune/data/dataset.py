@@ -104,7 +104,8 @@ class RetrievalDataset:
             id_column: Unique ids, strings or integers.
             query_column: Texts; ``query_id`` is the row's id.
             image_column: Images, encoded or as paths.
-            negatives_column: Lists of ids, best first. ``None`` where the rows list no negatives.
+            negatives_column: Lists of ids, best first. ``None`` where the rows list no negatives; that is also what the
+                default means for rows without such a column, unless another one looks like it.
             on_missing: ``"error"``, or ``"drop"`` to leave out negative ids that no row has, and count them.
 
         Raises:
@@ -113,8 +114,11 @@ class RetrievalDataset:
             MissingDocumentError: A negative is the id of no row, and ``on_missing="error"``.
         """
         _require_one_of("on_missing", on_missing, ("error", "drop"))
+        rows = _as_table(rows)
+        if negatives_column == "negatives" and not any("neg" in name.lower() for name in rows.column_names):
+            negatives_column = None
         tables = layouts.tables_from_id_rows(
-            _as_table(rows),
+            rows,
             id_column_name=id_column,
             query_column=query_column,
             image_column=image_column,
@@ -249,7 +253,7 @@ class RetrievalDataset:
         rows = _as_table(rows)
         if layouts.known_layout(rows) == "from_columns":
             return cls.from_columns(rows)
-        return cls.from_id_rows(rows, negatives_column="negatives" if "negatives" in rows.column_names else None)
+        return cls.from_id_rows(rows)
 
     @property
     def corpus(self) -> Dataset:

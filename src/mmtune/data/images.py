@@ -92,11 +92,8 @@ def _warn_of_frames(image: Image.Image, document_id: str) -> None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16") or image.mode == "I":
-        # Pillow clips 16-bit values at 255 instead of scaling them.
-        return Image.fromarray((np.asarray(image, dtype=np.int64).clip(0, 65535) // 257).astype(np.uint8)).convert(
-            "RGB"
-        )
+    if image.mode.startswith("I"):
+        return _from_integers(np.asarray(image, dtype=np.int64), bits=16 if "16" in image.mode else None)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined range; convert the file to 8 or 16 bits")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
@@ -106,6 +103,19 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     image.load()
     # convert() would copy the pixels of an image that is RGB already.
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _from_integers(values: np.ndarray, bits: int | None) -> Image.Image:
+    """Grey values of 8 or 16 bits as RGB; Pillow would clip them at 255 instead of scaling them.
+
+    Args:
+        values: Grey values, shape ``(height, width)``.
+        bits: How many they have; ``None`` takes 8 where all values fit, else 16.
+    """
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("32-bit pixels have no defined range; convert the file to 8 or 16 bits")
+    is_short = bits == 16 or values.max() > 255
+    return Image.fromarray((values // 257 if is_short else values).astype(np.uint8)).convert("RGB")
 
 
 def _size_within(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:

@@ -4,11 +4,12 @@ import os
 from typing import TypeAlias
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from mmtune.data.arrow import positions
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.identity import same_documents
+from mmtune.errors import DatasetError
 
 
 def relevant_on_both_sides(train: RetrievalDataset, evaluation: RetrievalDataset) -> list[tuple[str, str]]:
@@ -42,4 +43,9 @@ def as_retrieval_dataset(dataset: DatasetLike) -> RetrievalDataset:
         return dataset
     if isinstance(dataset, (str, os.PathLike)):
         return RetrievalDataset.load(dataset)
+    if not isinstance(dataset, (Dataset, DatasetDict, IterableDataset)):
+        raise DatasetError(
+            f"{dataset!r:.80} is no dataset. Expected a RetrievalDataset, a datasets.Dataset in a known layout, the "
+            "path or Hub name of one, or a mapping of names to these."
+        )
     return RetrievalDataset._from_known_layout(dataset)

@@ -61,11 +61,15 @@ class Relevance:
         """The page of each document, int64 of the length of the corpus."""
         return identical_documents(self._tables.corpus)
 
+    @property
+    def query_texts(self) -> pa.Array:
+        """The text of each query, as large strings."""
+        return column(self._tables.queries, "text").cast(pa.large_string())
+
     @cached_property
     def text(self) -> np.ndarray:
         """The text of each query, int64 of the length of the queries."""
-        texts = column(self._tables.queries, "text").cast(pa.large_string())
-        return texts.dictionary_encode().indices.to_numpy(zero_copy_only=False).astype(np.int64)
+        return self.query_texts.dictionary_encode().indices.to_numpy(zero_copy_only=False).astype(np.int64)
 
     @cached_property
     def _relevant_pairs(self) -> np.ndarray:

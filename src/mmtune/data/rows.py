@@ -45,7 +45,12 @@ class TrainingView:
         return {**self.__dict__, "tables": None}
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """The batch as the host's losses read it, positives and negatives of one batch decoded once."""
+        """The batch as the host's losses read it, positives and negatives of one batch decoded once.
+
+        With only some of the id columns, as ``filter(..., input_columns=["query_id"])`` asks for, they stay ids.
+        """
+        if not {"query_id", "document_id", "negative_document_ids"} <= set(batch):
+            return batch
         ids = [batch["document_id"], *zip(*batch["negative_document_ids"], strict=True)]
         documents = self._documents.read([document_id for column in ids for document_id in column])
         size = len(batch["document_id"])
@@ -65,7 +70,9 @@ class PairView:
         self.fingerprint = f"{self._queries.fingerprint}, {self._documents.fingerprint}, {direction}"
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """The batch as the host's rerankers read it."""
+        """The batch as the host's rerankers read it; ids where only some of the columns are asked for."""
+        if not {"query_id", "document_id", "label"} <= set(batch):
+            return batch
         texts = [row["text"] for row in self._queries.get(batch["query_id"])]
         documents = self._documents.read(batch["document_id"])
         query, document = (texts, documents) if self.direction == "text_to_image" else (documents, texts)

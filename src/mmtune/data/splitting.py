@@ -1,5 +1,7 @@
 """A split by relevance: what answers a query on one side answers none on the other."""
 
+from collections import Counter
+
 import numpy as np
 import pyarrow as pa
 from scipy.sparse import coo_array
@@ -32,7 +34,7 @@ def evaluation_queries(
     # Something must be left to train on, at the least the smallest set.
     chosen = _fitting(order, sizes, min(eval_queries, int(sizes.sum() - sizes.min())))
     if not len(chosen):
-        raise DatasetError(_impossible(relevance, set_of_query, sizes, eval_queries))
+        raise DatasetError(_impossible(relevance, set_of_query, sizes, eval_queries, groups))
     return np.flatnonzero(np.isin(set_of_query, chosen))
 
 
@@ -99,13 +101,29 @@ def _closest_subset(order: np.ndarray, sizes: np.ndarray, limit: int) -> np.ndar
     return np.array(taken, dtype=np.int64)
 
 
-def _impossible(relevance: Relevance, set_of_query: np.ndarray, sizes: np.ndarray, eval_queries: int) -> str:
-    largest = int(sizes.argmax())
-    examples = ", ".join(
-        repr(relevance.query_ids[int(query)].as_py()) for query in np.flatnonzero(set_of_query == largest)[:3]
-    )
+def _impossible(
+    relevance: Relevance, set_of_query: np.ndarray, sizes: np.ndarray, eval_queries: int, groups: pa.Array | None
+) -> str:
+    largest = np.flatnonzero(set_of_query == int(sizes.argmax()))
+    examples = ", ".join(repr(relevance.query_ids[int(query)].as_py()) for query in largest[:3])
     return (
         f"No split of {len(set_of_query)} queries leaves 1 to {eval_queries} of them for evaluation and the others for "
-        f"training: shared relevant pages, equal texts or groups tie them into {len(sizes)} sets of {sizes.min()} to "
-        f"{sizes.max()} queries (the largest holds {examples}). Raise eval_queries, add data, or name a finer group."
+        f"training: they are tied into {len(sizes)} sets of {sizes.min()} to {sizes.max()} queries. The largest holds "
+        f"{examples} and is tied by {_ties(relevance, largest, groups)}. Raise eval_queries, add data, or name a finer "
+        "group_column."
     )
+
+
+def _ties(relevance: Relevance, queries: np.ndarray, groups: pa.Array | None) -> str:
+    """What most queries of a tied set have in common: a document, a text, a group."""
+    judged = np.isin(relevance.judged_query, queries)
+    documents = relevance.judged_document[judged]
+    pairs = np.unique(np.stack([relevance.judged_query[judged], relevance.page[documents]]), axis=1)[1]
+    shared = {
+        "document": relevance.document_ids.take(pa.array(pairs)),
+        "text": relevance.query_texts.take(pa.array(queries)),
+        "group": groups.take(pa.array(documents)) if groups is not None else pa.array([], type=pa.string()),
+    }
+    most = {kind: Counter(values.drop_null().to_pylist()).most_common(1) for kind, values in shared.items()}
+    found = [f"the {kind} {top[0][0]!r}" for kind, top in most.items() if top and top[0][1] > 1]
+    return " and ".join(found) or "nothing else"

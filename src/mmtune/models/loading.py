@@ -89,8 +89,21 @@ def load_model(
     model_kwargs = _model_kwargs(host_kwargs, dtype=dtype, attention=attention, target=target, encoders=encoders)
     host_kwargs |= {"model_kwargs": model_kwargs, "processor_kwargs": processor_kwargs}
     model = _build(name, device=device, **host_kwargs)
+    if Path(name).is_dir():
+        # The host looks on the Hub for a model that is called like the folder, and may find one.
+        model.model_card_data.local_files_only = True
     _require(model, "image", "pages, which are images")
     return apply_pixel_limits(model, limits)
+
+
+def check_checkpoint(name_or_path: str | Path) -> None:
+    """Make sure, from its small files alone, that ``load_model`` can load a checkpoint.
+
+    Raises:
+        ConfigError: There is none, it embeds no images, or it can't be read.
+        MissingExtraError: A package that it needs is not installed.
+    """
+    read_encoders(_checkpoint_files(_checked_name(name_or_path), {}))
 
 
 def check_documents(model: SentenceTransformer, documents: str = "image") -> None:
@@ -279,6 +292,8 @@ def _build(name: str, **host_kwargs: Any) -> SentenceTransformer:
         return SentenceTransformer(name, **host_kwargs)
     except ImportError as error:
         raise missing_extra(name, error) from error
+    except ValueError as error:  # an attention that transformers does not know, among others
+        raise ConfigError(f"{name!r} can't be built with these arguments: {first_line(error)}") from error
     except (OSError, SafetensorError) as error:
         raise ConfigError(
             f"The weights of {name!r} can't be loaded: {first_line(error)} Expected the weight files that belong to "

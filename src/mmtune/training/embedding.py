@@ -12,7 +12,7 @@ from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
 from mmtune.errors import ConfigError
 from mmtune.evaluation.retrieval import Evaluator, build_evaluator
-from mmtune.models.loading import check_documents, describe_model, load_model
+from mmtune.models.loading import check_checkpoint, check_documents, describe_model, load_model
 from mmtune.training import recipe
 from mmtune.training.checks import check_arguments, check_contrast, check_host_arguments, check_metric
 from mmtune.training.output import check_output_dir, clear_run, resolve_output_dir
@@ -92,6 +92,7 @@ def finetune(
         ['final', 'metrics.json', 'report.md']
     """
     check_arguments(args, training_arguments, matryoshka_dims, mini_batch_size, loss)
+    check_model(model)
     folder = resolve_output_dir(output_dir, args.output_dir if args else None)
     train = training_sets(train_dataset, num_negatives=num_negatives, documents=documents, seed=seed)
     evaluation = evaluation_sets(eval_dataset, documents)
@@ -106,7 +107,7 @@ def finetune(
     if loss is None:
         check_contrast(min(host_args.per_device_train_batch_size, train.num_rows), train.num_negatives)
 
-    model = loaded(model)
+    model = model if isinstance(model, SentenceTransformer) else load_model(os.fspath(model))
     check_documents(model, documents)
     description = describe_model(model)
     dims = recipe.trained_dims(matryoshka_dims, model) if loss is None else ()
@@ -140,17 +141,18 @@ def finetune(
     return result
 
 
-def loaded(model: SentenceTransformer | str | os.PathLike[str]) -> SentenceTransformer:
-    """The model, or what ``load_model`` makes of a checkpoint.
+def check_model(model: object) -> None:
+    """Make sure that there is a model or a checkpoint, before the data are read.
 
     Raises:
-        ConfigError: It is neither a model nor a checkpoint.
+        ConfigError: It is neither, or the checkpoint can't be loaded.
     """
-    if isinstance(model, SentenceTransformer):
-        return model
     if isinstance(model, (str, os.PathLike)):
-        return load_model(os.fspath(model))
-    raise ConfigError(f"Expected a SentenceTransformer, a checkpoint's folder or its name, got {type(model).__name__}.")
+        check_checkpoint(os.fspath(model))
+    elif not isinstance(model, SentenceTransformer):
+        raise ConfigError(
+            f"Expected a SentenceTransformer, a checkpoint's folder or its name, got {type(model).__name__}."
+        )
 
 
 def _evaluator(
