@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 import random
+import time
 from collections import Counter
 from functools import partial
 
@@ -59,6 +60,24 @@ def random_rows(num_texts, num_pages, *, num_negatives=1, seed=0):
             for page in own:
                 documents.append([page, *rng.choice(others, num_negatives, replace=False).tolist()])
                 relevant.append(own)
+    return to_rows(documents, relevant)
+
+
+def rows_that_share_texts(num_queries, num_pages, *, num_negatives=1, seed=0):
+    """Queries with texts drawn at random, so most share theirs; what is relevant to one is relevant to its text."""
+    rng = np.random.default_rng(seed)
+    texts = rng.choice(num_queries, num_queries).tolist()
+    own = [rng.choice(num_pages, rng.integers(1, 4), replace=False).tolist() for _ in texts]
+    relevant_by_text = {}
+    for text, pages in zip(texts, own, strict=True):
+        relevant_by_text.setdefault(text, set()).update(pages)
+    documents, relevant = [], []
+    for text, pages in zip(texts, own, strict=True):
+        for page in pages:
+            drawn = rng.choice(num_pages, num_negatives + 12, replace=False).tolist()
+            others = [other for other in drawn if other not in relevant_by_text[text]]
+            documents.append([page, *others[:num_negatives]])
+            relevant.append(sorted(relevant_by_text[text]))
     return to_rows(documents, relevant)
 
 
@@ -144,6 +163,21 @@ def test_dense_data_of_thousands_of_rows_loses_under_one_percent():
     for batches in epochs(sampler, 2):
         assert not any(conflicts(dataset, batch) for batch in batches)
         assert sampler.left_over < 0.01 * len(dataset)
+
+
+@pytest.mark.parametrize(("num_negatives", "batch_size"), [(1, 32), (4, 16)])
+def test_steps_of_many_processes_are_filled_where_most_texts_are_shared(num_negatives, batch_size):
+    dataset = rows_that_share_texts(4000, 1200, num_negatives=num_negatives)
+    sampler = ConflictFreeBatchSampler(dataset, batch_size, False, num_processes=8)
+    started = time.process_time()
+    planned = epochs(sampler, 2)
+    # measured: 0.04 for the first epoch, up to 0.15 for a later one
+    assert 1000 * (time.process_time() - started) / len(dataset) < 2
+    group_size = 8 * batch_size
+    most = len(dataset) // group_size * group_size
+    for batches in planned:
+        assert len(set(in_order(batches))) == len(in_order(batches)) > 0.99 * most
+        assert not any(conflicts(dataset, step) for step in steps(batches, 8))
 
 
 def test_left_over_rows_open_the_next_epoch():

@@ -1,8 +1,9 @@
 """Groups of rows that are filled one row at a time, without a conflict.
 
 A row goes into a random group that has room and no conflict. A row that finds none takes the place of one that
-conflicts with it, which then looks for another; that is a random walk which never empties a place. Groups that still
-can't be filled are taken apart to fill the others.
+conflicts with it, which then looks for another; that is a random walk which never empties a place. Where that does not
+fill all groups, they are filled again with more care: next is always the row with the fewest groups left. Groups that
+still can't be filled are taken apart to fill the others.
 """
 
 from __future__ import annotations
@@ -12,11 +13,21 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Iterable
 from functools import cached_property
 
+import numpy as np
+
 # What swaps may cost: enough for dense data, and a bound where no swap can help. The unit is a row looked at.
 EFFORT_PER_ROW = 100
 SWAP_EFFORT = 50
+# The share of it for swaps before there is another way to fill groups.
+FIRST_EFFORT = 0.2
 # Above this share of empty places, swaps lose more time than they fill.
 MOST_EMPTY_FOR_SWAPS = 0.2
+# Random groups of which a row that is placed with care takes the best: more fill better, but are less random.
+CANDIDATES = 8
+# One epoch in five keeps a few empty places where rows just suffice; a second attempt would cost as much again.
+CAREFUL_ATTEMPTS = 1
+
+_NO_RANKS = np.zeros(0, dtype=np.int64)
 
 
 class _Holders:
@@ -56,6 +67,45 @@ class _Holders:
                 self._mask_by_document[document] &= ~(1 << group)
 
 
+class _Choices:
+    """The groups that each row can still choose from; rows are known by their rank in the lists.
+
+    Args:
+        documents: The positive and the negatives of each row.
+        relevant: What is relevant to its query.
+        opening: Whether it comes before all other rows.
+        num_groups: Groups to choose from.
+    """
+
+    def __init__(
+        self, documents: list[list[int]], relevant: list[list[int]], opening: list[bool], num_groups: int
+    ) -> None:
+        self._documents = documents
+        self._relevant = relevant
+        self._ranks_by_document = _ranks_by_value(documents)
+        self._ranks_by_relevant = _ranks_by_value(relevant)
+        self._closed = np.zeros((num_groups, len(documents)), dtype=bool)
+        # Open groups times rows, plus the rank: the smallest is next.
+        self._urgency = np.arange(len(opening)) + np.where(opening, 0, num_groups * len(opening))
+
+    def take(self) -> int:
+        """The row with the fewest open groups, of those not taken yet."""
+        rank = int(self._urgency.argmin())
+        self._urgency[rank] = np.iinfo(np.int64).max
+        return rank
+
+    def settle(self, rank: int, candidates: set[int]) -> int:
+        """The group for a row that takes least choice from others: closed already to most of those in conflict."""
+        found = [self._ranks_by_relevant.get(document, _NO_RANKS) for document in self._documents[rank]]
+        found += [self._ranks_by_document.get(document, _NO_RANKS) for document in self._relevant[rank]]
+        ranks = np.concatenate([_NO_RANKS, *found])
+        group = max(candidates, key=lambda group: self._closed[group][ranks].sum())
+        newly = ranks[~self._closed[group][ranks]]
+        self._closed[group][newly] = True
+        self._urgency[newly] -= len(self._urgency)
+        return group
+
+
 class Packing:
     """Groups that are being filled with rows.
 
@@ -82,19 +132,24 @@ class Packing:
     ) -> None:
         self._documents_by_row = documents_by_row
         self._relevant_by_row = relevant_by_row
-        self._document_holders = _Holders()
-        self._relevant_holders = _Holders()
         self._opening = opening
-        self._members: list[list[int]] = [[] for _ in range(num_groups)]
         self._num_groups = num_groups
         self._group_size = group_size
-        self._room = [group_size] * num_groups
-        self._in_use = self._with_room = self._turn = (1 << num_groups) - 1
-        self._group_by_row: dict[int, int] = {}
-        self._left_group_by_row: dict[int, int] = {}
         # Single draws from a numpy generator cost twenty times as much.
         self._random = random.Random(seed)
-        self._effort = self._whole_effort = EFFORT_PER_ROW * max(len(documents_by_row), 1000)
+        self._whole_effort = EFFORT_PER_ROW * max(len(documents_by_row), 1000)
+        self._start()
+
+    def _start(self) -> None:
+        """Empty all groups."""
+        self._document_holders = _Holders()
+        self._relevant_holders = _Holders()
+        self._members: list[list[int]] = [[] for _ in range(self._num_groups)]
+        self._room = [self._group_size] * self._num_groups
+        self._in_use = self._with_room = self._turn = (1 << self._num_groups) - 1
+        self._group_by_row: dict[int, int] = {}
+        self._left_group_by_row: dict[int, int] = {}
+        self._effort = FIRST_EFFORT * self._whole_effort
 
     def groups(self) -> list[list[int]]:
         """The groups that are in use, in order."""
@@ -111,6 +166,11 @@ class Packing:
             The rows without a place.
         """
         pool = self._swap_in(self._place_all(pool))
+        for _ in range(CAREFUL_ATTEMPTS):
+            if self._with_room and self._few_missing():
+                self._start()
+                pool = self._swap_in(self._place_with_care())
+        self._effort = self._whole_effort
         while self._with_room:
             pool = self._swap_in(pool + self._place_all(self._take_apart()))
         pool = self._fill_one_by_one(pool)
@@ -121,8 +181,8 @@ class Packing:
 
     def _fill_one_by_one(self, pool: list[int]) -> list[int]:
         """Fill groups that were given up, easy rows first: few full groups where all together stayed half empty."""
-        pool.reverse()
-        pool.sort(key=lambda row: row not in self._opening)
+        ease = {row: -rank for rank, row in enumerate(self._documents_by_row)}
+        pool.sort(key=lambda row: (row not in self._opening, ease[row]))
         self._effort = self._whole_effort
         while self._in_use.bit_count() < self._num_groups and len(pool) >= self._group_size and not self._with_room:
             self._open_group(self._group_size)
@@ -155,16 +215,32 @@ class Packing:
 
     def _place(self, row: int) -> bool:
         """Put a row into a random group that has room and no conflict, if there is one."""
+        groups = self._groups_for(row)
+        if groups:
+            self._enter(row, self._any_group(groups))
+        return groups != 0
+
+    def _place_with_care(self) -> list[int]:
+        """Place all rows, next the one with the fewest groups left (DSATUR, Brélaz 1979); returns those without."""
+        rows = list(self._documents_by_row)
+        documents, relevant = list(self._documents_by_row.values()), list(self._relevant_by_row.values())
+        choices = _Choices(documents, relevant, [row in self._opening for row in rows], self._num_groups)
+        for _ in rows:
+            rank = choices.take()
+            groups = self._groups_for(rows[rank])
+            if groups:
+                candidates = {self._any_group(groups) for _ in range(CANDIDATES)}
+                self._enter(rows[rank], choices.settle(rank, candidates))
+        return [row for row in rows if row not in self._group_by_row]
+
+    def _groups_for(self, row: int) -> int:
+        """A mask of the groups to choose from for a row: with room and without a conflict."""
         blocked = 0
         for mask in self._conflict_masks(row):
             blocked |= mask
         free = self._with_room & ~blocked
-        if not free:
-            return False
         # Filled in turns, the groups stay equally full, and the last rows still have all of them to choose from.
-        turn = free & self._turn or free
-        self._enter(row, (free & -free).bit_length() - 1 if row in self._opening else self._any_group(turn))
-        return True
+        return free & -free if row in self._opening else free & self._turn or free
 
     def _swap(self, row: int) -> int:
         """Put a row in the place of another one; returns the row without a place, which can be the same."""
@@ -256,6 +332,10 @@ def _inverted(values_by_row: dict[int, list[int]]) -> dict[int, list[int]]:
         for value in values:
             rows_by_value[value].append(row)
     return rows_by_value
+
+
+def _ranks_by_value(lists: list[list[int]]) -> dict[int, np.ndarray]:
+    return {value: np.array(ranks) for value, ranks in _inverted(dict(enumerate(lists))).items()}
 
 
 def _groups_in(mask: int) -> list[int]:

@@ -185,7 +185,7 @@ def plan_epoch(
         return _plan_once(rows, shape, opening, len(rows) // shape.group_size, np.random.default_rng([*seed, 0]))
     # Where rows conflict too much, those left over are the hard ones, and too many of them at once spoil the epoch.
     rng = np.random.default_rng([*seed, 0])
-    for share in (1.0, 0.5, 0.0):
+    for share in (1.0, 0.25, 0.0):
         plan = _plan_once(rows, shape, opening[: int(share * len(opening))], first.num_full_groups, rng)
         if len(plan.batches) == len(first.batches):
             return plan
