@@ -14,6 +14,7 @@ from mmtune.errors import ImageDecodeError
 MAX_DECODED_PIXELS = 2 * 89_478_485
 """Pages above this are refused as decompression bombs; the same bound at which Pillow raises."""
 
+_ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap width and height
 _HEADER_BYTES = 1 << 16
 _TAIL_BYTES = 64
 _END_BY_FORMAT = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
@@ -48,6 +49,9 @@ def decode_page(
         with Image.open(source) as image:
             _check_size(image, document_id)
             _warn_of_frames(image, document_id)
+            # Of the file's own size: a draft rounds, and rounding twice would change the aspect of small pages.
+            size = _size_within(image.size, max_pixels) if max_pixels is not None else image.size
+            size = size[::-1] if image.getexif().get(_ORIENTATION, 1) in _ON_ITS_SIDE else size
             wanted = max_pixels or enough_pixels
             if wanted is not None:
                 image.draft(image.mode, _size_within(image.size, wanted))
@@ -59,7 +63,7 @@ def decode_page(
         raise ImageDecodeError(_message(encoded, document_id, error)) from error
     if max_pixels is None or page.width * page.height <= max_pixels:
         return page
-    return page.resize(_size_within(page.size, max_pixels), Image.Resampling.BICUBIC)
+    return page.resize(size, Image.Resampling.BICUBIC)
 
 
 def _source(encoded: Mapping[str, Any] | None, document_id: str) -> io.BytesIO | str:
