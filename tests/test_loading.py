@@ -122,11 +122,11 @@ def test_dtype_and_attention_fit_the_gpu(
     clip_path, monkeypatch, computes_bfloat16, has_flash_attention, dtype, expected
 ):
     asked = {}
-    monkeypatch.setattr("mmtune.models.loading.get_device_name", lambda: "cuda:0")
+    monkeypatch.setattr("mmtune.models.options.get_device_name", lambda: "cuda:0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: computes_bfloat16)
-    monkeypatch.setattr("mmtune.models.loading.is_flash_attn_2_available", lambda: has_flash_attention)
-    monkeypatch.setattr("mmtune.models.loading._build", lambda name, **kwargs: asked.update(kwargs) or stop())
+    monkeypatch.setattr("mmtune.models.options.is_flash_attn_2_available", lambda: has_flash_attention)
+    monkeypatch.setattr("mmtune.models.loading._build", lambda kind, name, **kwargs: asked.update(kwargs) or stop())
     with pytest.raises(InterruptedError, match="before the weights"):
         load_model(clip_path, dtype=dtype)
     assert (asked["model_kwargs"]["dtype"], asked["model_kwargs"].get("attn_implementation")) == expected

@@ -6,8 +6,8 @@
     ├── DatasetError            (also ValueError)   tables, rows, ids
     │   ├── MissingDocumentError                    an id that no document has
     │   └── ImageDecodeError                        a page that is no readable image
-    ├── ConfigError             (also ValueError)   arguments, models, output folders
-    └── MissingExtraError       (also ImportError)  an optional package is not installed
+    └── ConfigError             (also ValueError)   arguments, models, output folders
+        └── MissingExtraError   (also ImportError)  an optional package is not installed
 
 Each message gives the value and where it came from, what was expected, and what to do next.
 """
@@ -33,5 +33,5 @@ class ConfigError(MmtuneError, ValueError):
     """An argument, a model or an output folder does not fit the run."""
 
 
-class MissingExtraError(MmtuneError, ImportError):
+class MissingExtraError(ConfigError, ImportError):
     """An optional package that this step needs is not installed."""

@@ -82,17 +82,18 @@ class CheckpointFiles:
         return AutoProcessor.from_pretrained(self.name, **self.hub, **{"subfolder": subfolder, **self.processor_kwargs})
 
 
-def read_encoders(files: CheckpointFiles) -> list[Encoder]:
-    """The encoders of a checkpoint, after checking that it can be read and that one of them takes images.
+def read_encoders(files: CheckpointFiles, modality: str = "image") -> list[Encoder]:
+    """The encoders of a checkpoint, after checking that it can be read and that one of them takes what it must.
 
     Args:
         files: A checkpoint as ``find_checkpoint`` gives it.
+        modality: What one of the encoders must take, ``"image"`` or ``"text"``.
 
     Returns:
         One encoder, or one for each route of a Router.
 
     Raises:
-        ConfigError: The checkpoint embeds no images, or its config or processor can't be read.
+        ConfigError: The checkpoint embeds no ``modality``, or its config or processor can't be read.
         MissingExtraError: A package that its processor needs is not installed.
     """
     try:
@@ -104,8 +105,8 @@ def read_encoders(files: CheckpointFiles) -> list[Encoder]:
             f"The config or processor of {files.name!r} can't be read: {first_line(error)} Expected a checkpoint "
             f"that transformers {transformers.__version__} knows. Check its files, or update transformers."
         ) from error
-    if not any(encoder.modalities is None or "image" in encoder.modalities for encoder in encoders):
-        raise ConfigError(_no_image_message(files.name, encoders))
+    if not any(encoder.modalities is None or modality in encoder.modalities for encoder in encoders):
+        raise ConfigError(_lacking_message(files.name, encoders, modality))
     return encoders
 
 
@@ -258,12 +259,14 @@ def _listing(folder: Path, limit: int = 10) -> str:
     return ", ".join(names[:limit]) + more if names else "no files"
 
 
-def _no_image_message(name: str, encoders: list[Encoder]) -> str:
+def _lacking_message(name: str, encoders: list[Encoder], modality: str) -> str:
     modalities = sorted(frozenset().union(*(encoder.modalities or () for encoder in encoders)))
     kinds = sorted({encoder.config.model_type for encoder in encoders if encoder.config is not None})
     kind = f" (model type {', '.join(kinds)})" if kinds else ""
-    return (
-        f"{name!r} embeds no images, only {', '.join(modalities)}{kind}. Expected a checkpoint with an image "
-        f"processor, such as Qwen3-VL, CLIP or SigLIP. Pass one of those, or join this one with an image encoder in a "
-        f"Router."
-    )
+    expected = {
+        "image": "a checkpoint with an image processor, such as Qwen3-VL, CLIP or SigLIP. Pass one of those, or join "
+        "this one with an image encoder by compose_router",
+        "text": "a checkpoint with a tokenizer, such as MiniLM. Pass one, or join this one with a text encoder by "
+        "compose_router",
+    }
+    return f"{name!r} embeds no {modality}s, only {', '.join(modalities)}{kind}. Expected {expected[modality]}."

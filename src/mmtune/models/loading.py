@@ -8,16 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Transformer
-from sentence_transformers.util import get_device_name
-from transformers.utils import is_flash_attn_2_available
 
 from mmtune.errors import ConfigError
 from mmtune.models.checkpoints import (
-    TEXT_ONLY,
     CheckpointFiles,
     Encoder,
     find_checkpoint,
@@ -25,6 +21,8 @@ from mmtune.models.checkpoints import (
     missing_extra,
     read_encoders,
 )
+from mmtune.models.kinds import HostModel, SameModel
+from mmtune.models.options import LoadOptions
 from mmtune.models.pixels import (
     PixelLimits,
     apply_pixel_limits,
@@ -32,10 +30,6 @@ from mmtune.models.pixels import (
     image_arguments,
     warn_unused_limits,
 )
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
-
-FLASH_ATTENTION = "flash_attention_2"
 
 
 def load_model(
@@ -79,20 +73,35 @@ def load_model(
     Example:
         >>> model = load_model("Qwen/Qwen3-VL-Embedding-2B", max_pixels=600 * 600)  # doctest: +SKIP
     """
-    _check_host_kwargs(host_kwargs)
-    limits, processor_kwargs = _split_limits(PixelLimits(min_pixels, max_pixels), host_kwargs)
-    target = _target_device(device)
-    name = _checked_name(name_or_path)
-    files = _checkpoint_files(name, {**host_kwargs, "processor_kwargs": processor_kwargs})
-    encoders = read_encoders(files)
+    options = LoadOptions(max_pixels, min_pixels, dtype, attention, device, host_kwargs)
+    return load_host_model(SentenceTransformer, name_or_path, options)
+
+
+def load_host_model(
+    model_class: type[SameModel], name_or_path: str | Path, options: LoadOptions, *, modality: str = "image"
+) -> SameModel:
+    """A model of any of the host's kinds, from a checkpoint.
+
+    Args:
+        model_class: ``SentenceTransformer``, ``MultiVectorEncoder`` or ``CrossEncoder``.
+        name_or_path: As ``load_model`` takes it.
+        options: What ``load_model`` takes besides.
+        modality: What the model must be able to read, ``"image"`` or ``"text"``.
+
+    Raises:
+        ConfigError: As in ``load_model``.
+        MissingExtraError: A package that the checkpoint needs is not installed.
+    """
+    _check_host_kwargs(model_class, options.host_kwargs)
+    limits, name = options.limits, _checked_name(name_or_path)
+    files = _checkpoint_files(name, {**options.host_kwargs, "processor_kwargs": options.processor_kwargs})
+    encoders = read_encoders(files, modality)
     _check_limits(encoders, limits)
-    model_kwargs = _model_kwargs(host_kwargs, dtype=dtype, attention=attention, target=target, encoders=encoders)
-    host_kwargs |= {"model_kwargs": model_kwargs, "processor_kwargs": processor_kwargs}
-    model = _build(name, device=device, **host_kwargs)
+    model = _build(model_class, name, **options.for_host(encoders))
     if Path(name).is_dir():
         # The host looks on the Hub for a model that is called like the folder, and may find one.
         model.model_card_data.local_files_only = True
-    _require(model, "image", "pages, which are images")
+    _require(model, modality, "pages, which are images" if modality == "image" else "texts")
     return apply_pixel_limits(model, limits)
 
 
@@ -106,7 +115,7 @@ def check_checkpoint(name_or_path: str | Path) -> None:
     read_encoders(_checkpoint_files(_checked_name(name_or_path), {}))
 
 
-def check_documents(model: SentenceTransformer, documents: str = "image") -> None:
+def check_documents(model: HostModel, documents: str = "image") -> None:
     """Make sure that a model embeds text queries and documents of this kind.
 
     Args:
@@ -121,14 +130,15 @@ def check_documents(model: SentenceTransformer, documents: str = "image") -> Non
     _require(model, "text", "queries, which are text")
 
 
-def describe_model(model: SentenceTransformer) -> dict[str, Any]:
+def describe_model(model: HostModel) -> dict[str, Any]:
     """What a model is and what was chosen when loading it, as plain values for ``settings`` and ``metrics.json``.
 
     Args:
         model: Any host model, also one that ``load_model`` did not load.
 
     Returns:
-        ``base_model`` (name or path, ``None`` where unknown), ``modalities``, ``embedding_dimension``, ``parameters``
+        ``base_model`` (name or path, ``None`` where unknown), ``modalities``, ``embedding_dimension``
+        (``None`` for a reranker), ``parameters``
         (their number), ``dtype`` and ``attention`` (several are joined by ``", "``), ``device``, and ``min_pixels``
         and ``max_pixels`` (``None`` where the image size is fixed).
     """
@@ -137,7 +147,7 @@ def describe_model(model: SentenceTransformer) -> dict[str, Any]:
     return {
         "base_model": model.model_card_data.base_model or next((c.name_or_path for c in configs), None) or None,
         "modalities": [_modality_name(modality) for modality in model.modalities],
-        "embedding_dimension": model.get_embedding_dimension(),
+        "embedding_dimension": None if isinstance(model, CrossEncoder) else model.get_embedding_dimension(),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtype": _joined(_dtype_name(parameter.dtype) for parameter in model.parameters()),
         "attention": _joined(getattr(config, "_attn_implementation", None) for config in configs),
@@ -159,7 +169,7 @@ def _modality_name(modality: str | tuple[str, ...]) -> str:
     return modality if isinstance(modality, str) else "+".join(modality)
 
 
-def _require(model: SentenceTransformer, modality: Any, what: str) -> None:
+def _require(model: HostModel, modality: Any, what: str) -> None:
     if not model.supports(modality):
         modalities = ", ".join(map(_modality_name, model.modalities))
         raise ConfigError(
@@ -168,40 +178,13 @@ def _require(model: SentenceTransformer, modality: Any, what: str) -> None:
         )
 
 
-def _check_host_kwargs(host_kwargs: Mapping[str, Any]) -> None:
-    known = set(inspect.signature(SentenceTransformer.__init__).parameters) - {"self", "model_name_or_path", "modules"}
+def _check_host_kwargs(model_class: type[HostModel], host_kwargs: Mapping[str, Any]) -> None:
+    known = set(inspect.signature(model_class.__init__).parameters) - {"self", "model_name_or_path", "modules"}
     known |= set(inspect.signature(load_model).parameters) - {"host_kwargs"}
     for name in host_kwargs.keys() - known:
         nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.4)
         hint = f"The nearest is {nearest[0]!r}." if nearest else f"Known are {', '.join(sorted(known))}."
-        raise ConfigError(f"load_model and SentenceTransformer know no argument {name!r}. {hint} Rename or remove it.")
-
-
-def _split_limits(limits: PixelLimits, host_kwargs: Mapping[str, Any]) -> tuple[PixelLimits, dict[str, Any]]:
-    """Take pixel limits out of ``processor_kwargs``, from where they would leak into the tokenizer's config."""
-    processor_kwargs = dict(host_kwargs.get("processor_kwargs") or {})
-    if limits.given() and "size" in processor_kwargs:
-        raise _given_twice(next(iter(limits.given())), "processor_kwargs", "size")
-    moved = {name: processor_kwargs.pop(name) for name in ("min_pixels", "max_pixels") if name in processor_kwargs}
-    for name in moved.keys() & limits.given().keys():
-        raise _given_twice(name, "processor_kwargs", name)
-    return PixelLimits(**{**limits.given(), **moved}), processor_kwargs
-
-
-def _given_twice(name: str, container: str, key: str) -> ConfigError:
-    return ConfigError(
-        f"{name} is given twice: as an argument and as {key!r} in {container}. Expected one of them. Remove one."
-    )
-
-
-def _target_device(device: str | torch.device | None) -> torch.device:
-    try:
-        target = torch.device(get_device_name() if device is None else device)
-    except RuntimeError as error:
-        raise ConfigError(f"device={device!r} is no device: {first_line(error)} Pass 'cpu' or 'cuda'.") from error
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={device!r} was asked for, but torch finds no GPU. Leave device out, or pass 'cpu'.")
-    return target
+        raise ConfigError(f"mmtune and {model_class.__name__} know no argument {name!r}. {hint} Rename or remove it.")
 
 
 def _checked_name(name_or_path: str | Path) -> str:
@@ -234,62 +217,9 @@ def _check_limits(encoders: Sequence[Encoder], limits: PixelLimits) -> None:
     warn_unused_limits([encoder.processor for encoder in with_images], limits)
 
 
-def _model_kwargs(
-    host_kwargs: Mapping[str, Any],
-    *,
-    dtype: str | torch.dtype,
-    attention: str,
-    target: torch.device,
-    encoders: Sequence[Encoder],
-) -> dict[str, Any]:
-    model_kwargs = dict(host_kwargs.get("model_kwargs") or {})
-    for name, given, keys in (
-        ("dtype", dtype, ("dtype", "torch_dtype")),
-        ("attention", attention, ("attn_implementation",)),
-    ):
-        for key in keys:
-            if given != "auto" and key in model_kwargs:
-                raise _given_twice(name, "model_kwargs", key)
-    if host_kwargs.get("backend", "torch") != "torch":
-        return model_kwargs
-    chosen = model_kwargs.pop("torch_dtype", None) or model_kwargs.pop("dtype", None) or dtype
-    model_kwargs["dtype"] = _chosen_dtype(chosen, target)
-    if attention == "auto" and _flash_attention_fits(model_kwargs["dtype"], target, encoders):
-        attention = FLASH_ATTENTION
-    return model_kwargs if attention == "auto" else {"attn_implementation": attention} | model_kwargs
-
-
-def _chosen_dtype(dtype: str | torch.dtype, target: torch.device) -> torch.dtype:
-    if dtype == "auto":
-        # emulated bfloat16, as on GPUs before Ampere, is slower than float32
-        fast = target.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if fast else torch.float32
-    chosen = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if chosen is None or chosen not in DTYPES.values():
-        raise ConfigError(
-            f"dtype={dtype!r} is no dtype for weights. Expected 'auto', {', '.join(map(repr, DTYPES))}, or one of "
-            f"torch's own. Pass one of these."
-        )
-    return chosen
-
-
-def _flash_attention_fits(dtype: torch.dtype, target: torch.device, encoders: Sequence[Encoder]) -> bool:
-    if target.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or not is_flash_attn_2_available():
-        return False
-    with_attention = [encoder for encoder in encoders if encoder.config or encoder.modalities != TEXT_ONLY]
-    return all(_supports_flash_attention(encoder) for encoder in with_attention)
-
-
-def _supports_flash_attention(encoder: Encoder) -> bool:
-    if encoder.config is None:
-        return False
-    model_class = transformers.MODEL_MAPPING.get(type(encoder.config), None)
-    return getattr(model_class, "_supports_flash_attn", False)
-
-
-def _build(name: str, **host_kwargs: Any) -> SentenceTransformer:
+def _build(model_class: type[SameModel], name: str, **host_kwargs: Any) -> SameModel:
     try:
-        return SentenceTransformer(name, **host_kwargs)
+        return model_class(name, **host_kwargs)
     except ImportError as error:
         raise missing_extra(name, error) from error
     except ValueError as error:  # an attention that transformers does not know, among others

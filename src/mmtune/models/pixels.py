@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from transformers import ImageProcessingMixin
 
 from mmtune.errors import ConfigError
+from mmtune.models.kinds import HostModel, SameModel
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def warn_unused_limits(processors: Iterable[object], limits: PixelLimits) -> Non
                 warnings.warn(_unused_message(name, value, image_processor), UserWarning, stacklevel=4)
 
 
-def apply_pixel_limits(model: SentenceTransformer, limits: PixelLimits) -> SentenceTransformer:
+def apply_pixel_limits(model: SameModel, limits: PixelLimits) -> SameModel:
     """Make every image encoder of a model keep the limits, also inside a Router and after saving and reloading.
 
     Args:
@@ -112,7 +112,7 @@ def apply_pixel_limits(model: SentenceTransformer, limits: PixelLimits) -> Sente
     return model
 
 
-def effective_pixel_limits(model: SentenceTransformer) -> PixelLimits:
+def effective_pixel_limits(model: HostModel) -> PixelLimits:
     """The limits that hold in the model's first image encoder, its own or those asked for.
 
     Both are ``None`` where the image processor resizes to a fixed size, or where there is no image encoder.
@@ -129,7 +129,7 @@ def effective_pixel_limits(model: SentenceTransformer) -> PixelLimits:
     return PixelLimits()
 
 
-def _image_modules(model: SentenceTransformer) -> list[Transformer]:
+def _image_modules(model: HostModel) -> list[Transformer]:
     modules = [module for module in model.modules() if isinstance(module, Transformer)]
     return [module for module in modules if _image_processor(module.processor) is not None]
 
