@@ -104,3 +104,65 @@ def test_no_negative_pair_is_relevant(data) -> None:
         pair = (row["query"], row["document"])
         pair = pair if direction == "text_to_image" else pair[::-1]
         assert (pair in truth) == (row["label"] == 1)
+    for row in dataset.labeled_lists(2, direction=direction, documents="text"):
+        for document, label in zip(row["documents"], row["labels"], strict=True):
+            pair = (row["query"], document)
+            pair = pair if direction == "text_to_image" else pair[::-1]
+            assert (pair in truth) == (label == 1)
+
+
+def graded_dataset() -> RetrievalDataset:
+    pages = generated_pages(6)
+    data = RetrievalDataset.from_id_rows(pages)
+    queries, qrels = data.queries[:], data.qrels[:]
+    second = {"query_id": [queries["query_id"][0]], "document_id": [queries["query_id"][1]], "score": [3]}
+    judged = {name: [*qrels[name], *second[name]] for name in ("query_id", "document_id", "score")}
+    return RetrievalDataset(data.corpus, data.queries, Dataset.from_dict(judged), data.negatives)
+
+
+def test_a_list_holds_all_that_is_relevant_with_its_score_and_then_negatives() -> None:
+    dataset = graded_dataset()
+    rows = dataset.labeled_lists(2)
+    assert len(rows) == len(dataset)
+    first, second = rows.with_format(None)[:2]["labels"]
+    assert first == [1, 3, 0, 0]
+    assert second == [1, 0, 0]
+    ids = rows.with_format(None)[0]
+    assert set(ids["query_ids"]) == {dataset.queries["query_id"][0]}
+    assert ids["document_ids"][1] == dataset.queries["query_id"][1]
+    assert not set(ids["document_ids"][:2]) & set(ids["document_ids"][2:])
+
+
+def test_lists_read_as_query_documents_and_labels(dataset: RetrievalDataset) -> None:
+    row = dataset.labeled_lists(2)[0]
+    assert list(row) == ["query", "documents", "labels"]
+    assert isinstance(row["query"], str)
+    assert [page.mode for page in row["documents"]] == ["RGB"] * 3
+    batch = dataset.labeled_lists(2)[:3]
+    assert [len(documents) for documents in batch["documents"]] == [3, 3, 3]
+
+
+def test_a_page_gets_a_list_of_the_texts_that_ask_for_it() -> None:
+    dataset = graded_dataset()
+    rows = dataset.labeled_lists(2, direction="image_to_text")
+    ids = rows.with_format(None)[:]
+    page = dataset.queries["query_id"][1]
+    at = next(row for row, documents in enumerate(ids["document_ids"]) if documents[0] == page)
+    assert sorted(ids["labels"][at], reverse=True) == [3, 1, 0, 0]
+    text_by_id = dict(zip(dataset.queries["query_id"], dataset.queries["text"], strict=True))
+    assert rows[at]["documents"] == [text_by_id[query_id] for query_id in ids["query_ids"][at]]
+    assert rows[at]["query"].mode == "RGB"
+
+
+def test_lists_keep_their_view_through_shuffle_and_select(dataset: RetrievalDataset) -> None:
+    rows = dataset.labeled_lists(1).shuffle(seed=3).select(range(4))
+    ids = rows.with_format(None)[:]
+    text_by_id = dict(zip(dataset.queries["query_id"], dataset.queries["text"], strict=True))
+    assert rows[:]["query"] == [text_by_id[queries[0]] for queries in ids["query_ids"]]
+
+
+def test_lists_refuse_what_pairs_refuse(dataset: RetrievalDataset) -> None:
+    with pytest.raises(ConfigError, match="direction='sideways'"):
+        dataset.labeled_lists(direction="sideways")
+    with pytest.raises(DatasetError, match="can't get 99 negatives"):
+        dataset.labeled_lists(99)

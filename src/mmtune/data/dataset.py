@@ -17,8 +17,9 @@ from mmtune.data.combining import concatenated, deduplicated
 from mmtune.data.documents import DocumentKind, document_columns
 from mmtune.data.encoded import check_pages
 from mmtune.data.negatives import Candidates, OnShort, choose_negatives
+from mmtune.data.pairs import Direction, labeled_lists, labeled_pairs
 from mmtune.data.relevance import Relevance
-from mmtune.data.rows import Direction, labeled_pairs, training_rows
+from mmtune.data.rows import training_rows
 from mmtune.data.splitting import evaluation_queries
 from mmtune.data.tables import BuildNotes, Tables, checked_tables, require_columns
 from mmtune.errors import ConfigError, DatasetError
@@ -357,18 +358,41 @@ class RetrievalDataset:
             ConfigError: An argument has a value it can't have.
             DatasetError: There are too few documents, or texts, to fill a row.
         """
+        self._check_reranking(num_negatives, direction, documents)
+        options = {"documents": documents, "direction": direction, "seed": seed}
+        return labeled_pairs(self._tables, self.relevance, num_negatives, **options)
+
+    def labeled_lists(
+        self,
+        num_negatives: int = 4,
+        *,
+        direction: Direction = "text_to_image",
+        documents: DocumentKind = "image",
+        seed: int = 42,
+    ) -> Dataset:
+        """Rows for listwise losses: ``query, documents, labels``, one row per query (per page, for texts).
+
+        A list holds everything that was judged relevant, with its score as label, then the negatives with 0. Under
+        ``rows.with_format(None)`` the same rows hold the lists ``query_ids``, ``document_ids`` and ``labels``.
+
+        Args:
+            num_negatives: Negatives in a list.
+            direction: As in ``labeled_pairs``.
+            documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
+            seed: Of the filling.
+
+        Raises:
+            ConfigError: An argument has a value it can't have.
+            DatasetError: There are too few documents, or texts, to fill a list.
+        """
+        self._check_reranking(num_negatives, direction, documents)
+        options = {"documents": documents, "direction": direction, "seed": seed}
+        return labeled_lists(self._tables, self.relevance, num_negatives, **options)
+
+    def _check_reranking(self, num_negatives: int, direction: Direction, documents: DocumentKind) -> None:
         _require_one_of("direction", direction, get_args(Direction))
         _require_count("num_negatives", num_negatives, at_least=0)
         document_columns(self.corpus, documents)
-        relevance = self.relevance
-        positives = relevance.judged_query, relevance.judged_document
-        if direction == "text_to_image":
-            candidates, rows = Candidates.documents_of_queries(relevance), positives[0]
-        else:
-            pages, rows = np.unique(positives[1], return_inverse=True)
-            candidates = Candidates.texts_of_pages(relevance, pages)
-        chosen = choose_negatives(candidates, num_negatives, "random", seed)
-        return labeled_pairs(self._tables, relevance, positives, chosen.items[rows], documents, direction)
 
     def audit(self) -> AuditReport:
         """What is odd about the data: counts and examples of everything that can hurt training or scores."""

@@ -55,6 +55,7 @@ class Relevance:
         self.query_ids: pa.Array = column(tables.queries, "query_id")
         self.judged_query = positions(column(tables.qrels, "query_id"), self.query_ids)
         self.judged_document = positions(column(tables.qrels, "document_id"), self.document_ids)
+        self.judged_score = column(tables.qrels, "score").to_numpy(zero_copy_only=False).astype(np.int64)
 
     @cached_property
     def page(self) -> np.ndarray:

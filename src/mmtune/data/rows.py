@@ -1,6 +1,6 @@
 """Rows for the host's trainers: ids in Arrow, texts and pages when a row is read."""
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,8 +15,6 @@ from mmtune.data.tables import Tables
 
 ID_COLUMNS = ("query_id", "document_id", "negative_document_ids", "relevant_document_ids")
 """The columns of training rows under ``rows.with_format(None)``."""
-
-Direction = Literal["text_to_image", "image_to_text"]
 
 
 @internals.hashed_by(lambda view: view.fingerprint)
@@ -59,26 +57,6 @@ class TrainingView:
         return {"query": [row["text"] for row in self._queries.get(batch["query_id"])], **columns}
 
 
-@internals.hashed_by(lambda view: view.fingerprint)
-class PairView:
-    """Turns rows of ids into ``query, document, label``; the transform of labeled pairs."""
-
-    def __init__(self, tables: Tables, documents: DocumentKind, direction: Direction) -> None:
-        self._queries = KeyedTable(tables.queries, "query_id", ["text"])
-        self._documents = DocumentReader(tables.corpus, documents)
-        self.direction = direction
-        self.fingerprint = f"{self._queries.fingerprint}, {self._documents.fingerprint}, {direction}"
-
-    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """The batch as the host's rerankers read it; ids where only some of the columns are asked for."""
-        if not {"query_id", "document_id", "label"} <= set(batch):
-            return batch
-        texts = [row["text"] for row in self._queries.get(batch["query_id"])]
-        documents = self._documents.read(batch["document_id"])
-        query, document = (texts, documents) if self.direction == "text_to_image" else (documents, texts)
-        return {"query": query, "document": document, "label": batch["label"]}
-
-
 def training_rows(
     tables: Tables, relevance: Relevance, chosen: ChosenNegatives, documents: DocumentKind, max_pixels: int | None
 ) -> Dataset:
@@ -97,37 +75,6 @@ def training_rows(
     }
     view = TrainingView(tables, documents, chosen=chosen, max_pixels=max_pixels)
     return table_dataset(ids).with_transform(view)
-
-
-def labeled_pairs(
-    tables: Tables,
-    relevance: Relevance,
-    positives: tuple[np.ndarray, np.ndarray],
-    negatives: np.ndarray,
-    documents: DocumentKind,
-    direction: Direction,
-) -> Dataset:
-    """Each positive pair followed by its negatives; see ``RetrievalDataset.labeled_pairs``.
-
-    Args:
-        tables: The data.
-        relevance: Its judgements.
-        positives: Positions of queries and of documents, int64, shape ``(pairs,)`` each.
-        negatives: What takes the place of the document (of the query, for ``image_to_text``) in the negatives of each
-            pair, int64, shape ``(pairs, num_negatives)``.
-        documents: What a document is made of.
-        direction: Which side is the query of the pair.
-    """
-    queries, pages = (np.repeat(side[:, None], negatives.shape[1] + 1, axis=1) for side in positives)
-    (pages if direction == "text_to_image" else queries)[:, 1:] = negatives
-    labels = np.zeros(queries.shape, dtype=np.int64)
-    labels[:, 0] = 1
-    ids = {
-        "query_id": relevance.query_ids.take(pa.array(queries.reshape(-1))),
-        "document_id": relevance.document_ids.take(pa.array(pages.reshape(-1))),
-        "label": pa.array(labels.reshape(-1)),
-    }
-    return table_dataset(ids).with_transform(PairView(tables, documents, direction))
 
 
 def _rectangle(values: np.ndarray) -> Ragged:
