@@ -1,24 +1,48 @@
 """load_model: what it chooses, what it keeps after saving, and what it refuses before reading weights."""
 
 import json
+import logging
 import shutil
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Router
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoProcessor, PreTrainedTokenizerFast, Siglip2ImageProcessorPil, Siglip2Processor
+from transformers import (
+    AutoProcessor,
+    PreTrainedTokenizerFast,
+    Siglip2ImageProcessorPil,
+    Siglip2Processor,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
+from families import (
+    SQUARE,
+    VISION,
+    tiny_chinese_clip,
+    tiny_git,
+    tiny_idefics3,
+    tiny_llava,
+    tiny_modernvbert,
+    tiny_paligemma,
+    tiny_raw_siglip,
+    tiny_siglip2_naflex,
+)
 from mmtune.errors import ConfigError, MissingExtraError
 from mmtune.models import load_model
-from mmtune.models.loading import check_documents, describe_model
+from mmtune.models.loading import check_checkpoint, check_documents, describe_model, load_host_model
+from mmtune.models.options import LoadOptions
 from mmtune.models.pixels import PixelLimits, image_arguments, warn_unused_limits
+from mmtune.testing import tiny_clip
 
 PAGE = Image.new("RGB", (500, 700), "white")
 
@@ -66,10 +90,18 @@ def router_path(text_encoder_path: str, clip_path: str, tmp_path_factory: pytest
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def saved_qwen3_vl(qwen3_vl_path: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """With ``modules.json``, and the mean that the host chose."""
+    folder = tmp_path_factory.mktemp("models") / "saved_qwen3_vl"
+    SentenceTransformer(qwen3_vl_path, device="cpu").save_pretrained(str(folder))
+    return str(folder)
+
+
 # what is loaded
 
 
-@pytest.mark.parametrize("fixture", ["clip_path", "siglip_path", "qwen3_vl_path"])
+@pytest.mark.parametrize("fixture", ["clip_path", "siglip_path", "saved_qwen3_vl"])
 def test_embeds_like_the_host(fixture, request):
     path = request.getfixturevalue(fixture)
     ours, hosts = load_model(path, device="cpu"), SentenceTransformer(path, device="cpu")
@@ -87,6 +119,8 @@ def test_what_was_chosen_can_be_read(clip_path):
     assert description["max_pixels"] is None
     assert description["parameters"] > 0
     assert description["device"] == "cpu"
+    assert description["pooling"] is None
+    assert description["text_padding"] == "longest"
     assert json.loads(json.dumps(description)) == description
 
 
@@ -126,7 +160,7 @@ def test_dtype_and_attention_fit_the_gpu(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: computes_bfloat16)
     monkeypatch.setattr("mmtune.models.options.is_flash_attn_2_available", lambda: has_flash_attention)
-    monkeypatch.setattr("mmtune.models.loading._build", lambda kind, name, **kwargs: asked.update(kwargs) or stop())
+    monkeypatch.setattr("mmtune.models.loading.build", lambda kind, name, **kwargs: asked.update(kwargs) or stop())
     with pytest.raises(InterruptedError, match="before the weights"):
         load_model(clip_path, dtype=dtype)
     assert (asked["model_kwargs"]["dtype"], asked["model_kwargs"].get("attn_implementation")) == expected
@@ -153,6 +187,91 @@ def test_host_arguments_are_passed_on(clip_path):
     model = load_model(clip_path, device="cpu", truncate_dim=16, prompts={"query": "search: "})
     assert model.encode(["revenue"]).shape == (1, 16)
     assert model.prompts["query"] == "search: "
+
+
+# what a fresh checkpoint gets
+
+
+def test_a_fresh_causal_encoder_is_pooled_by_its_last_token_and_says_so(tmp_path, caplog):
+    model = load_model(tiny_llava(tmp_path), device="cpu")
+    assert describe_model(model)["pooling"] == "lasttoken"
+    assert [record.levelno for record in caplog.records if "last token" in record.message] == [logging.WARNING]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("build", "pooling"), [(tiny_idefics3, "lasttoken"), (tiny_modernvbert, "mean")])
+def test_causal_is_causal_in_any_precision(build, pooling, dtype, attention, tmp_path):
+    model = load_model(build(tmp_path), dtype=dtype, attention=attention, device="cpu")
+    assert describe_model(model)["pooling"] == pooling
+
+
+def test_a_causal_config_that_looks_both_ways_keeps_the_mean(tmp_path):
+    path = tiny_llava(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    config["text_config"]["is_causal"] = False
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert describe_model(load_model(path, device="cpu"))["pooling"] == "mean"
+
+
+def test_a_saved_model_keeps_its_pooling(saved_qwen3_vl, caplog):
+    assert describe_model(load_model(saved_qwen3_vl, device="cpu"))["pooling"] == "mean"
+    assert not [record for record in caplog.records if record.name.startswith("mmtune")]
+
+
+def test_an_encoder_that_looks_both_ways_keeps_the_mean(tmp_path):
+    assert describe_model(load_model(tiny_modernvbert(tmp_path), device="cpu"))["pooling"] == "mean"
+
+
+def test_a_text_encoder_that_looks_both_ways_keeps_the_mean(text_encoder_path):
+    options = LoadOptions(device="cpu")
+    model = load_host_model(SentenceTransformer, text_encoder_path, options, modality="text")
+    assert describe_model(model)["pooling"] == "mean"
+
+
+def test_late_interaction_is_left_as_the_host_makes_it(tmp_path):
+    path = tiny_llava(tmp_path)
+    ours = load_host_model(MultiVectorEncoder, path, LoadOptions(device="cpu"))
+    assert [type(module) for module in ours] == [type(module) for module in MultiVectorEncoder(path, device="cpu")]
+
+
+TEXTS = ["revenue", "the total revenue of the company in the year 2021, by region", "costs"]
+
+
+def change_by_batch(model: SentenceTransformer) -> float:
+    """The largest change of a text's embedding from its batch."""
+    alone = np.concatenate([model.encode([text]) for text in TEXTS])
+    return abs(model.encode(TEXTS) - alone).max()
+
+
+@pytest.mark.parametrize("build", [tiny_raw_siglip, tiny_siglip2_naflex])
+def test_a_fresh_siglip_embeds_a_text_alike_in_every_batch(build, tmp_path, caplog):
+    path = build(tmp_path / "fresh")
+    assert change_by_batch(SentenceTransformer(path, device="cpu")) > 0.1
+    model = load_model(path, device="cpu")
+    assert change_by_batch(model) <= 1e-5
+    assert describe_model(model)["text_padding"] == "max_length"
+    assert "every text is padded to 64 tokens" in caplog.text
+    model.save_pretrained(str(tmp_path / "saved"))
+    plain = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    for inputs in (TEXTS, [PAGE]):
+        assert abs(plain.encode(inputs) - model.encode(inputs)).max() <= 1e-6
+
+
+def test_a_tokenizer_without_a_length_is_held_to_the_positions_of_the_encoder(tmp_path):
+    model = load_model(tiny_raw_siglip(tmp_path / "fresh", model_max_length=10**30), device="cpu")
+    assert model.max_seq_length == 64
+    assert model.encode(["revenue " * 100]).shape == (1, 64)
+    model.save_pretrained(str(tmp_path / "saved"))
+    assert change_by_batch(SentenceTransformer(str(tmp_path / "saved"), device="cpu")) <= 1e-5
+
+
+@pytest.mark.parametrize("build", [tiny_clip, tiny_chinese_clip])
+def test_a_text_encoder_that_heeds_its_mask_needs_no_padding(build, tmp_path, caplog):
+    model = load_model(build(tmp_path), device="cpu")
+    assert change_by_batch(model) <= 1e-5
+    assert describe_model(model)["text_padding"] == "longest"
+    assert not [record for record in caplog.records if record.name.startswith("mmtune")]
 
 
 # pixel limits
@@ -241,6 +360,56 @@ def test_impossible_limits_are_refused_before_weights(qwen3_vl_path, tmp_path, l
 
 
 # what is refused before weights are read
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            tiny_paligemma,
+            r"can't embed images by themselves \(model type paligemma\): it takes image and text only together",
+        ),
+        (tiny_git, r"can't embed images by themselves \(model type git\): it takes image and text only together"),
+        (
+            lambda folder: tiny_llava(folder, chat_template=None),
+            r"can't embed images by themselves \(model type llava\): it has no chat template",
+        ),
+    ],
+)
+def test_a_family_that_takes_no_images_alone_is_refused_before_weights(build, message, tmp_path):
+    folder = without_weights(build(tmp_path / "fresh"), tmp_path / "copy")
+    with pytest.raises(ConfigError, match=message):
+        load_model(folder)
+    with pytest.raises(ConfigError, match=message):
+        check_checkpoint(folder)
+
+
+def test_a_family_that_takes_no_text_alone_is_refused_before_weights(tmp_path):
+    folder = without_weights(tiny_paligemma(tmp_path / "fresh"), tmp_path / "copy")
+    with pytest.raises(ConfigError, match=r"can't embed texts by themselves .*only together"):
+        load_host_model(SentenceTransformer, folder, LoadOptions(), modality="text")
+
+
+def test_an_image_encoder_is_loaded_but_not_finetuned(tmp_path):
+    vision = SiglipVisionModel(SiglipVisionConfig(**VISION))
+    vision.save_pretrained(tmp_path)
+    SiglipImageProcessorPil(size=SQUARE).save_pretrained(tmp_path)
+    assert load_model(tmp_path, device="cpu").modalities == ["image"]
+    with pytest.raises(ConfigError, match=r"embeds no texts, only image \(model type siglip_vision_model\)"):
+        check_checkpoint(tmp_path)
+
+
+def test_a_missing_package_without_an_extra_is_named(clip_path, tmp_path, monkeypatch):
+    def from_pretrained(*args, **kwargs):
+        raise ImportError(
+            "Package `num2words` is required to run SmolVLM processor. Install it with `pip install num2words`."
+        )
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", from_pretrained)
+    with pytest.raises(
+        MissingExtraError, match=r"needs num2words, which is not installed: .*Run: pip install num2words"
+    ):
+        load_model(without_weights(clip_path, tmp_path / "copy"))
 
 
 @pytest.mark.parametrize("fixture", ["text_encoder_path", "saved_text_encoder"])
@@ -403,7 +572,7 @@ def test_documents_that_a_model_embeds_pass(modalities, documents):
         (("text", "image"), "text+image", r"can't embed documents='text\+image'. Its modalities are text, image"),
         (("text", "image"), "pages", "can't embed documents='pages'"),
         (("image",), "image", "can't embed queries, which are text. Its modalities are image"),
-        (((("image", "text")),), "image", r"Its modalities are image\+text"),
+        ((("image", "text"),), "image", r"Its modalities are image\+text: it takes image and text only together"),
     ],
 )
 def test_documents_that_a_model_can_not_embed_are_refused(modalities, documents, message):

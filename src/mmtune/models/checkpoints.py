@@ -12,9 +12,11 @@ import transformers
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from sentence_transformers import SentenceTransformer
-from transformers import AutoConfig, AutoProcessor, ImageProcessingMixin, PreTrainedConfig
+from transformers import MODEL_MAPPING, AutoConfig, AutoProcessor, ImageProcessingMixin, PreTrainedConfig
 
 from mmtune.errors import ConfigError, MissingExtraError
+from mmtune.models.blueprints import Blueprint, refusals
+from mmtune.models.kinds import HostModel
 
 MARKERS = ("modules.json", "config.json", "adapter_config.json")
 """A folder or repository with one of these is a checkpoint."""
@@ -24,7 +26,7 @@ TEXT_ONLY = frozenset({"text"})
 TEXT_MODULES = ("StaticEmbedding", "WordEmbeddings", "BoW")
 """The host's encoders that are no transformers models."""
 
-EXTRA_BY_PACKAGE = {"torchvision": "vlm", "peft": "lora"}
+EXTRA_BY_PACKAGE = {"torchvision": "vlm", "peft": "lora", "bitsandbytes": "qlora"}
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,14 @@ class Encoder:
         config: The transformers config, or ``None`` where there is none (an adapter, another kind of module).
         processor: What ``AutoProcessor`` gives, for encoders that take images; else ``None``.
         image_arguments: Image arguments that the host applies on every call, from the saved ``processing_kwargs``.
+        refusals: Why it does not embed one of the modalities that its processor knows, by modality.
     """
 
     modalities: frozenset[str] | None
     config: PreTrainedConfig | None = None
     processor: object | None = None
     image_arguments: Mapping[str, Any] = field(default_factory=dict)
+    refusals: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,13 +85,26 @@ class CheckpointFiles:
         """Tokenizer, image processor, or both in one."""
         return AutoProcessor.from_pretrained(self.name, **self.hub, **{"subfolder": subfolder, **self.processor_kwargs})
 
+    def blueprint(self) -> Blueprint:
+        """What the host makes of a checkpoint without ``modules.json``, without weights."""
+        return Blueprint(
+            self.name,
+            model_kwargs={"trust_remote_code": self.config_kwargs.get("trust_remote_code", False)},
+            processor_kwargs={**self.hub, **self.processor_kwargs},
+            config_kwargs={**self.hub, **self.config_kwargs},
+        )
 
-def read_encoders(files: CheckpointFiles, modality: str = "image") -> list[Encoder]:
+
+def read_encoders(
+    files: CheckpointFiles, modality: str = "image", *, model_class: type[HostModel] = SentenceTransformer
+) -> list[Encoder]:
     """The encoders of a checkpoint, after checking that it can be read and that one of them takes what it must.
 
     Args:
         files: A checkpoint as ``find_checkpoint`` gives it.
-        modality: What one of the encoders must take, ``"image"`` or ``"text"``.
+        modality: What one of the encoders must take by itself, ``"image"`` or ``"text"``.
+        model_class: What is to be made of it. A checkpoint without ``modules.json`` is several things: late interaction
+            and rerankers find other modalities in it than an embedding model.
 
     Returns:
         One encoder, or one for each route of a Router.
@@ -97,7 +114,7 @@ def read_encoders(files: CheckpointFiles, modality: str = "image") -> list[Encod
         MissingExtraError: A package that its processor needs is not installed.
     """
     try:
-        encoders = _saved_encoders(files) or [_fresh_encoder(files)]
+        encoders = _saved_encoders(files) or [_fresh_encoder(files, model_class)]
     except ImportError as error:
         raise missing_extra(files.name, error) from error
     except (OSError, ValueError) as error:
@@ -105,9 +122,18 @@ def read_encoders(files: CheckpointFiles, modality: str = "image") -> list[Encod
             f"The config or processor of {files.name!r} can't be read: {first_line(error)} Expected a checkpoint "
             f"that transformers {transformers.__version__} knows. Check its files, or update transformers."
         ) from error
+    require_modality(files, encoders, modality)
+    return encoders
+
+
+def require_modality(files: CheckpointFiles, encoders: list[Encoder], modality: str) -> None:
+    """Make sure that one of a checkpoint's encoders takes a modality by itself.
+
+    Raises:
+        ConfigError: None does; the message has the reason.
+    """
     if not any(encoder.modalities is None or modality in encoder.modalities for encoder in encoders):
         raise ConfigError(_lacking_message(files.name, encoders, modality))
-    return encoders
 
 
 def find_checkpoint(name: str, *, hub: Mapping[str, Any] | None = None, **kwargs: Mapping[str, Any]) -> CheckpointFiles:
@@ -141,7 +167,9 @@ def missing_extra(name: str, error: ImportError) -> MissingExtraError:
         error: What transformers or the host raised.
     """
     package = next((package for package in EXTRA_BY_PACKAGE if package in str(error).lower()), None)
-    remedy = f'Run: pip install "mmtune[{EXTRA_BY_PACKAGE[package]}]"' if package else "Install that package."
+    package = package or next(iter(re.findall(r"pip install `?([\w-]+)", str(error))), None)
+    requirement = f'"mmtune[{EXTRA_BY_PACKAGE[package]}]"' if package in EXTRA_BY_PACKAGE else package
+    remedy = f"Run: pip install {requirement}" if package else "Install that package."
     missing = f"{package}, which is not installed" if package else "a package that is not installed"
     return MissingExtraError(f"{name!r} needs {missing}: {first_line(error)} {remedy}")
 
@@ -189,13 +217,26 @@ def _saved_encoder(files: CheckpointFiles, subfolder: str, *, default: set[str])
     )
 
 
-def _fresh_encoder(files: CheckpointFiles) -> Encoder:
+def _fresh_encoder(files: CheckpointFiles, model_class: type[HostModel]) -> Encoder:
     config = files.config("")
+    if config is not None and type(config) in MODEL_MAPPING and issubclass(model_class, SentenceTransformer):
+        return _blueprint_encoder(files.blueprint())
     processor = files.processor("")
     takes_images = isinstance(processor, ImageProcessingMixin) or hasattr(processor, "image_processor")
     takes_text = not isinstance(processor, ImageProcessingMixin)
     modalities = frozenset({"image"} if takes_images else ()) | frozenset({"text"} if takes_text else ())
     return Encoder(modalities=modalities, config=config, processor=processor)
+
+
+def _blueprint_encoder(blueprint: Blueprint) -> Encoder:
+    refused = refusals(blueprint)
+    alone = {key for key in blueprint.modalities if isinstance(key, str) and key != "message"} - refused.keys()
+    return Encoder(
+        modalities=frozenset(alone),
+        config=blueprint.config,
+        processor=blueprint.processor,
+        refusals=refused,
+    )
 
 
 def _find_on_hub(name: str, hub: dict[str, Any]) -> str:
@@ -263,6 +304,12 @@ def _lacking_message(name: str, encoders: list[Encoder], modality: str) -> str:
     modalities = sorted(frozenset().union(*(encoder.modalities or () for encoder in encoders)))
     kinds = sorted({encoder.config.model_type for encoder in encoders if encoder.config is not None})
     kind = f" (model type {', '.join(kinds)})" if kinds else ""
+    reason = next((encoder.refusals[modality] for encoder in encoders if modality in encoder.refusals), None)
+    if reason:
+        return (
+            f"{name!r} can't embed {modality}s by themselves{kind}: {reason}. Expected a checkpoint that embeds texts, "
+            f"as queries are, and images, as pages are, each alone. Pass one such as Qwen3-VL, CLIP or SigLIP."
+        )
     expected = {
         "image": "a checkpoint with an image processor, such as Qwen3-VL, CLIP or SigLIP. Pass one of those, or join "
         "this one with an image encoder by compose_router",

@@ -1,35 +1,27 @@
 """Loading a model for training on pages: what fits the hardware, checked before the weights are read."""
 
-import difflib
-import inspect
-import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 
 from mmtune.errors import ConfigError
 from mmtune.models.checkpoints import (
-    CheckpointFiles,
-    Encoder,
-    find_checkpoint,
-    first_line,
-    missing_extra,
     read_encoders,
+    require_modality,
 )
+from mmtune.models.fitting import fit_modules
 from mmtune.models.kinds import HostModel, SameModel
+from mmtune.models.opening import build, check_host_kwargs, check_limits, checked_name, checkpoint_files
 from mmtune.models.options import LoadOptions
 from mmtune.models.pixels import (
-    PixelLimits,
     apply_pixel_limits,
     effective_pixel_limits,
-    image_arguments,
-    warn_unused_limits,
 )
+from mmtune.models.prompts import check_prompts
 
 
 def load_model(
@@ -43,6 +35,10 @@ def load_model(
     **host_kwargs: Any,
 ) -> SentenceTransformer:
     """A host model that embeds pages, with dtype and attention chosen for the hardware.
+
+    A checkpoint without ``modules.json`` was made for something else, and gets what its encoder needs: the last token
+    as the embedding where each token sees only those before it (the host takes the mean of all), and texts padded to
+    one length where padding changes their embedding (SigLIP). A log line says so, and it is saved with the model.
 
     ``describe_model`` says what was chosen. Whatever can be checked without weights is checked first.
 
@@ -64,11 +60,13 @@ def load_model(
         A new model, in evaluation mode as the host gives it.
 
     Raises:
-        ConfigError: There is no checkpoint, it embeds no images, it can't be read, or an argument does not fit.
+        ConfigError: There is no checkpoint, it does not embed images by themselves, it can't be read, or an argument
+            or prompt does not fit.
         MissingExtraError: A package that the checkpoint needs is not installed.
 
     Warns:
-        UserWarning: A pixel limit can't be applied, because the image processor resizes to a fixed size.
+        UserWarning: A pixel limit can't be applied, because the image processor resizes to a fixed size; or a prompt
+            has no effect, because the chat template leaves it out.
 
     Example:
         >>> model = load_model("Qwen/Qwen3-VL-Embedding-2B", max_pixels=600 * 600)  # doctest: +SKIP
@@ -92,27 +90,37 @@ def load_host_model(
         ConfigError: As in ``load_model``.
         MissingExtraError: A package that the checkpoint needs is not installed.
     """
-    _check_host_kwargs(model_class, options.host_kwargs)
-    limits, name = options.limits, _checked_name(name_or_path)
-    files = _checkpoint_files(name, {**options.host_kwargs, "processor_kwargs": options.processor_kwargs})
-    encoders = read_encoders(files, modality)
-    _check_limits(encoders, limits)
-    model = _build(model_class, name, **options.for_host(encoders))
+    check_host_kwargs(model_class, options.host_kwargs)
+    limits, name = options.limits, checked_name(name_or_path)
+    files = checkpoint_files(name, {**options.host_kwargs, "processor_kwargs": options.processor_kwargs})
+    encoders = read_encoders(files, modality, model_class=model_class)
+    check_limits(encoders, limits)
+    model = build(model_class, name, **options.for_host(encoders))
     if Path(name).is_dir():
         # The host looks on the Hub for a model that is called like the folder, and may find one.
         model.model_card_data.local_files_only = True
     _require(model, modality, "pages, which are images" if modality == "image" else "texts")
+    if isinstance(model, SentenceTransformer):
+        if files.read_json("modules.json") is None:
+            fit_modules(model)
+        check_prompts(model)
     return apply_pixel_limits(model, limits)
 
 
-def check_checkpoint(name_or_path: str | Path) -> None:
-    """Make sure, from its small files alone, that ``load_model`` can load a checkpoint.
+def check_checkpoint(name_or_path: str | Path, *, model_class: type[HostModel] = SentenceTransformer) -> None:
+    """Make sure, from its small files alone, that a checkpoint can be loaded for finetuning.
+
+    Args:
+        name_or_path: As ``load_model`` takes it.
+        model_class: What it is loaded as.
 
     Raises:
-        ConfigError: There is none, it embeds no images, or it can't be read.
+        ConfigError: There is none, it does not embed images and texts by themselves, or it can't be read.
         MissingExtraError: A package that it needs is not installed.
     """
-    read_encoders(_checkpoint_files(_checked_name(name_or_path), {}))
+    files = checkpoint_files(checked_name(name_or_path), {})
+    encoders = read_encoders(files, model_class=model_class)
+    require_modality(files, encoders, "text")
 
 
 def check_documents(model: HostModel, documents: str = "image") -> None:
@@ -139,11 +147,14 @@ def describe_model(model: HostModel) -> dict[str, Any]:
     Returns:
         ``base_model`` (name or path, ``None`` where unknown), ``modalities``, ``embedding_dimension``
         (``None`` for a reranker), ``parameters``
-        (their number), ``dtype`` and ``attention`` (several are joined by ``", "``), ``device``, and ``min_pixels``
-        and ``max_pixels`` (``None`` where the image size is fixed).
+        (their number), ``dtype`` and ``attention`` (several are joined by ``", "``), ``device``, ``min_pixels``
+        and ``max_pixels`` (``None`` where the image size is fixed), ``pooling`` (``"mean"``, ``"lasttoken"``, ...;
+        ``None`` where the encoder pools by itself) and ``text_padding`` (``"longest"`` of a batch, or to
+        ``"max_length"``).
     """
     limits = effective_pixel_limits(model)
-    configs = [module.config for module in model.modules() if isinstance(module, Transformer)]
+    transformers = [module for module in model.modules() if isinstance(module, Transformer)]
+    configs = [module.config for module in transformers]
     return {
         "base_model": model.model_card_data.base_model or next((c.name_or_path for c in configs), None) or None,
         "modalities": [_modality_name(modality) for modality in model.modalities],
@@ -154,7 +165,19 @@ def describe_model(model: HostModel) -> dict[str, Any]:
         "device": str(model.device),
         "min_pixels": limits.min_pixels,
         "max_pixels": limits.max_pixels,
+        "pooling": _joined(_pooling_name(module) for module in model.modules() if isinstance(module, Pooling)),
+        "text_padding": _joined(_text_padding(module) for module in transformers if "text" in module.modalities),
     }
+
+
+def _pooling_name(pooling: Pooling) -> str:
+    mode = pooling.pooling_mode
+    return mode if isinstance(mode, str) else "+".join(mode)
+
+
+def _text_padding(encoder: Transformer) -> str:
+    padding = encoder.processing_kwargs.get("text", {}).get("padding", True)
+    return padding if isinstance(padding, str) else "longest" if padding else "none"
 
 
 def _joined(names: Any) -> str | None:
@@ -173,59 +196,11 @@ def _require(model: HostModel, modality: Any, what: str) -> None:
     if not model.supports(modality):
         modalities = ", ".join(map(_modality_name, model.modalities))
         raise ConfigError(
-            f"The model can't embed {what}. Its modalities are {modalities}. Pass a model that also embeds "
-            f"{_modality_name(modality)}, or join it with an encoder that does in a Router."
+            f"The model can't embed {what}. Its modalities are {modalities}{_only_together(model, modality)}. Pass a "
+            f"model that also embeds {_modality_name(modality)}, or join it with an encoder that does in a Router."
         )
 
 
-def _check_host_kwargs(model_class: type[HostModel], host_kwargs: Mapping[str, Any]) -> None:
-    known = set(inspect.signature(model_class.__init__).parameters) - {"self", "model_name_or_path", "modules"}
-    known |= set(inspect.signature(load_model).parameters) - {"host_kwargs"}
-    for name in host_kwargs.keys() - known:
-        nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.4)
-        hint = f"The nearest is {nearest[0]!r}." if nearest else f"Known are {', '.join(sorted(known))}."
-        raise ConfigError(f"mmtune and {model_class.__name__} know no argument {name!r}. {hint} Rename or remove it.")
-
-
-def _checked_name(name_or_path: str | Path) -> str:
-    if not isinstance(name_or_path, str | os.PathLike) or not str(name_or_path).strip():
-        raise ConfigError(
-            f"name_or_path={name_or_path!r} names no checkpoint. Expected a folder or a name on the Hub. Pass one; a "
-            f"model that is already built needs no load_model."
-        )
-    name = str(name_or_path)
-    return str(Path(name).expanduser()) if name.startswith("~") else name
-
-
-def _checkpoint_files(name: str, host_kwargs: Mapping[str, Any]) -> CheckpointFiles:
-    hub = {
-        # the host reads the same variable
-        "cache_dir": host_kwargs.get("cache_folder") or os.getenv("SENTENCE_TRANSFORMERS_HOME"),
-        "token": host_kwargs.get("token"),
-        "revision": host_kwargs.get("revision"),
-        "local_files_only": host_kwargs.get("local_files_only", False),
-    }
-    code = {"trust_remote_code": host_kwargs.get("trust_remote_code", False)}
-    given = {key: code | (host_kwargs.get(key) or {}) for key in ("processor_kwargs", "config_kwargs")}
-    return find_checkpoint(name, hub=hub, **given)
-
-
-def _check_limits(encoders: Sequence[Encoder], limits: PixelLimits) -> None:
-    with_images = [encoder for encoder in encoders if encoder.processor is not None]
-    for encoder in with_images:
-        image_arguments(encoder.processor, encoder.image_arguments, limits)
-    warn_unused_limits([encoder.processor for encoder in with_images], limits)
-
-
-def _build(model_class: type[SameModel], name: str, **host_kwargs: Any) -> SameModel:
-    try:
-        return model_class(name, **host_kwargs)
-    except ImportError as error:
-        raise missing_extra(name, error) from error
-    except ValueError as error:  # an attention that transformers does not know, among others
-        raise ConfigError(f"{name!r} can't be built with these arguments: {first_line(error)}") from error
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"The weights of {name!r} can't be loaded: {first_line(error)} Expected the weight files that belong to "
-            f"its config. Download or save the checkpoint again."
-        ) from error
+def _only_together(model: HostModel, modality: Any) -> str:
+    together = [key for key in model.modalities if isinstance(key, tuple) and modality in key]
+    return f": it takes {' and '.join(sorted(together[0]))} only together" if together else ""

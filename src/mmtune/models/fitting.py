@@ -1,0 +1,113 @@
+"""What a fresh checkpoint needs to become an embedding model, found out by trying it.
+
+A checkpoint without ``modules.json`` was not made for embeddings, and the host guesses (sentence-transformers 6.2): the
+mean over all tokens unless the architecture is called ``...ForCausalLM``, and texts padded to the longest of a batch.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.base.modules.transformer import ProcessingKwargs
+from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.util import batch_to_device
+
+SAMPLE_TEXT = "total revenue of the year"
+PADDING_MATTERS = 0.05
+"""Relative change of an embedding, well above the rounding of bfloat16 and far below what SigLIP shows."""
+
+logger = logging.getLogger(__name__)
+
+
+def fit_modules(model: SentenceTransformer) -> SentenceTransformer:
+    """Give a model that the host made from a fresh checkpoint the pooling and padding that its encoder needs.
+
+    Both live in the host's modules, so they are saved with the model.
+
+    - Where the encoder is causal, the last token is the only one that has seen the whole page: it becomes the embedding
+      in place of the mean.
+    - Where padding changes the embedding of a text, as in SigLIP, every text is padded to the same length, as it was
+      in that family's training.
+
+    Args:
+        model: As the host makes it from a checkpoint without ``modules.json``.
+
+    Returns:
+        The same model, changed in place. What was changed is logged, and ``describe_model`` tells it.
+    """
+    encoder, *others = model
+    if not isinstance(encoder, Transformer) or encoder.backend != "torch" or "text" not in encoder.modalities:
+        return model
+    name = encoder.config.name_or_path
+    for pooling in others:
+        if isinstance(pooling, Pooling) and pooling.pooling_mode == "mean" and is_causal(encoder, model.device):
+            pooling.pooling_mode = "lasttoken"
+            logger.warning("%r is causal: its embedding is the last token, where the host takes the mean.", name)
+    if not others:
+        _cap_length(encoder)
+        if padding_matters(encoder, model.device):
+            _pad_texts(encoder)
+            logger.warning("%r feels padding: every text is padded to %d tokens.", name, encoder.max_seq_length)
+    return model
+
+
+def is_causal(encoder: Transformer, device: torch.device) -> bool:
+    """Whether an encoder's tokens see only those before them.
+
+    By definition and not by name: the gradient of the first token's embedding with respect to the last token is exactly
+    zero then. A config's ``is_causal`` is absent, or overruled by a bidirectional mask, in several families.
+
+    Args:
+        encoder: In evaluation mode.
+        device: Where it is.
+    """
+    seen: list[torch.Tensor] = []
+
+    def watch(_layer: torch.nn.Module, _args: object, output: torch.Tensor) -> torch.Tensor:
+        seen.append(output.detach().requires_grad_())
+        # some families add to it in place, which a leaf forbids
+        return seen[-1].clone()
+
+    hook = encoder.model.get_input_embeddings().register_forward_hook(watch)
+    try:
+        with torch.enable_grad():
+            tokens = encoder(_features(encoder, device))["token_embeddings"]
+    finally:
+        hook.remove()
+    if not seen or not tokens.requires_grad:  # an encoder of its own kind: the host's choice stands
+        return False
+    # not the plain sum: over the outputs of a layer norm it is a constant
+    score = (tokens[0, 0].float() * torch.linspace(-1, 1, tokens.shape[-1], device=tokens.device)).sum()
+    (gradient,) = torch.autograd.grad(score, seen[:1], allow_unused=True)
+    return gradient is not None and not bool(gradient[0, -1].any())
+
+
+def padding_matters(encoder: Transformer, device: torch.device) -> bool:
+    """Whether an encoder that pools by itself embeds a text differently when it is padded to the full length."""
+    if encoder.processing_kwargs.get("text", {}).get("padding"):
+        return False
+    with torch.no_grad():
+        alone = encoder(_features(encoder, device))["sentence_embedding"].float()
+        padded = encoder(_features(encoder, device, {"text": {"padding": "max_length"}}))["sentence_embedding"].float()
+    return bool((alone - padded).norm() > PADDING_MATTERS * alone.norm())
+
+
+def _cap_length(encoder: Transformer) -> None:
+    """Cut texts to the positions that there are: the host looks for them in the config of one tower only."""
+    positions = getattr(encoder.config.get_text_config(), "max_position_embeddings", None)
+    if positions and (encoder.max_seq_length or positions) >= positions:
+        encoder.max_seq_length = positions
+
+
+def _pad_texts(encoder: Transformer) -> None:
+    # Without a mask, as in the training of SigLIP. With one, the host's cached losses would cut the padding off each
+    # mini-batch, and train other embeddings than those in use (sentence-transformers 6.2).
+    fixed = {"padding": "max_length", "return_attention_mask": False}
+    kwargs = encoder.processing_kwargs
+    encoder.processing_kwargs = {**kwargs, "text": {**kwargs.get("text", {}), **fixed}}
+
+
+def _features(encoder: Transformer, device: torch.device, kwargs: ProcessingKwargs | None = None) -> dict[str, Any]:
+    return batch_to_device(encoder.preprocess([SAMPLE_TEXT], processing_kwargs=kwargs), device)

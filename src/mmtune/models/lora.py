@@ -1,0 +1,286 @@
+"""LoRA: small trained matrices beside frozen weights, by peft, on any host model."""
+
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from sentence_transformers.base.model import BaseModel
+from sentence_transformers.base.modules import Transformer
+from torch import nn
+
+from mmtune.errors import ConfigError, MissingExtraError
+from mmtune.models.adapters import adapter_layers, encoders_of, has_adapters, is_quantized, take_out
+from mmtune.models.parts import PROJECTION, encoder_parts, model_parts, parts_named
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+LoraChoice: TypeAlias = "PeftConfig | bool | None"
+"""What ``lora=`` takes."""
+
+DEFAULTS = {"r": 32, "lora_alpha": 32, "lora_dropout": 0.0}
+"""``lora=True``: rank and scaling of ColPali (Faysse et al., 2024, arXiv 2407.01449), on all linear layers of the
+language model (QLoRA, Dettmers et al., 2023, arXiv 2305.14314: with fewer, LoRA stays behind full finetuning). No
+dropout, so that the size of a cached loss's mini-batches does not change the result."""
+
+
+def check_lora(lora: LoraChoice) -> None:
+    """Make sure, before weights are loaded, that ``lora`` can be used.
+
+    Args:
+        lora: ``None`` or ``False`` for none, ``True`` for the defaults, or a config of peft.
+
+    Raises:
+        ConfigError: It is something else, or a method that adds no weights to layers (prompt tuning).
+        MissingExtraError: peft is not installed.
+    """
+    if lora is None or lora is False:
+        return
+    if find_spec("peft") is None:
+        raise MissingExtraError(f'lora={lora!r} needs peft, which is not installed. Run: pip install "mmtune[lora]"')
+    from peft import PeftConfig
+
+    if lora is not True and not isinstance(lora, PeftConfig):
+        raise ConfigError(
+            f"lora={lora!r} is a {type(lora).__name__}. Expected True, None or a config of peft: pass "
+            f"peft.LoraConfig(r=32, lora_alpha=32)."
+        )
+    if lora is not True and (lora.is_prompt_learning or lora.is_adaption_prompt):
+        raise ConfigError(
+            f"lora={type(lora).__name__}(...) adds tokens to the input and no weights to layers, which the host can't "
+            f"save. Expected a config such as peft.LoraConfig. Pass that, or True."
+        )
+
+
+def add_lora(model: BaseModel, lora: LoraChoice, *, freeze: Sequence[str] = (), seed: int = 42) -> dict[str, Any]:
+    """Attach adapters to a model and freeze all else, except what follows the encoders (Dense modules).
+
+    Where the config names no ``target_modules``, adapters go to every linear layer of the language model of a VLM, and
+    not to its vision tower; in a dual encoder (CLIP, SigLIP) to both towers, which have to meet; in a text encoder to
+    all of it; in a Router to each of its encoders by the same rule. Parts in ``freeze`` get none, nor does what is
+    frozen in the model as it comes, unless that is all of it.
+
+    Args:
+        model: Any host model, changed in place. Weights that bitsandbytes has quantised are prepared (QLoRA).
+        lora: As in ``check_lora``. A config with ``target_modules`` is taken as it stands. ``None`` adds nothing; the
+            adapters that a loaded model brings are then trained on.
+        freeze: Parts of the model, as in ``freeze_parts``.
+        seed: Of the adapters' first weights. The caller's random state is left as it was.
+
+    Returns:
+        Plain values for ``settings``: ``type``, ``rank``, ``alpha``, ``dropout``, ``layers`` (how many have an
+        adapter), ``targets`` (the last words of their names), ``parameters`` (of the adapters) and ``quantized``.
+        Empty for a model without adapters.
+
+    Raises:
+        ConfigError: The model has adapters already, no layer fits, the config reaches into a frozen part, or quantised
+            weights are to be trained without adapters.
+        MissingExtraError: peft is not installed.
+
+    Warns:
+        UserWarning: Quantised weights are on a CPU.
+
+    Example:
+        >>> from sentence_transformers import SentenceTransformer
+        >>> model = SentenceTransformer("my-model", device="cpu")  # a CLIP
+        >>> facts = add_lora(model, True, freeze=("text",))
+        >>> facts["rank"], facts["layers"]
+        (32, 12)
+    """
+    check_lora(lora)
+    encoders = encoders_of(model)
+    adapted = [module for module in encoders if has_adapters(module)]
+    if not lora:
+        _train_on(encoders, adapted)
+        return _facts(adapted)
+    if adapted:
+        raise ConfigError(
+            f"lora={lora!r}, but the model has adapters already. Expected one without. To train these on, leave lora "
+            f"out; to start others on top of them, pass merge_lora(model)."
+        )
+    frozen = {id(parameter) for part in parts_named(model, freeze).values() for parameter in part}
+    adapted = _attach(encoders, lora, frozen | _frozen_before(encoders), seed)
+    _refuse_frozen_layers(adapted, frozen)
+    for name, part in model_parts(model).items():
+        if name != PROJECTION:
+            _freeze_all_but_adapters(part, adapted)
+    return _facts(adapted)
+
+
+def _frozen_before(encoders: Sequence[Transformer]) -> set[int]:
+    """Weights that are frozen as the model is, such as a tower that no input of a route reaches.
+
+    None where all are: then adapters are what is to be trained beside them.
+    """
+    weights = [parameter for module in encoders for parameter in module.parameters()]
+    if not any(parameter.requires_grad for parameter in weights):
+        return set()
+    # quantised weights never take gradients
+    return {id(weight) for weight in weights if not weight.requires_grad and weight.is_floating_point()}
+
+
+def _attach(encoders: Sequence[Transformer], lora: LoraChoice, frozen: set[int], seed: int) -> list[Transformer]:
+    """Attach to each encoder what fits it; the encoders that have adapters now."""
+    reasons = []
+    with _seeded(seed):
+        for module in encoders:
+            config = _config_for(module, lora, frozen)
+            if config is None:
+                continue
+            if is_quantized(module):
+                _prepare_quantized(module)
+            try:
+                _add_adapter(module, config)
+            except ValueError as error:  # no module has such a name; in a Router another encoder may
+                # set before anything is attached (transformers 5.23)
+                module.model._hf_peft_config_loaded = False
+                reasons.append(f" {type(module.model).__name__}: {error}")
+    adapted = [module for module in encoders if has_adapters(module)]
+    if not adapted:
+        raise ConfigError(_no_layer_message(encoders, lora, reasons))
+    return adapted
+
+
+def _add_adapter(module: Transformer, config: "PeftConfig") -> None:
+    module.model.add_adapter(config)
+    base = Path(config.base_model_name_or_path or "")
+    if config.base_model_name_or_path and base.is_dir():
+        # a relative path would only load from the folder where the training was started
+        config.base_model_name_or_path = str(base.resolve())
+
+
+def _config_for(module: Transformer, lora: LoraChoice, frozen: set[int]) -> "PeftConfig | None":
+    """An own copy of the config, with targets; ``None`` where an encoder has nothing to attach to."""
+    from peft import LoraConfig, TaskType
+
+    defaults = LoraConfig(task_type=TaskType.FEATURE_EXTRACTION, **DEFAULTS)
+    config: Any = defaults if isinstance(lora, bool) else copy.deepcopy(lora)
+    if getattr(config, "target_modules", None) or getattr(config, "target_parameters", None):
+        return config
+    targets = _linear_layers(module, frozen)
+    config.target_modules = targets
+    return config if targets else None
+
+
+def _linear_layers(module: Transformer, frozen: set[int]) -> set[str]:
+    """Names of the linear layers that get adapters by default. The output layer is none of them, as in QLoRA.
+
+    Neither are those of torch's own attention, as in SigLIP's pooling head: it reads their weights and never calls
+    them, so that an adapter there would do nothing until it is merged.
+    """
+    wanted = {id(parameter) for part in _default_parts(module) for parameter in part} - frozen
+    uncalled = {id(inner) for layer in _layers(module, nn.MultiheadAttention) for inner in layer.children()}
+    uncalled.add(id(module.model.get_output_embeddings()))
+    return {
+        name
+        for name, layer in module.model.named_modules()
+        if isinstance(layer, nn.Linear) and id(layer) not in uncalled and id(layer.weight) in wanted
+    }
+
+
+def _default_parts(module: Transformer) -> list[tuple[nn.Parameter, ...]]:
+    parts = {name: part for name, part in encoder_parts(module).items() if name != PROJECTION}
+    if "language" in parts:
+        return [parts["language"]]
+    # a route for texts may use one side of a dual encoder
+    unused = {"text", "vision"} - {"vision" if key == "image" else key for key in module.modality_config}
+    return [part for name, part in parts.items() if name not in unused or len(parts) == 1]
+
+
+def _layers(module: Transformer, kind: type[nn.Module]) -> list[nn.Module]:
+    return [layer for layer in module.model.modules() if isinstance(layer, kind)]
+
+
+def _refuse_frozen_layers(adapted: Sequence[Transformer], frozen: set[int]) -> None:
+    inside = [
+        name
+        for module in adapted
+        for name, layer in adapter_layers(module)
+        if any(id(parameter) in frozen for parameter in layer.get_base_layer().parameters())
+    ]
+    if not inside:
+        return
+    for module in adapted:
+        take_out(module, merge=False)
+    raise ConfigError(
+        f"lora: target_modules reaches {len(inside)} layers of frozen parts, e.g. {inside[0]!r}. Expected adapters "
+        f"outside of these. Leave the part out of freeze, or target_modules out of the config."
+    )
+
+
+def _freeze_all_but_adapters(part: Sequence[nn.Parameter], adapted: Sequence[Transformer]) -> None:
+    # peft has frozen the encoders that it reached; a VLM's own projection among them
+    reached = {id(parameter) for module in adapted for parameter in module.parameters()}
+    for parameter in part:
+        if id(parameter) not in reached:
+            parameter.requires_grad_(False)
+
+
+def _train_on(encoders: Sequence[Transformer], adapted: Sequence[Transformer]) -> None:
+    for module in encoders:
+        if is_quantized(module) and not has_adapters(module):
+            raise ConfigError(
+                "The weights are quantised, and can't be trained. Expected adapters beside them: pass lora=True, or "
+                "load the model without quantization_config."
+            )
+    for module in adapted:
+        # the host loads adapters for inference, with nothing to train
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            for name in module.model.active_adapters():
+                module.model.peft_config[name].inference_mode = False
+                module.model.set_adapter(name)
+
+
+def _prepare_quantized(module: Transformer) -> None:
+    from peft import prepare_model_for_kbit_training
+
+    if module.model.device.type == "cpu":
+        warnings.warn(
+            "The weights are quantised and on a CPU, where bitsandbytes packs them anew for the first evaluation, and "
+            "gradients do not pass from then on (bitsandbytes 0.50). Train on a GPU, or without quantization_config.",
+            UserWarning,
+            stacklevel=4,
+        )
+    # checkpointing is for the training arguments to say
+    prepare_model_for_kbit_training(module.model, use_gradient_checkpointing=False)
+
+
+def _facts(adapted: Sequence[Transformer]) -> dict[str, Any]:
+    if not adapted:
+        return {}
+    layers = [name for module in adapted for name, _ in adapter_layers(module)]
+    config = next(iter(adapted[0].model.peft_config.values()))
+    return {
+        "type": getattr(config.peft_type, "value", str(config.peft_type)),
+        "rank": getattr(config, "r", None),
+        "alpha": getattr(config, "lora_alpha", None),
+        "dropout": getattr(config, "lora_dropout", None),
+        "layers": len(layers),
+        "targets": sorted({name.rpartition(".")[2] for name in layers}),
+        "parameters": sum(p.numel() for module in adapted for p in module.parameters() if p.requires_grad),
+        "quantized": any(is_quantized(module) for module in adapted),
+    }
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    # peft draws on the CPU and moves the weights then; torch.manual_seed would also seed, and start, every accelerator
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _no_layer_message(encoders: Sequence[Transformer], lora: LoraChoice, reasons: Sequence[str]) -> str:
+    if not encoders:
+        return f"lora={lora!r}: the model has no transformers model. Expected one to attach to. Leave lora out."
+    if reasons:
+        return f"lora: no layer fits.{' '.join(reasons)} Name layers of the model in target_modules, or leave it out."
+    return (
+        f"lora={lora!r}: all layers that would get adapters are in frozen parts. Expected adapters outside of these. "
+        f"Leave the language model or an encoder out of freeze, or name other layers in target_modules."
+    )

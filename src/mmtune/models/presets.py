@@ -1,0 +1,138 @@
+"""Routers for common problems, as data."""
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+from sentence_transformers import SentenceTransformer
+
+from mmtune.errors import ConfigError
+from mmtune.models.routers import compose_router
+
+
+@dataclass(frozen=True)
+class RouterPreset:
+    """Two checkpoints that go well together, and how.
+
+    Attributes:
+        name: As ``router_preset`` takes it.
+        purpose: What it is for.
+        text: Checkpoint of the text encoder.
+        image: Checkpoint of the image encoder.
+        dimension: Of the embeddings.
+        text_license: License of the text checkpoint, as the Hub names it.
+        image_license: License of the image checkpoint.
+        route_by: See ``compose_router``.
+        freeze: Sides that are not trained.
+        prompts: What the text checkpoint wants in front of texts and does not bring along.
+    """
+
+    name: str
+    purpose: str
+    text: str
+    image: str
+    dimension: int
+    text_license: str
+    image_license: str
+    route_by: Literal["modality", "task"] = "modality"
+    freeze: tuple[str, ...] = ()
+    prompts: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    def compose(self, **overrides: Any) -> SentenceTransformer:
+        """The model; ``overrides`` are arguments of ``compose_router`` in place of the preset's.
+
+        Raises:
+            ConfigError: An override is no argument of ``compose_router``, or as there.
+        """
+        known = list(inspect.signature(compose_router).parameters)
+        for name in overrides:
+            if name not in known:
+                raise ConfigError(f"A Router has no argument {name!r}. {_nearest(name, known)} Rename or remove it.")
+        own = {name: getattr(self, name) for name in ("text", "image", "dimension", "route_by", "freeze")}
+        model = compose_router(**{**own, **overrides})
+        if "text" not in overrides:
+            model.prompts.update(self.prompts)
+        return model
+
+
+_PRESETS = (
+    RouterPreset(
+        name="minilm-siglip2",
+        purpose="English queries on figures, photos and simple pages; the pair of the host's multimodal guide",
+        text="sentence-transformers/all-MiniLM-L6-v2",
+        image="google/siglip2-base-patch16-224",
+        dimension=768,
+        text_license="apache-2.0",
+        image_license="apache-2.0",
+    ),
+    RouterPreset(
+        name="multilingual-siglip2",
+        purpose="Queries in about a hundred languages on pages, at 512 pixels a side",
+        text="intfloat/multilingual-e5-small",
+        image="google/siglip2-base-patch16-512",
+        dimension=768,
+        text_license="mit",
+        image_license="apache-2.0",
+        prompts=MappingProxyType({"query": "query: ", "document": "passage: "}),
+    ),
+    RouterPreset(
+        name="light",
+        purpose="Training and search on CPUs: few patches, three text layers, small embeddings",
+        text="sentence-transformers/paraphrase-MiniLM-L3-v2",
+        image="openai/clip-vit-base-patch32",
+        dimension=384,
+        text_license="apache-2.0",
+        image_license="mit",
+    ),
+    RouterPreset(
+        name="static-queries",
+        purpose="Queries without a transformer, on an index of a VLM that stays as it is",
+        text="sentence-transformers/static-retrieval-mrl-en-v1",
+        image="Qwen/Qwen3-VL-Embedding-2B",
+        dimension=2048,
+        text_license="apache-2.0",
+        image_license="apache-2.0",
+        route_by="task",
+        freeze=("image",),
+    ),
+    RouterPreset(
+        name="clip-towers",
+        purpose="CLIP in two routes, which are aligned already: to freeze, replace or extract one of its towers",
+        text="openai/clip-vit-base-patch32",
+        image="openai/clip-vit-base-patch32",
+        dimension=512,
+        text_license="mit",
+        image_license="mit",
+    ),
+)
+
+ROUTER_PRESETS: Mapping[str, RouterPreset] = MappingProxyType({preset.name: preset for preset in _PRESETS})
+"""Presets by name. A preset stands for a shape of problem; any checkpoint of it can be replaced."""
+
+
+def router_preset(name: str, **overrides: Any) -> SentenceTransformer:
+    """A model from ``ROUTER_PRESETS``, composed by ``compose_router``.
+
+    Args:
+        name: A preset.
+        **overrides: Arguments of ``compose_router`` in place of the preset's, such as ``text``, ``image``,
+            ``dimension`` and ``device``.
+
+    Raises:
+        ConfigError: There is no such preset or argument; the message names the nearest. Or as in ``compose_router``.
+
+    Example:
+        >>> model = router_preset("minilm-siglip2", freeze="text")  # doctest: +SKIP
+    """
+    if name not in ROUTER_PRESETS:
+        raise ConfigError(f"There is no preset {name!r}. {_nearest(name, list(ROUTER_PRESETS))} Name one of them.")
+    return ROUTER_PRESETS[name].compose(**overrides)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.3)
+    hint = f"The nearest is {nearest[0]!r}; k" if nearest else "K"
+    return f"{hint}nown are {', '.join(map(repr, known))}."

@@ -1,0 +1,172 @@
+"""The routes of a Router: whether they agree, which column takes which, and one of them as a model of its own."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Router
+from sentence_transformers.util import batch_to_device
+from torch import nn
+
+from mmtune.errors import ConfigError
+from mmtune.models.checkpoints import first_line
+from mmtune.models.kinds import HostModel
+
+SAMPLE_TEXT = "total revenue"
+
+
+def router_mapping(columns: Sequence[str]) -> dict[str, str]:
+    """The task of each column, as the host's training arguments take it for a model with a Router.
+
+    Args:
+        columns: The columns of the training rows, the query first.
+
+    Returns:
+        ``"query"`` for the first column, ``"document"`` for the others. It fits every Router that tells queries from
+        documents, or texts from images; ``check_routes`` finds out about others.
+
+    Example:
+        >>> router_mapping(["query", "image", "negative_0"])
+        {'query': 'query', 'image': 'document', 'negative_0': 'document'}
+    """
+    return {name: "document" if position else "query" for position, name in enumerate(columns)}
+
+
+def find_router(model: HostModel) -> Router | None:
+    """The Router among a model's modules, or ``None``."""
+    return next((module for module in model.children() if isinstance(module, Router)), None)
+
+
+def check_routes(model: HostModel, documents: str = "image") -> None:
+    """Prove by a forward pass that queries and documents go through a Router and end in the same dimension.
+
+    ``model.supports`` can't tell: it also says yes to inputs that no single route takes (sentence-transformers 6.2).
+    A model without a Router passes. Nothing is changed, and no random number drawn.
+
+    Args:
+        model: Any host model.
+        documents: ``"image"``, ``"text"`` or ``"text+image"``.
+
+    Raises:
+        ConfigError: One of them has no route, or its route can't take it, or the dimensions differ; the message says
+            which routes there are and what each takes.
+    """
+    router = find_router(model)
+    if router is None:
+        return
+    sizes = {
+        "text queries": _proved_size(model, router, "query", "text"),
+        f"{documents} documents": _proved_size(model, router, "document", documents),
+    }
+    if len(set(sizes.values())) > 1:
+        found = ", ".join(f"{what} in {size}" for what, size in sizes.items())
+        raise ConfigError(
+            f"The routes end in different dimensions: {found}. {describe_routes(router)} Expected one dimension. End "
+            f"the routes in Dense layers onto the same size, as compose_router does."
+        )
+
+
+def extract_route(model: SentenceTransformer, route: str = "text") -> SentenceTransformer:
+    """One route of a Router as a model of its own, for example for a server that only embeds queries.
+
+    Args:
+        model: A model with a Router, trained or not.
+        route: The name of the route.
+
+    Returns:
+        A model of the route's modules and those around the Router, with the prompts, in evaluation mode. It shares its
+        weights with ``model`` until it is saved.
+
+    Raises:
+        ConfigError: The model has no Router, or its Router no such route.
+
+    Example:
+        >>> queries = extract_route(model, "text")  # doctest: +SKIP
+        >>> queries.save_pretrained("query-server")  # doctest: +SKIP
+    """
+    router = find_router(model)
+    if router is None:
+        raise ConfigError(f"The model has no Router, only {_names(model)}. Expected one, as compose_router makes it.")
+    if route not in router.sub_modules:
+        raise ConfigError(f"The Router has no route {route!r}. {describe_routes(router)} Name one of these.")
+    modules: list[Any] = []
+    for module in model.children():
+        modules += router.sub_modules[route].children() if module is router else [module]
+    extracted = SentenceTransformer(
+        modules=modules,
+        device=str(model.device),
+        prompts={name: prompt for name, prompt in model.prompts.items() if prompt},
+        default_prompt_name=model.default_prompt_name,
+        similarity_fn_name=model.similarity_fn_name,
+        truncate_dim=model.truncate_dim,
+    )
+    extracted.model_card_data.local_files_only = model.model_card_data.local_files_only
+    return extracted.eval()
+
+
+def describe_routes(router: Router) -> str:
+    """What a Router's routes take and the size that each ends in, as one sentence."""
+    routes = [f"{name!r} ({_taken(modules)}; {_stated_size(modules)})" for name, modules in router.sub_modules.items()]
+    return f"The routes are {', '.join(routes)}."
+
+
+def output_of(model: HostModel, sample: Any, *, gradients: bool = False, **kwargs: Any) -> dict[str, Any]:
+    """The features that a model gives for one input, in evaluation mode; the mode is restored.
+
+    Args:
+        model: Any host model.
+        sample: A text, an image, or a dictionary of both.
+        gradients: Whether to keep the graph of gradients.
+        **kwargs: Arguments of ``model.preprocess``, such as ``task``.
+    """
+    with _at_rest(model), torch.set_grad_enabled(gradients):
+        return model(batch_to_device(dict(model.preprocess([sample], **kwargs)), model.device))
+
+
+def sample_of(kind: str) -> Any:
+    """A short text for ``"text"``, a small blank page for ``"image"``, a dictionary of both for ``"text+image"``."""
+    parts = {"text": SAMPLE_TEXT, "image": Image.new("RGB", (64, 64), "white")}
+    chosen = {part: parts[part] for part in kind.split("+")}
+    return chosen if len(chosen) > 1 else chosen[kind]
+
+
+@contextmanager
+def _at_rest(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _proved_size(model: HostModel, router: Router, task: str, kind: str) -> int:
+    what = "text queries" if task == "query" else f"{kind} documents"
+    try:
+        return output_of(model, sample_of(kind), task=task)["sentence_embedding"].shape[-1]
+    except Exception as error:  # processors and encoders refuse in every way
+        raise ConfigError(
+            f"The Router can't embed {what}: {type(error).__name__}: {first_line(error)} {describe_routes(router)} "
+            f"Expected a route for task {task!r} that takes {kind.replace('+', ' with ')}. Add one, or train on "
+            f"documents that a route takes."
+        ) from error
+
+
+def _taken(modules: nn.Module) -> str:
+    modalities = getattr(next(iter(modules.children())), "modalities", ["text"])
+    names = [name if isinstance(name, str) else "+".join(sorted(name, reverse=True)) for name in modalities]
+    return "takes " + ", ".join(name for name in names if name != "message")
+
+
+def _stated_size(modules: nn.Module) -> str:
+    layers: list[Any] = list(modules.children())
+    sizes = [module.get_embedding_dimension() for module in layers if hasattr(module, "get_embedding_dimension")]
+    return f"{sizes[-1]} dimensions" if sizes and sizes[-1] else "dimension unknown"
+
+
+def _names(model: nn.Module) -> str:
+    return ", ".join(type(module).__name__ for module in model.children())

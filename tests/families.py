@@ -1,0 +1,187 @@
+"""Checkpoints of further families with random weights: what the files of a fresh model on the Hub look like.
+
+None of them has a ``modules.json``.
+"""
+
+from pathlib import Path
+
+from transformers import (
+    ChineseCLIPConfig,
+    ChineseCLIPImageProcessorPil,
+    ChineseCLIPModel,
+    ChineseCLIPProcessor,
+    CLIPImageProcessorPil,
+    GitConfig,
+    GitModel,
+    GitProcessor,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessorPil,
+    Idefics3Processor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaImageProcessorPil,
+    LlavaProcessor,
+    ModernVBertConfig,
+    ModernVBertModel,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PaliGemmaProcessor,
+    PreTrainedTokenizerFast,
+    Siglip2Config,
+    Siglip2ImageProcessorPil,
+    Siglip2Model,
+    Siglip2Processor,
+    SiglipConfig,
+    SiglipImageProcessorPil,
+    SiglipModel,
+    SiglipProcessor,
+)
+
+from mmtune.testing.models import _encoder, _save, _seeded, _text, _tokenizer
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{ message.role | upper }}: {% for item in message.content -%}
+{%- if item.type == "image" -%}<image>{%- elif item.type == "text" -%}{{ item.text }}{%- endif -%}
+{%- endfor -%}
+{{ eos_token }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}ASSISTANT: {%- endif -%}
+"""
+SIZE = 64
+"""Width of every encoder."""
+IMAGE_SIZE = 32
+"""Height and width of an image in pixels, in 4 patches."""
+PATCH_SIZE = 16
+SQUARE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+VISION = {**_encoder(SIZE, 2), "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE}
+
+
+def _vlm_tokenizer(padding_side: str, special: tuple[str, ...] = ("<image>",)) -> PreTrainedTokenizerFast:
+    tokenizer = _tokenizer(max_length=512, eos="</s>", bos="<s>", special=special, append=False)
+    tokenizer.padding_side = padding_side
+    return tokenizer
+
+
+def _causal(tokenizer: PreTrainedTokenizerFast, model_type: str = "llama") -> dict[str, object]:
+    return {"model_type": model_type, **_encoder(SIZE, 2), **_text(tokenizer), "num_key_value_heads": 1}
+
+
+def tiny_llava(folder: Path, *, padding_side: str = "left", chat_template: str | None = CHAT_TEMPLATE) -> str:
+    tokenizer = _vlm_tokenizer(padding_side)
+    config = LlavaConfig(
+        text_config=_causal(tokenizer),
+        vision_config={"model_type": "clip_vision_model", **VISION},
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    with _seeded(0):
+        model = LlavaForConditionalGeneration(config)
+    processor = LlavaProcessor(
+        LlavaImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=SQUARE),
+        tokenizer,
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=chat_template,
+    )
+    return _save(folder, model, processor)
+
+
+def _idefics3_processor(padding_side: str) -> tuple[Idefics3Processor, PreTrainedTokenizerFast]:
+    special = ("<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>")
+    tokenizer = _vlm_tokenizer(padding_side, special)
+    edge = {"longest_edge": IMAGE_SIZE}
+    image_processor = Idefics3ImageProcessorPil(size=edge, max_image_size=edge, do_image_splitting=False)
+    return Idefics3Processor(image_processor, tokenizer, image_seq_len=1, chat_template=CHAT_TEMPLATE), tokenizer
+
+
+def tiny_idefics3(folder: Path, *, padding_side: str = "left") -> str:
+    processor, tokenizer = _idefics3_processor(padding_side)
+    config = Idefics3Config(
+        text_config=_causal(tokenizer),
+        vision_config={"model_type": "idefics3_vision", **VISION},
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+    )
+    config.pad_token_id = tokenizer.pad_token_id
+    with _seeded(0):
+        model = Idefics3ForConditionalGeneration(config)
+    return _save(folder, model, processor)
+
+
+def tiny_modernvbert(folder: Path) -> str:
+    """A VLM whose text encoder looks both ways."""
+    processor, tokenizer = _idefics3_processor("right")
+    text = {**_encoder(SIZE, 2), **_text(tokenizer), "cls_token_id": 0, "sep_token_id": 0}
+    config = ModernVBertConfig(
+        text_config={"model_type": "modernbert", **text},
+        vision_config={"model_type": "siglip_vision_model", **VISION},
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        pixel_shuffle_factor=2,
+    )
+    with _seeded(0):
+        model = ModernVBertModel(config)
+    return _save(folder, model, processor)
+
+
+def tiny_paligemma(folder: Path) -> str:
+    """A family that takes text and image together only."""
+    tokenizer = _vlm_tokenizer("left")
+    image_processor = SiglipImageProcessorPil(size=SQUARE)
+    image_processor.image_seq_length = (IMAGE_SIZE // PATCH_SIZE) ** 2
+    processor = PaliGemmaProcessor(image_processor, tokenizer)
+    text = _causal(tokenizer, "gemma") | {"head_dim": 32, "vocab_size": len(tokenizer)}
+    config = PaliGemmaConfig(
+        text_config=text,
+        vision_config={"model_type": "siglip_vision_model", "projection_dim": SIZE, **VISION},
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        projection_dim=SIZE,
+        hidden_size=SIZE,
+    )
+    with _seeded(0):
+        model = PaliGemmaForConditionalGeneration(config)
+    return _save(folder, model, processor)
+
+
+def tiny_git(folder: Path) -> str:
+    """A family that takes text alone, and images only with text."""
+    tokenizer = _tokenizer(max_length=64, bos="<s>", eos="</s>")
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    with _seeded(0):
+        model = GitModel(GitConfig(**_encoder(SIZE, 2), **_text(tokenizer), **no_dropout, vision_config=VISION))
+    return _save(folder, model, GitProcessor(CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE), tokenizer))
+
+
+def tiny_chinese_clip(folder: Path) -> str:
+    """A dual encoder whose text side is a BERT: it looks both ways, heeds its mask and pools the first token."""
+    tokenizer = _tokenizer(max_length=64, bos="<s>", eos="</s>")
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = ChineseCLIPConfig(
+        text_config=_encoder(SIZE, 2) | _text(tokenizer) | no_dropout, vision_config=VISION, projection_dim=SIZE
+    )
+    with _seeded(0):
+        model = ChineseCLIPModel(config)
+    image_processor = ChineseCLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE)
+    return _save(folder, model, ChineseCLIPProcessor(image_processor, tokenizer))
+
+
+def tiny_raw_siglip(folder: Path, *, model_max_length: int | None = None) -> str:
+    """SigLIP as it lies on the Hub: nothing says that its texts must be padded."""
+    tokenizer = _tokenizer(max_length=64, eos="</s>")
+    text = _encoder(SIZE, 2) | _text(tokenizer)
+    with _seeded(0):
+        model = SiglipModel(SiglipConfig(text_config=text, vision_config=VISION))
+    tokenizer.model_max_length = model_max_length or tokenizer.model_max_length
+    return _save(folder, model, SiglipProcessor(SiglipImageProcessorPil(size=SQUARE), tokenizer))
+
+
+def tiny_siglip2_naflex(folder: Path) -> str:
+    """SigLIP 2 with images of any aspect, counted in patches."""
+    tokenizer = _tokenizer(max_length=64, eos="<eos>", bos="<bos>", special=("<unk>", "<mask>"))
+    text = _encoder(SIZE, 2) | _text(tokenizer)
+    vision = {**_encoder(SIZE, 2), "patch_size": PATCH_SIZE, "num_patches": 16}
+    with _seeded(0):
+        model = Siglip2Model(Siglip2Config(text_config=text, vision_config=vision))
+    image_processor = Siglip2ImageProcessorPil(patch_size=PATCH_SIZE, max_num_patches=16)
+    return _save(folder, model, Siglip2Processor(image_processor, tokenizer))

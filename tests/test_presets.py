@@ -1,0 +1,86 @@
+"""Router presets: each is built through the code that users call, from tiny models in place of its checkpoints."""
+
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+import torch
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from transformers import AutoTokenizer
+
+from mmtune.errors import ConfigError
+from mmtune.models.presets import ROUTER_PRESETS, router_preset
+from mmtune.models.routes import check_routes
+
+TINY = {
+    "minilm-siglip2": ("text_encoder_path", "siglip_path"),
+    "multilingual-siglip2": ("text_encoder_path", "siglip_path"),
+    "light": ("text_encoder_path", "clip_path"),
+    "static-queries": ("static", "qwen3_vl_path"),
+    "clip-towers": ("clip_path", "clip_path"),
+}
+
+
+@pytest.fixture
+def static(text_encoder_path):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return [StaticEmbedding(AutoTokenizer.from_pretrained(text_encoder_path), embedding_dim=32)]
+
+
+def test_every_preset_has_a_tiny_double():
+    assert set(TINY) == set(ROUTER_PRESETS)
+
+
+@pytest.mark.parametrize("name", list(ROUTER_PRESETS))
+def test_a_preset_builds(name, request):
+    text, image = (request.getfixturevalue(fixture) for fixture in TINY[name])
+    model = router_preset(name, text=text, image=image, device="cpu")
+    check_routes(model)
+    assert model.get_embedding_dimension() == ROUTER_PRESETS[name].dimension
+    routes = model[0].route_mappings
+    assert (("query", "text") in routes) == (ROUTER_PRESETS[name].route_by == "task")
+
+
+def test_a_preset_freezes_its_sides(static, qwen3_vl_path):
+    model = router_preset("static-queries", text=static, image=qwen3_vl_path, device="cpu", dimension=64)
+    trained = {name.split(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"text"}
+
+
+def test_prompts_of_a_preset_belong_to_its_text_checkpoint(text_encoder_path, siglip_path):
+    preset = replace(ROUTER_PRESETS["multilingual-siglip2"], text=text_encoder_path, image=siglip_path)
+    assert preset.compose(device="cpu").prompts == {"query": "query: ", "document": "passage: "}
+    replaced = router_preset("multilingual-siglip2", text=text_encoder_path, image=siglip_path, device="cpu")
+    assert replaced.prompts == {"query": "", "document": ""}
+
+
+def test_overrides_win(text_encoder_path, siglip_path):
+    model = router_preset(
+        "minilm-siglip2", text=text_encoder_path, image=siglip_path, device="cpu", dimension=None, freeze="text"
+    )
+    assert model.get_embedding_dimension() == 64
+    assert not any(p.requires_grad for p in model[0].sub_modules["text"].parameters())
+
+
+def test_every_preset_says_what_it_is():
+    for name, preset in ROUTER_PRESETS.items():
+        assert preset.name == name
+        assert preset.purpose
+        assert preset.text.count("/") == preset.image.count("/") == 1
+        assert {preset.text_license, preset.image_license} <= {"apache-2.0", "mit"}
+
+
+def test_presets_do_not_change():
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        ROUTER_PRESETS["mine"] = ROUTER_PRESETS["light"]
+    with pytest.raises(FrozenInstanceError, match="dimension"):
+        ROUTER_PRESETS["light"].dimension = 3
+
+
+def test_an_unknown_preset_or_override_is_refused_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"no preset 'minilm-siglip'\. The nearest is 'minilm-siglip2'; known are"):
+        router_preset("minilm-siglip")
+    with pytest.raises(ConfigError, match=r"no argument 'dimensions'\. The nearest is 'dimension'; known are 'text'"):
+        router_preset("light", dimensions=3)
+    with pytest.raises(ConfigError, match=r"no preset 'zzz'\. Known are 'minilm-siglip2'"):
+        router_preset("zzz")
