@@ -11,7 +11,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
 from mmtune import ConfigError, ImageDecodeError, RetrievalDataset, build_evaluator
-from mmtune.evaluation.retrieval import ndcg
+from mmtune.evaluation.corpus import ndcg
 
 
 @pytest.fixture(scope="module")

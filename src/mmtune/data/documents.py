@@ -1,9 +1,12 @@
 """Documents and texts by id, read when they are used."""
 
 from collections.abc import Sequence
+from types import MethodType
 from typing import Any, Literal, get_args
 
 from datasets import Dataset
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from torch import nn
 
 from mmtune.data import internals
 from mmtune.data.images import decode_page
@@ -121,3 +124,19 @@ def as_host_input(value: Any) -> Any:
     image or video (sentence-transformers 6.2), even where a user typed it as a query.
     """
     return {"text": value} if isinstance(value, str) else value
+
+
+def let_read_typed_texts(model: nn.Module) -> None:
+    """Let the model's static embeddings read a text as ``as_host_input`` gives it; nothing else changes.
+
+    The host's ``StaticEmbedding`` takes strings only (sentence-transformers 6.2), and a string may be the path of an
+    image to a Router around it.
+    """
+    for module in model.modules():
+        if isinstance(module, StaticEmbedding):
+            module.preprocess = MethodType(_preprocess_typed, module)
+
+
+def _preprocess_typed(module: StaticEmbedding, inputs: Sequence[Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    texts = [value["text"] if isinstance(value, dict) else value for value in inputs]
+    return type(module).preprocess(module, texts, *args, **kwargs)

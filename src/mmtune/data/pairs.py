@@ -1,7 +1,7 @@
 """Rows for rerankers, in both directions: pairs with a label, or a query with a list."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,10 +12,8 @@ from mmtune.data.arrow import lists, table_dataset
 from mmtune.data.documents import DocumentKind, DocumentReader, KeyedTable
 from mmtune.data.negatives import Candidates, ChosenNegatives, choose_negatives
 from mmtune.data.relevance import Ragged, Relevance
+from mmtune.data.rows import Direction
 from mmtune.data.tables import Tables
-
-Direction = Literal["text_to_image", "image_to_text"]
-"""What asks: a text for pages, or a page for texts."""
 
 
 class _RerankingView:

@@ -1,6 +1,6 @@
 """Rows for the host's trainers: ids in Arrow, texts and pages when a row is read."""
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -16,10 +16,15 @@ from mmtune.data.tables import Tables
 ID_COLUMNS = ("query_id", "document_id", "negative_document_ids", "relevant_document_ids")
 """The columns of training rows under ``rows.with_format(None)``."""
 
+Direction = Literal["text_to_image", "image_to_text"]
+"""What asks: a text for pages, or a page for texts."""
+
 
 @internals.hashed_by(lambda view: view.fingerprint)
 class TrainingView:
     """Turns rows of ids into ``query, image, negative_0, ...``; the transform of the training rows."""
+
+    direction: Direction = "text_to_image"
 
     def __init__(
         self,
@@ -55,6 +60,23 @@ class TrainingView:
         names = self.columns[1:]
         columns = {name: documents[k * size : (k + 1) * size] for k, name in enumerate(names)}
         return {"query": [row["text"] for row in self._queries.get(batch["query_id"])], **columns}
+
+
+@internals.hashed_by(lambda view: view.fingerprint)
+class AskingPages(TrainingView):
+    """Training rows read the other way round: ``query`` is the page and ``document`` its text, without negatives."""
+
+    direction: Direction = "image_to_text"
+
+    def __init__(self, view: TrainingView) -> None:
+        self.__dict__.update(view.__dict__)
+        self.columns = ["query", "document"]
+        self.fingerprint = f"{view.fingerprint}, asked by the page"
+
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """The batch as contrastive losses of rerankers read it."""
+        row = super().__call__(batch)
+        return {"query": row["image"], "document": row["query"]} if "image" in row else row
 
 
 def training_rows(

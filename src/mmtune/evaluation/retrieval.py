@@ -1,24 +1,24 @@
 """The evaluator for training time: a corpus of pages, one encoding, every dimension, graded."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from datasets import DatasetDict
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+from sentence_transformers.base import BaseModel
 from sentence_transformers.base.evaluation import SequentialEvaluator
-from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
-from tqdm.auto import tqdm
 
 from mmtune.data.arrow import column
 from mmtune.data.dataset import RetrievalDataset
-from mmtune.data.documents import DocumentKind, DocumentReader, as_host_input
+from mmtune.data.documents import DocumentKind, DocumentReader
 from mmtune.data.inputs import DatasetLike, as_retrieval_dataset
 from mmtune.errors import ConfigError
+from mmtune.evaluation.corpus import CorpusEvaluator, Retriever
+from mmtune.evaluation.late_interaction import LateInteractionEvaluator
 
-_TIE_ORDER_SEED = 0
 _ENOUGH_PIXELS = 8_000_000  # an A4 page at 300 dpi; beyond any encoder's input
 
 
@@ -29,34 +29,8 @@ class Embeddings(NamedTuple):
     corpus: torch.Tensor
 
 
-class OrderedId(str):
-    """A document id whose place among tied scores is a number, not its spelling.
-
-    The host breaks ties by comparing ids, so that a page named "10" would win over one named "9".
-    """
-
-    order: int
-
-    def __new__(cls, value: str, order: int) -> "OrderedId":
-        """``value`` with its place among tied scores."""
-        document_id = super().__new__(cls, value)
-        document_id.order = order
-        return document_id
-
-    def __lt__(self, other: str) -> bool:
-        return self.order < other.order if isinstance(other, OrderedId) else str.__lt__(self, other)
-
-    def __reduce__(self) -> tuple[type["OrderedId"], tuple[str, int]]:
-        return OrderedId, (str(self), self.order)
-
-
-class RetrievalEvaluator(InformationRetrievalEvaluator):
-    """The host's ``InformationRetrievalEvaluator`` over documents that are read as they are encoded.
-
-    What differs from the host: documents are decoded a batch at a time, so that memory does not grow with the corpus;
-    all dimensions are scored from one encoding; nDCG is graded; ties are broken by a fixed random order of the
-    documents, whatever their ids; and ``per_query`` keeps the values behind each mean. MAP@100 is the host's: it is
-    divided by at most 100 relevant documents, where trec_eval divides by all.
+class RetrievalEvaluator(CorpusEvaluator):
+    """The evaluator for models that give one vector a document; all dimensions are scored from one encoding.
 
     Args:
         reader: Gives the documents by id.
@@ -66,14 +40,13 @@ class RetrievalEvaluator(InformationRetrievalEvaluator):
         name: Prefix of the metric keys.
         truncate_dims: Dimensions to score besides the full one.
         truncate_dim: The one dimension that this evaluator scores; ``None`` is the full size.
-        ndcg_at_k: Depths of nDCG.
-        batch_size: Documents or queries a forward pass.
-        show_progress_bar: Whether to show a bar over the documents.
+        **options: ``ndcg_at_k``, ``batch_size`` and ``show_progress_bar``, as for ``CorpusEvaluator``.
 
     Attributes:
-        per_query: After a call, ``{metric key: {query id: value}}`` of nDCG at each depth and dimension.
         truncations: An evaluator for each of ``truncate_dims``.
     """
+
+    model_class = SentenceTransformer
 
     def __init__(
         self,
@@ -85,47 +58,17 @@ class RetrievalEvaluator(InformationRetrievalEvaluator):
         name: str = "vdr",
         truncate_dims: Sequence[int] = (),
         truncate_dim: int | None = None,
-        ndcg_at_k: Sequence[int] = (10,),
-        batch_size: int = 16,
-        show_progress_bar: bool = True,
+        **options: Any,
     ) -> None:
-        order = np.random.default_rng(_TIE_ORDER_SEED).permutation(len(document_ids)).tolist()
-        ids = [OrderedId(value, at) for value, at in zip(document_ids, order, strict=True)]
-        super().__init__(
-            queries=dict(text_by_query_id),
-            corpus=dict(zip(ids, document_ids, strict=True)),
-            relevant_docs={query_id: set(scores) for query_id, scores in score_by_document_id.items()},
-            ndcg_at_k=list(ndcg_at_k),
-            # Scoring takes a moment; the bar that matters is over the documents.
-            show_progress_bar=False,
-            batch_size=batch_size,
-            name=name if truncate_dim is None else f"{name}-{truncate_dim}d",
-            truncate_dim=truncate_dim,
-        )
-        self.per_query: dict[str, dict[str, float]] = {}
-        self.truncations = [
-            RetrievalEvaluator(
-                reader,
-                document_ids,
-                text_by_query_id,
-                score_by_document_id,
-                name=name,
-                truncate_dim=dim,
-                ndcg_at_k=ndcg_at_k,
-                batch_size=batch_size,
-                show_progress_bar=show_progress_bar,
-            )
-            for dim in truncate_dims
-        ]
-        self._reader = reader
-        self._document_ids = list(document_ids)
-        self._score_by_document_id = {query_id: score_by_document_id[query_id] for query_id in self.queries_ids}
-        self._shows_progress = show_progress_bar
+        data = (reader, document_ids, text_by_query_id, score_by_document_id)
+        own_name = name if truncate_dim is None else f"{name}-{truncate_dim}d"
+        super().__init__(*data, name=own_name, truncate_dim=truncate_dim, **options)
+        self.truncations = [RetrievalEvaluator(*data, name=name, truncate_dim=dim, **options) for dim in truncate_dims]
         self._embeddings: Embeddings | None = None
 
     def __call__(
         self,
-        model: SentenceTransformer,
+        model: Retriever,
         output_path: str | None = None,
         epoch: int = -1,
         steps: int = -1,
@@ -135,21 +78,18 @@ class RetrievalEvaluator(InformationRetrievalEvaluator):
         """The metrics of ``model``, with the host's keys: ``vdr_cosine_ndcg@10``, ``vdr-256d_cosine_ndcg@10``.
 
         Raises:
-            ConfigError: A dimension is larger than the model's.
+            ConfigError: A dimension is larger than the model's, or the model gives several vectors a document.
             ImageDecodeError: A page is no readable image; the message names the document.
         """
-        require_dimensions([evaluator.truncate_dim for evaluator in self.truncations], model)
-        embeddings = self.encode(model)
+        embedder = self.checked_model(model)
+        require_dimensions([evaluator.truncate_dim for evaluator in self.truncations], embedder)
+        embeddings = self.encode(embedder)
         metrics: dict[str, float] = {}
         self.per_query = {}
         for evaluator in (self, *self.truncations):
-            metrics |= evaluator._score(model, embeddings, output_path, epoch, steps)
+            metrics |= evaluator._score(embedder, embeddings, output_path, epoch, steps)
             self.per_query |= evaluator.per_query
         return metrics
-
-    def metric_name(self, model: SentenceTransformer) -> str:
-        """The key of the metric that says how good ``model`` is: nDCG at the deepest k, at this evaluator's size."""
-        return f"{self.name}_{model.similarity_fn_name}_ndcg@{max(self.ndcg_at_k)}"
 
     def encode(self, model: SentenceTransformer) -> Embeddings:
         """Queries and documents at full size, each preprocessed once."""
@@ -158,34 +98,13 @@ class RetrievalEvaluator(InformationRetrievalEvaluator):
         return Embeddings(queries, torch.cat(portions))
 
     def _encode_queries(self, model: SentenceTransformer) -> torch.Tensor:
-        texts = [as_host_input(text) for text in self.queries]
+        texts = self._query_inputs()
         return model.encode_query(texts, batch_size=self.batch_size, show_progress_bar=False, convert_to_tensor=True)
 
     def _encode_documents(self, model: SentenceTransformer, documents: list[Any]) -> torch.Tensor:
         return model.encode_document(
             documents, batch_size=self.batch_size, show_progress_bar=False, convert_to_tensor=True
         )
-
-    def _documents(self) -> Iterator[list[Any]]:
-        """The corpus in portions; the next one is decoded while the model works on the last."""
-        size = self.batch_size
-        portions = [self._document_ids[start : start + size] for start in range(0, len(self._document_ids), size)]
-        with (
-            tqdm(
-                total=len(self.corpus), desc="Encoding documents", disable=not self._shows_progress, leave=False
-            ) as bar,
-            ThreadPoolExecutor(max_workers=1) as pool,
-        ):
-            pending = pool.submit(self._read, portions[0])
-            for portion, following in zip(portions, [*portions[1:], None], strict=True):
-                documents = pending.result()
-                if following is not None:
-                    pending = pool.submit(self._read, following)
-                yield documents
-                bar.update(len(portion))
-
-    def _read(self, document_ids: Sequence[str]) -> list[Any]:
-        return [as_host_input(document) for document in self._reader.read(document_ids)]
 
     def _score(
         self, model: SentenceTransformer, embeddings: Embeddings, output_path: str | None, epoch: int, steps: int
@@ -204,29 +123,9 @@ class RetrievalEvaluator(InformationRetrievalEvaluator):
             return super().embed_inputs(model, sentences, *args, **kwargs)
         return self._embeddings.queries
 
-    def compute_metrics(self, queries_result_list: list[Any]) -> dict[str, Any]:
-        """The host's metrics, with nDCG graded, and ``per_query`` filled.
 
-        Args:
-            queries_result_list: For each query its hits, ``{"corpus_id": ..., "score": ...}``, in any order.
-        """
-        metrics: dict[str, Any] = super().compute_metrics(queries_result_list)
-        similarity = next(iter(self.score_functions or ()))
-        gains = [self._gains(*query) for query in zip(self.queries_ids, queries_result_list, strict=True)]
-        for k in self.ndcg_at_k:
-            values = {
-                query_id: ndcg(found, list(self._score_by_document_id[query_id].values()), k)
-                for query_id, found in zip(self.queries_ids, gains, strict=True)
-            }
-            self.per_query[f"{self.name}_{similarity}_ndcg@{k}"] = values
-            metrics["ndcg@k"][k] = float(np.mean(list(values.values())))
-        return metrics
-
-    def _gains(self, query_id: str, hits: list[dict[str, Any]]) -> list[int]:
-        """The scores of the documents found, best hit first; 0 for one that is not relevant."""
-        score_by_document_id = self._score_by_document_id[query_id]
-        ranked = sorted(hits, key=lambda hit: (-hit["score"], hit["corpus_id"]))
-        return [score_by_document_id.get(hit["corpus_id"], 0) for hit in ranked]
+SingleEvaluator: TypeAlias = RetrievalEvaluator | LateInteractionEvaluator
+"""The evaluator for one dataset, by the kind of model."""
 
 
 class MeanEvaluator(SequentialEvaluator):
@@ -237,14 +136,14 @@ class MeanEvaluator(SequentialEvaluator):
         name: Prefix of the keys of the means.
     """
 
-    def __init__(self, evaluators: Sequence[RetrievalEvaluator], name: str) -> None:
+    def __init__(self, evaluators: Sequence[SingleEvaluator], name: str) -> None:
         super().__init__(evaluators)
         self.retrieval = list(evaluators)
         self.name = name
         self.per_query: dict[str, dict[str, float]] = {}
 
     def __call__(
-        self, model: SentenceTransformer, output_path: str | None = None, epoch: int = -1, steps: int = -1
+        self, model: Retriever, output_path: str | None = None, epoch: int = -1, steps: int = -1
     ) -> dict[str, float]:
         """The metrics of each evaluator, and ``vdr-mean_cosine_ndcg@10`` and the like."""
         parts = [evaluator(model, output_path, epoch, steps) for evaluator in self.retrieval]
@@ -257,35 +156,19 @@ class MeanEvaluator(SequentialEvaluator):
         }
         return {key: value for part in (*parts, means) for key, value in part.items()}
 
-    def metric_name(self, model: SentenceTransformer) -> str:
+    def metric_name(self, model: Retriever) -> str:
         """The key of the mean that says how good ``model`` is."""
         return self.retrieval[0].metric_name(model).replace(self.retrieval[0].name, f"{self.name}-mean", 1)
 
 
-Evaluator: TypeAlias = RetrievalEvaluator | MeanEvaluator
+Evaluator: TypeAlias = SingleEvaluator | MeanEvaluator
 """What ``build_evaluator`` returns: for one dataset, or for several by name."""
-
-
-def ndcg(gains: Sequence[int], all_gains: Sequence[int], k: int) -> float:
-    """Normalised discounted cumulative gain with linear gains, as ``ndcg_cut`` of trec_eval.
-
-    ``sum(gain_i / log2(i + 1))`` over ranks i = 1 .. k, divided by the same sum of the best order.
-
-    Args:
-        gains: The scores of the documents in the order they were found; 0 for one that is not relevant.
-        all_gains: The scores of all relevant documents, in any order.
-        k: Depth.
-    """
-    discounts = 1.0 / np.log2(np.arange(2, k + 2))
-    best = sorted(all_gains, reverse=True)[:k]
-    found = np.dot(gains[:k], discounts[: len(gains[:k])])
-    return float(found / np.dot(best, discounts[: len(best)]))
 
 
 def build_evaluator(
     dataset: DatasetLike | Mapping[str, DatasetLike],
     *,
-    model: SentenceTransformer | None = None,
+    model: Retriever | None = None,
     name: str = "vdr",
     truncate_dims: Sequence[int] = (),
     documents: DocumentKind = "image",
@@ -303,7 +186,9 @@ def build_evaluator(
         dataset: A ``RetrievalDataset``, rows in a known layout, or what ``RetrievalDataset.load`` takes. Several by
             name are evaluated one after the other, as ``vdr-<name>_cosine_ndcg@10``, and averaged, as
             ``vdr-mean_cosine_ndcg@10``.
-        model: If given, ``truncate_dims`` are checked against it now rather than at the first call.
+        model: A ``MultiVectorEncoder`` needs an evaluator of its own, the host's
+            ``MultiVectorInformationRetrievalEvaluator``, with keys such as ``vdr_maxsim_ndcg@10``. With an embedding
+            model, ``truncate_dims`` are checked now rather than at the first call.
         name: Prefix of the metric keys.
         truncate_dims: Matryoshka dimensions to score besides the full one, from the same encoding.
         documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
@@ -312,8 +197,8 @@ def build_evaluator(
         show_progress_bar: Whether to show a bar over the documents.
 
     Raises:
-        ConfigError: A dimension or depth is not positive or larger than the model's, or the corpus lacks what
-            ``documents`` asks for.
+        ConfigError: A dimension or depth is not positive or larger than the model's, the corpus lacks what
+            ``documents`` asks for, or the model is a reranker or has token embeddings, which can't be truncated.
         DatasetError: The data can't be read, or its layout is unknown.
 
     Example:
@@ -327,23 +212,48 @@ def build_evaluator(
     depths = sorted(set(_positive("ndcg_at_k", ndcg_at_k)))
     if not depths:
         raise ConfigError("ndcg_at_k is empty. Give at least one depth, e.g. (10,).")
-    if model is not None:
-        require_dimensions(dims, model)
-    options = {"truncate_dims": dims, "ndcg_at_k": depths, "batch_size": batch_size}
-    options["show_progress_bar"] = show_progress_bar
+    evaluator_class = _evaluator_class(model, dims)
+    options = {"ndcg_at_k": depths, "batch_size": batch_size, "show_progress_bar": show_progress_bar}
+    if evaluator_class is RetrievalEvaluator:
+        options["truncate_dims"] = dims
+    build = partial(_evaluator, evaluator_class, documents=documents, options=options)
     if isinstance(dataset, Mapping) and not isinstance(dataset, DatasetDict):
         parts = {f"{name}-{part}": as_retrieval_dataset(data) for part, data in dataset.items()}
-        return MeanEvaluator([_evaluator(data, documents, part, options) for part, data in parts.items()], name)
-    return _evaluator(as_retrieval_dataset(dataset), documents, name, options)
+        return MeanEvaluator([build(data, part) for part, data in parts.items()], name)
+    return build(as_retrieval_dataset(dataset), name)
+
+
+def _evaluator_class(model: Retriever | None, dims: Sequence[int]) -> type[SingleEvaluator]:
+    """The evaluator for this kind of model, after checking that the model can be cut to these dimensions."""
+    if isinstance(model, MultiVectorEncoder):
+        if dims:
+            raise ConfigError(
+                f"truncate_dims={list(dims)} with a MultiVectorEncoder: its token embeddings are not trained to be "
+                "truncated. Leave truncate_dims out, or build the model with fewer dimensions."
+            )
+        return LateInteractionEvaluator
+    if isinstance(model, BaseModel) and not isinstance(model, SentenceTransformer):
+        raise ConfigError(
+            f"build_evaluator measures what finds documents, and the model is a {type(model).__name__}. Pass a "
+            "SentenceTransformer or a MultiVectorEncoder."
+        )
+    if model is not None:
+        require_dimensions(dims, model)
+    return RetrievalEvaluator
 
 
 def _evaluator(
-    data: RetrievalDataset, documents: DocumentKind, name: str, options: Mapping[str, Any]
-) -> RetrievalEvaluator:
+    evaluator_class: type[SingleEvaluator],
+    data: RetrievalDataset,
+    name: str,
+    *,
+    documents: DocumentKind,
+    options: Mapping[str, Any],
+) -> SingleEvaluator:
     # A copy of a relevant page under another id would take its rank, and cost up to half the nDCG.
     if documents == "image" and data.relevance.num_copies:
         data = data.deduplicate()
-    return RetrievalEvaluator(
+    return evaluator_class(
         DocumentReader(data.corpus, documents, enough_pixels=_ENOUGH_PIXELS),
         column(data.corpus, "document_id").to_pylist(),
         dict(zip(data.queries["query_id"][:], data.queries["text"][:], strict=True)),

@@ -1,0 +1,379 @@
+"""Hard negatives from what a retriever confuses: encode once, rank by id, keep what is safely not relevant."""
+
+import logging
+import math
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
+
+from mmtune.data.arrow import lists, table_dataset
+from mmtune.data.dataset import RetrievalDataset
+from mmtune.data.documents import DocumentKind, DocumentReader, as_host_input, document_columns
+from mmtune.data.encoding import (
+    ENOUGH_PIXELS,
+    EmbeddingCache,
+    Encoder,
+    EncodingTask,
+    encoded_shards,
+    joined,
+    portions_of,
+)
+from mmtune.data.fingerprints import document_digests, model_fingerprint, text_digest
+from mmtune.data.inputs import DatasetLike, as_retrieval_dataset
+from mmtune.data.ranking import NearestDocuments
+from mmtune.data.relevance import Ragged, Relevance
+from mmtune.data.scoring import Pair, PairScorer, ScoreStore, pair_contents, scored
+from mmtune.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MiningRule:
+    """Which of the documents that a model ranks high for a query become its negatives.
+
+    As in the host's ``mine_hard_negatives``: of the ranking, the first ``range_max`` documents (and as many more as the
+    query with most relevant documents has) are candidates. Those that are relevant and those that score too high are
+    taken out, then the first ``range_min``, and the next ``num_negatives`` are the negatives.
+
+    Attributes:
+        num_negatives: Negatives a query, at most.
+        relative_margin: A share of the score of the query's lowest relevant document; see ``keeps``.
+        absolute_margin: A difference to that score; see ``keeps``.
+        range_min: Candidates to pass over.
+        range_max: How deep to look. ``None`` is ``range_min`` and 10 for each negative where scores are limited, else
+            one, and the most relevant documents that a query has.
+        max_score: The highest score of a negative.
+
+    Raises:
+        ConfigError: A value is out of its range, or ``range_max`` leaves no room for the negatives.
+    """
+
+    num_negatives: int = 4
+    relative_margin: float | None = 0.05
+    absolute_margin: float | None = None
+    range_min: int = 0
+    range_max: int | None = None
+    max_score: float | None = None
+
+    def __post_init__(self) -> None:
+        _require_whole("num_negatives", self.num_negatives, at_least=1)
+        _require_whole("range_min", self.range_min, at_least=0)
+        for name in ("relative_margin", "absolute_margin", "max_score"):
+            _require_number(name, getattr(self, name))
+        if self.relative_margin is not None and not 0 <= self.relative_margin < 1:
+            raise ConfigError(
+                f"relative_margin={self.relative_margin!r} is no share of a score: expected 0 or more and below 1. "
+                "0.05 keeps what scores at least 5% below the relevant document."
+            )
+        if self.range_max is None:
+            return
+        _require_whole("range_max", self.range_max, at_least=1)
+        if self.range_max - self.range_min < self.num_negatives:
+            raise ConfigError(
+                f"range_min={self.range_min} and range_max={self.range_max} leave room for "
+                f"{max(self.range_max - self.range_min, 0)} documents, and num_negatives={self.num_negatives}. "
+                "Raise range_max, or lower the others."
+            )
+
+    @property
+    def limits_scores(self) -> bool:
+        """Whether a candidate can be refused for its score."""
+        return any(limit is not None for limit in (self.relative_margin, self.absolute_margin, self.max_score))
+
+    def last_rank(self, most_relevant: int) -> int:
+        """``range_max``, or what stands for ``None``.
+
+        Args:
+            most_relevant: The relevant documents of the query that has most.
+        """
+        if self.range_max is not None:
+            return self.range_max
+        return self.range_min + self.num_negatives * (10 if self.limits_scores else 1) + most_relevant
+
+    def keeps(self, scores: np.ndarray, lowest: np.ndarray) -> np.ndarray:
+        """Whether each candidate scores low enough to be a negative.
+
+        ``score <= lowest - |lowest| * relative_margin`` (TopK-PercPos of NV-Retriever, Moreira et al. 2024), with the
+        magnitude as in the host (its issue 3819): ``lowest * (1 - relative_margin)`` would be above the score of a
+        relevant document that is below zero. And ``score <= lowest - absolute_margin``, and ``score <= max_score``.
+
+        Args:
+            scores: Shape ``(queries, candidates)``.
+            lowest: The score of each query's lowest relevant document, shape ``(queries,)``.
+        """
+        bounds = [np.full(len(lowest), np.inf if self.max_score is None else self.max_score)]
+        if self.relative_margin is not None:
+            bounds.append(lowest - np.abs(lowest) * self.relative_margin)
+        if self.absolute_margin is not None:
+            bounds.append(lowest - self.absolute_margin)
+        return scores <= np.min(bounds, axis=0)[:, None]
+
+
+@dataclass(frozen=True)
+class RankedPages:
+    """What is mined from: distinct texts by distinct pages, both as numbers.
+
+    Attributes:
+        texts: The distinct query texts.
+        pages: The positions in the corpus of the distinct pages, the first of each.
+        relevant: For each text the pages that are relevant to it, as places in ``pages``.
+        candidates: For each text the pages that rank highest, best first, as places in ``pages``.
+        is_relevant: Which of these are relevant to the text, of the same shape.
+        scores: Their scores, of the same shape.
+        relevant_scores: The score of each of ``relevant.values``.
+    """
+
+    texts: list[str]
+    pages: np.ndarray
+    relevant: Ragged
+    candidates: np.ndarray
+    is_relevant: np.ndarray
+    scores: np.ndarray
+    relevant_scores: np.ndarray
+
+    def negatives(self, rule: MiningRule) -> Ragged:
+        """For each text its negatives, hardest first, as places in ``pages``."""
+        lowest = np.minimum.reduceat(self.relevant_scores, self.relevant.offsets[:-1])
+        usable = ~self.is_relevant & rule.keeps(self.scores, lowest)
+        order = np.argsort(np.where(usable, -self.scores, np.inf), axis=1, kind="stable")
+        order = order[:, rule.range_min : rule.last_rank(int(self.relevant.lengths.max()))][:, : rule.num_negatives]
+        taken = np.take_along_axis(usable, order, axis=1)
+        rows, columns = np.nonzero(taken)
+        return Ragged.grouped(rows, np.take_along_axis(self.candidates, order, axis=1)[rows, columns], len(self.texts))
+
+
+def mine_hard_negatives(
+    dataset: DatasetLike,
+    model: Encoder,
+    *,
+    num_negatives: int = 4,
+    relative_margin: float | None = 0.05,
+    absolute_margin: float | None = None,
+    range_min: int = 0,
+    range_max: int | None = None,
+    max_score: float | None = None,
+    reranker: CrossEncoder | None = None,
+    batch_size: int = 16,
+    cache_folder: str | os.PathLike[str] | None = None,
+    show_progress_bar: bool = True,
+    documents: DocumentKind = "image",
+) -> RetrievalDataset:
+    """The dataset with new negatives: for each query the documents that the model takes for relevant, and are not.
+
+    Never a negative is what is relevant to the same query text under any id, and no byte-identical copy of that; copies
+    of one page count once. A candidate that scores nearly as high as a relevant document is probably an answer that
+    nobody has judged, so the margins leave it out (Moreira et al., 2024). With several relevant documents, the one that
+    scores lowest sets the bound, as in the host.
+
+    Each distinct query text and page is encoded once, pages are decoded ``batch_size`` at a time, and no embeddings of
+    the whole corpus are held. Scores are the model's own similarity. Ties go to the document that stands first.
+
+    Args:
+        dataset: A ``RetrievalDataset``, rows in a known layout, or what ``RetrievalDataset.load`` takes. Negatives
+            that it has are not used.
+        model: An embedding model, or a late-interaction one.
+        num_negatives: Negatives a query. A query for which fewer are left keeps those; a warning counts such queries.
+        relative_margin: A negative scores at least this share of the relevant document's score below it; 0.05 is 5%.
+            ``None`` sets no such bound. Of a score below zero the share of its magnitude counts.
+        absolute_margin: A negative scores at least this much below the relevant document.
+        range_min: Candidates to pass over, of those that are left by the margins.
+        range_max: How many documents of the ranking are looked at. ``None`` is ``range_min``, 10 a negative (1 where
+            neither margin nor ``max_score`` is given), and the most relevant documents that a query has.
+        max_score: A negative scores at most this.
+        reranker: A host ``CrossEncoder`` that scores the candidates and the relevant documents again. Margins and
+            ``max_score`` are then of its scores as probabilities (the sigmoid of its output), and so is the order.
+        batch_size: Documents, queries or pairs a forward pass.
+        cache_folder: Where embeddings, and scores of the reranker, are kept as they are made. A second call with other
+            margins encodes nothing, an interrupted one goes on, and a changed model, page or text is encoded anew.
+        show_progress_bar: Whether to show bars.
+        documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
+
+    Returns:
+        A new dataset with the same corpus, queries and judgements, and one list of negatives a query, hardest first.
+
+    Raises:
+        ConfigError: An argument has a value it can't have, or the corpus lacks what ``documents`` asks for.
+        DatasetError: The data can't be used, or the model gives no finite embedding for a document.
+        ImageDecodeError: A page can't be decoded; the message names the document.
+
+    Example:
+        >>> from mmtune import RetrievalDataset, load_model
+        >>> from mmtune.data.mining import mine_hard_negatives
+        >>> pages = RetrievalDataset.load("pages.parquet")
+        >>> mined = mine_hard_negatives(pages, load_model("my-model"), num_negatives=2, show_progress_bar=False)
+        >>> mined.negatives.column_names
+        ['query_id', 'document_ids']
+    """
+    rule = MiningRule(num_negatives, relative_margin, absolute_margin, range_min, range_max, max_score)
+    _require_models(model, reranker)
+    portions_of((), batch_size)
+    data = as_retrieval_dataset(dataset)
+    run = MiningRun(data, documents, batch_size, cache_folder, show_progress_bar)
+    ranked = run.ranked(model, rule)
+    if reranker is not None:
+        ranked = run.rescored(ranked, reranker)
+    mined = ranked.negatives(rule).take(data.relevance.text)
+    _report_short(mined.lengths, data.relevance, rule)
+    return _with_negatives(data, Ragged(mined.offsets, ranked.pages[mined.values]))
+
+
+@dataclass(frozen=True)
+class MiningRun:
+    """How the documents of one call are read, encoded and kept.
+
+    Attributes:
+        data: The dataset.
+        documents: What a document is made of.
+        batch_size: Items a forward pass.
+        cache_folder: Where embeddings and scores are kept; ``None`` keeps none.
+        show_progress_bar: Whether to show bars.
+    """
+
+    data: RetrievalDataset
+    documents: DocumentKind
+    batch_size: int
+    cache_folder: str | os.PathLike[str] | None
+    show_progress_bar: bool
+
+    def __post_init__(self) -> None:
+        document_columns(self.data.corpus, self.documents)
+
+    @property
+    def reader(self) -> DocumentReader:
+        """What reads the documents by id."""
+        return DocumentReader(self.data.corpus, self.documents, enough_pixels=ENOUGH_PIXELS)
+
+    def ranked(self, model: Encoder, rule: MiningRule) -> RankedPages:
+        """The pages that the model ranks highest for each text, as deep as the rule looks."""
+        relevance = self.data.relevance
+        pages = np.flatnonzero(relevance.page == np.arange(len(relevance.page)))
+        rows = np.unique(relevance.text, return_index=True)[1]
+        texts = relevance.query_texts.take(pa.array(rows)).to_pylist()
+        relevant = _relevant_pages(relevance, pages)
+        most_relevant = int(relevant.lengths.max())
+        nearest = NearestDocuments(relevant, rule.last_rank(most_relevant) + most_relevant)
+        cache = None if self.cache_folder is None else EmbeddingCache(self.cache_folder, model)
+        options = {"batch_size": self.batch_size, "cache": cache, "show_progress_bar": self.show_progress_bar}
+        queries = joined(list(encoded_shards(model, _texts_to_encode(texts), **options)))
+        nearest.find(model, queries, encoded_shards(model, self._pages_to_encode(pages), **options))
+        is_relevant = relevance.is_relevant(
+            np.broadcast_to(rows[:, None], nearest.documents.shape), pages[nearest.documents]
+        )
+        found = nearest.documents, is_relevant, nearest.scores, nearest.relevant_scores
+        return RankedPages(texts, pages, relevant, *found)
+
+    def rescored(self, ranked: RankedPages, reranker: CrossEncoder) -> RankedPages:
+        """The same candidates with a reranker's scores, as probabilities."""
+        candidates = np.nonzero(~ranked.is_relevant)
+        texts = np.r_[candidates[0], ranked.relevant.rows]
+        pages = np.r_[ranked.candidates[candidates], ranked.relevant.values]
+        order = np.argsort(texts, kind="stable")
+        scores = np.empty(len(texts))
+        scores[order] = self._scores(reranker, ranked, texts[order], pages[order])
+        new = np.full(ranked.scores.shape, -np.inf)
+        new[candidates] = scores[: len(candidates[0])]
+        return replace(ranked, scores=new, relevant_scores=scores[len(candidates[0]) :])
+
+    def _scores(self, reranker: CrossEncoder, ranked: RankedPages, texts: np.ndarray, pages: np.ndarray) -> np.ndarray:
+        relevance, store = self.data.relevance, None
+        rows = ranked.pages[pages]
+        words = [ranked.texts[text] for text in texts]
+        contents = [f"{text} {page}" for text, page in zip(texts, pages, strict=True)]
+        if self.cache_folder is not None:
+            teacher = f"{model_fingerprint(reranker)}-{self.documents}-probability"
+            store = ScoreStore(Path(self.cache_folder) / f"scores-{teacher}", teacher)
+            needed, which = np.unique(rows, return_inverse=True)
+            digests = document_digests(self.data.corpus, self.documents, needed.tolist())
+            contents = pair_contents(words, [digests[at] for at in which])
+        query_row = np.unique(relevance.text, return_index=True)[1][texts]
+        query_ids = relevance.query_ids.take(pa.array(query_row)).to_pylist()
+        document_ids = relevance.document_ids.take(pa.array(rows)).to_pylist()
+        pairs = [Pair(*values) for values in zip(query_ids, document_ids, words, contents, strict=True)]
+        scorer = PairScorer(reranker, self.reader, _Probability(), self.batch_size)
+        return scored(scorer, pairs, store, show_progress_bar=self.show_progress_bar)
+
+    def _pages_to_encode(self, pages: np.ndarray) -> EncodingTask:
+        reader = self.reader
+        return EncodingTask(
+            "document",
+            self.data.relevance.document_ids.take(pa.array(pages)).to_pylist(),
+            lambda ids: [as_host_input(document) for document in reader.read(ids)],
+            lambda rows: document_digests(self.data.corpus, self.documents, [int(pages[row]) for row in rows]),
+        )
+
+
+class _Probability(torch.nn.Module):
+    """The sigmoid in double precision, in which large scores stay apart."""
+
+    def forward(self, scores: torch.Tensor) -> torch.Tensor:
+        # On the CPU: some accelerators have no double precision.
+        return torch.sigmoid(scores.cpu().double())
+
+
+def _texts_to_encode(texts: list[str]) -> EncodingTask:
+    return EncodingTask(
+        "query",
+        texts,
+        lambda portion: [as_host_input(text) for text in portion],
+        lambda rows: [text_digest(texts[row]) for row in rows],
+    )
+
+
+def _relevant_pages(relevance: Relevance, pages: np.ndarray) -> Ragged:
+    """For each text what is relevant to it, each page once, as places in ``pages``."""
+    documents = relevance.documents_of_text
+    is_first = relevance.page[documents.values] == documents.values
+    places = np.searchsorted(pages, documents.values[is_first])
+    return Ragged.grouped(documents.rows[is_first], places, len(documents.lengths))
+
+
+def _with_negatives(data: RetrievalDataset, mined: Ragged) -> RetrievalDataset:
+    """The dataset with other negatives, and without the notes on those that it had."""
+    relevance, tables = data.relevance, data._tables
+    document_ids = relevance.document_ids.take(pa.array(mined.values))
+    negatives = table_dataset({"query_id": relevance.query_ids, "document_ids": lists(mined.offsets, document_ids)})
+    notes = replace(tables.notes, null_negatives=0, unknown_negatives=0, unknown_examples=(), held_out_negatives=0)
+    return RetrievalDataset._of(replace(tables, negatives=negatives, notes=notes))
+
+
+def _report_short(lengths: np.ndarray, relevance: Relevance, rule: MiningRule) -> None:
+    short = np.flatnonzero(lengths < rule.num_negatives)
+    if not len(short):
+        return
+    examples = ", ".join(f"{relevance.query_ids[int(row)].as_py()!r} ({lengths[row]})" for row in short[:3])
+    logger.warning(
+        "%d of %d queries have fewer than %d mined negatives, e.g. %s. The margins, max_score and the depth of the "
+        "ranking leave no more: loosen them, or raise range_max. Training fills such rows at random.",
+        len(short),
+        len(lengths),
+        rule.num_negatives,
+        examples,
+    )
+
+
+def _require_models(model: object, reranker: object) -> None:
+    if not isinstance(model, (SentenceTransformer, MultiVectorEncoder)):
+        raise ConfigError(
+            f"Expected a SentenceTransformer or a MultiVectorEncoder of the host, got {type(model).__name__}. "
+            "Load one with load_model."
+        )
+    if reranker is not None and not isinstance(reranker, CrossEncoder):
+        raise ConfigError(f"Expected a CrossEncoder of the host as reranker, got {type(reranker).__name__}.")
+
+
+def _require_whole(name: str, value: object, *, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < at_least:
+        raise ConfigError(f"{name}={value!r}: expected a whole number of {at_least} or more.")
+
+
+def _require_number(name: str, value: object) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
+        raise ConfigError(f"{name}={value!r}: expected a finite number, or None for no such bound.")
