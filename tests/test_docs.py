@@ -3,6 +3,7 @@
 Each file's Python blocks run in order in one namespace, in a folder that holds what their reader would have:
 
     my-model         a checkpoint (here a tiny random CLIP)
+    my-vlm           a VLM that was not made for embeddings (here a tiny random LLaVA)
     pages.parquet    one row per page: id, query, image, negatives
     pairs.parquet    one row per query: query, image, negative_0, negative_1
     page.png         a page as a file
@@ -21,6 +22,7 @@ import pytest
 from datasets import Dataset, Image
 
 import mmtune
+from families import tiny_llava
 from mmtune.testing import generated_pages, tiny_clip
 
 PROJECT = Path(__file__).parent.parent
@@ -62,6 +64,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pairs(rows, num_negatives=2).to_parquet(folder / "pairs.parquet")
     rows[0]["image"].save(folder / "page.png")
     tiny_clip(folder / "my-model")
+    tiny_llava(folder / "my-vlm")
     return folder
 
 

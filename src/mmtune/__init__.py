@@ -1,6 +1,6 @@
-"""Finetune multimodal embedding models on your own pages, and know that they got better."""
+"""Finetune multimodal embedding models and rerankers on your own pages, and know that they got better."""
 
-from mmtune.data import AuditReport, RetrievalDataset
+from mmtune.data import AuditReport, RetrievalDataset, TeacherScores, mine_hard_negatives, score_rows
 from mmtune.errors import (
     ConfigError,
     DatasetError,
@@ -9,13 +9,24 @@ from mmtune.errors import (
     MissingExtraError,
     MmtuneError,
 )
-from mmtune.evaluation import build_evaluator
-from mmtune.models import load_model
-from mmtune.training import ConflictFreeBatchSampler, FinetuneResult, finetune
+from mmtune.evaluation import PipelineReport, build_evaluator, build_reranking_evaluator, evaluate_pipeline
+from mmtune.models import (
+    ROUTER_PRESETS,
+    RouterPreset,
+    build_late_interaction,
+    build_reranker,
+    compose_router,
+    extract_route,
+    load_model,
+    merge_lora,
+    router_preset,
+)
+from mmtune.training import ConflictFreeBatchSampler, FinetuneResult, finetune, finetune_reranker
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ROUTER_PRESETS",
     "AuditReport",
     "ConfigError",
     "ConflictFreeBatchSampler",
@@ -25,8 +36,22 @@ __all__ = [
     "MissingDocumentError",
     "MissingExtraError",
     "MmtuneError",
+    "PipelineReport",
     "RetrievalDataset",
+    "RouterPreset",
+    "TeacherScores",
     "build_evaluator",
+    "build_late_interaction",
+    "build_reranker",
+    "build_reranking_evaluator",
+    "compose_router",
+    "evaluate_pipeline",
+    "extract_route",
     "finetune",
+    "finetune_reranker",
     "load_model",
+    "merge_lora",
+    "mine_hard_negatives",
+    "router_preset",
+    "score_rows",
 ]

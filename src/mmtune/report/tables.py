@@ -39,18 +39,22 @@ def before_after(before: Mapping[str, float], after: Mapping[str, float], primar
     name, _, measure = primary_metric.partition("_")
     pattern = re.compile(rf"([^_]+?)(?:-(\d+)d)?_{re.escape(measure)}")
     found = [(match.group(1), int(match.group(2) or 0), key) for key in after if (match := pattern.fullmatch(key))]
+    base = name.removesuffix("-mean")
     order = {part: at for at, part in enumerate(dict.fromkeys([name, *(part for part, _, _ in found)]))}
     found.sort(key=lambda each: (order[each[0]], -(each[1] or float("inf"))))
     return [
-        BeforeAfter(_label(part, dim, several=len(order) > 1), before[key], after[key])
+        BeforeAfter(
+            _label(part.removeprefix(f"{base}-") if len(order) > 1 else "", dim, measure), before[key], after[key]
+        )
         for part, dim, key in found
         if key in before
     ]
 
 
-def _label(name: str, dim: int, *, several: bool) -> str:
-    size = str(dim) if dim else "full"
-    return f"{name.partition('-')[2]} {size}" if several else size
+def _label(name: str, dim: int, measure: str) -> str:
+    # embeddings have sizes, and a similarity in front of their measures; rerankers have neither
+    size = str(dim) if dim else "full" if "_" in measure else ""
+    return f"{name} {size}".strip() or "all"
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

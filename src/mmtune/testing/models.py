@@ -128,8 +128,10 @@ def tiny_siglip(
         model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
     with TemporaryDirectory() as plain_folder:
         _save(plain_folder, model, SiglipProcessor(image_processor, tokenizer))
-        # SigLIP pools the last token, padding or not: without a fixed length a text's embedding depends on its batch
-        module = Transformer(plain_folder, processing_kwargs={"text": {"padding": "max_length"}})
+        # SigLIP pools the last token, padding or not: without a fixed length a text's embedding depends on its batch.
+        # With a mask, the host's cached losses would cut the padding off each mini-batch (sentence-transformers 6.2).
+        text = {"padding": "max_length", "return_attention_mask": False}
+        module = Transformer(plain_folder, processing_kwargs={"text": text})
         SentenceTransformer(modules=[module], device="cpu").save_pretrained(str(folder), create_model_card=False)
     return str(folder)
 

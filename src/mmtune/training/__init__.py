@@ -1,7 +1,8 @@
-"""Training embedding models on pages."""
+"""Training embedding models and rerankers on pages."""
 
 from mmtune.training.batches import ConflictFreeBatchSampler
 from mmtune.training.embedding import finetune
+from mmtune.training.reranking import finetune_reranker
 from mmtune.training.result import FinetuneResult
 
-__all__ = ["ConflictFreeBatchSampler", "FinetuneResult", "finetune"]
+__all__ = ["ConflictFreeBatchSampler", "FinetuneResult", "finetune", "finetune_reranker"]

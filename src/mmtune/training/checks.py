@@ -6,33 +6,50 @@ import numbers
 import pickle
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from sentence_transformers import SentenceTransformerTrainingArguments
+from sentence_transformers.base.training_args import BaseTrainingArguments
 
+from mmtune.data.pairs import Direction
 from mmtune.errors import ConfigError
 from mmtune.training.batches import ConflictFreeBatchSampler
+from mmtune.training.kinds import Kind
 
 
 def check_arguments(
-    args: SentenceTransformerTrainingArguments | None,
+    kind: Kind[Any],
+    args: BaseTrainingArguments | None,
     given: Mapping[str, Any],
-    matryoshka_dims: Literal["auto"] | Sequence[int] | None,
-    mini_batch_size: Literal["auto"] | int,
+    *,
     loss: object,
+    matryoshka_dims: Literal["auto"] | Sequence[int] | None = "auto",
+    mini_batch_size: Literal["auto"] | int = "auto",
 ) -> None:
     """Make sure of the arguments of the call, as far as they show without data and model.
+
+    Args:
+        kind: The kind of model.
+        args: The host's arguments, if given.
+        given: Training arguments by name.
+        loss: As ``finetune`` takes it.
+        matryoshka_dims: As ``finetune`` takes it.
+        mini_batch_size: As ``finetune`` takes it.
 
     Raises:
         ConfigError: A name is no training argument of the host, two arguments exclude each other, or a value can't be.
     """
-    _check_names(given)
-    if args is not None and not isinstance(args, SentenceTransformerTrainingArguments):
-        raise ConfigError(f"args is a {type(args).__name__}, expected SentenceTransformerTrainingArguments.")
+    _check_names(kind.arguments_class, given)
+    if args is not None and not isinstance(args, kind.arguments_class):
+        raise ConfigError(f"args is a {type(args).__name__}, expected {kind.arguments_class.__name__}.")
     if args is not None and given:
         name, value = next(iter(given.items()))
         raise ConfigError(f"args and {name}={value!r} were both given. Set it in args, or leave args out.")
     _check_matryoshka_dims(matryoshka_dims)
+    if not kind.truncates and matryoshka_dims not in (None, "auto"):
+        raise ConfigError(
+            f"matryoshka_dims={matryoshka_dims!r}: late interaction has one vector a token, of one size "
+            "(sentence-transformers 6.2). Leave matryoshka_dims out; build_late_interaction takes the dimension."
+        )
     if mini_batch_size != "auto":
         _require_positive("mini_batch_size", mini_batch_size, or_else="'auto'")
         if loss is not None:
@@ -42,13 +59,21 @@ def check_arguments(
 
 
 def check_host_arguments(
-    args: SentenceTransformerTrainingArguments,
+    args: BaseTrainingArguments,
     prompts: dict[str, str] | str | None,
     columns: Sequence[str],
     *,
     evaluates: bool,
+    in_batch_negatives: bool = True,
 ) -> None:
     """Make sure that the host's arguments go with the data, before hours of training end in an error.
+
+    Args:
+        args: The host's arguments.
+        prompts: As ``finetune`` takes it.
+        columns: The columns of the rows.
+        evaluates: Whether there is an evaluation set.
+        in_batch_negatives: Whether the loss takes documents of other rows as negatives.
 
     Raises:
         ConfigError: Evaluation without an evaluation set, prompts for columns that are not there, or a batch sampler
@@ -66,7 +91,7 @@ def check_host_arguments(
             f"args.batch_sampler={args.batch_sampler!r} can't be pickled, and every checkpoint stores it. Pass a class "
             "or a function of a module, such as ConflictFreeBatchSampler."
         ) from error
-    if not is_conflict_free(args):
+    if in_batch_negatives and not is_conflict_free(args):
         warnings.warn(
             f"The batch sampler is {args.batch_sampler!r}, which may put documents that are relevant to a query among "
             "its in-batch negatives. Pass batch_sampler=ConflictFreeBatchSampler to rule that out.",
@@ -87,7 +112,7 @@ def check_contrast(batch_size: int, num_negatives: int) -> None:
         )
 
 
-def check_metric(args: SentenceTransformerTrainingArguments, metrics: Mapping[str, float]) -> None:
+def check_metric(args: BaseTrainingArguments, metrics: Mapping[str, float]) -> None:
     """Make sure that the metric that chooses the checkpoint exists.
 
     Raises:
@@ -104,13 +129,13 @@ def check_metric(args: SentenceTransformerTrainingArguments, metrics: Mapping[st
         )
 
 
-def is_conflict_free(args: SentenceTransformerTrainingArguments) -> bool:
+def is_conflict_free(args: BaseTrainingArguments) -> bool:
     """Whether the batches keep what is relevant to a query from its in-batch negatives."""
     return isinstance(args.batch_sampler, type) and issubclass(args.batch_sampler, ConflictFreeBatchSampler)
 
 
-def _check_names(given: Mapping[str, Any]) -> None:
-    known = [field.name for field in dataclasses.fields(SentenceTransformerTrainingArguments) if field.init]
+def _check_names(arguments_class: type[BaseTrainingArguments], given: Mapping[str, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(arguments_class) if field.init]
     for name in given:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
@@ -154,3 +179,17 @@ def _check_prompts(prompts: object, columns: Sequence[str]) -> None:
     unknown = [name for name, value in prompts.items() if name not in columns and not isinstance(value, dict)]
     if unknown:
         raise ConfigError(f"prompts has a text for {unknown[0]!r}, and the rows have the columns {list(columns)}.")
+
+
+def check_directions(directions: Sequence[str]) -> None:
+    """Make sure that a reranker is asked to learn at least one direction, and only known ones.
+
+    Raises:
+        ConfigError: None, an unknown one, one twice, or a text in place of a sequence.
+    """
+    known = get_args(Direction)
+    if isinstance(directions, str) or not directions or len(set(directions)) < len(directions):
+        raise ConfigError(f"directions={directions!r}: expected one or both of {known}, e.g. ({known[0]!r},).")
+    unknown = [direction for direction in directions if direction not in known]
+    if unknown:
+        raise ConfigError(f"directions holds {unknown[0]!r}: expected one or both of {known}.")

@@ -1,28 +1,35 @@
-"""The choices of one call: training arguments, dimensions and mini-batches, fitted to the data."""
+"""The training arguments of one call, fitted to the data and to the model."""
 
 import copy
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
-from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MatryoshkaLoss
+from sentence_transformers import CrossEncoder, MultiVectorEncoder
+from sentence_transformers.base.sampler import BatchSamplers
+from sentence_transformers.base.training_args import BaseTrainingArguments
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from mmtune.data.pairs import Direction
 from mmtune.errors import ConfigError
+from mmtune.evaluation.corpus import Retriever
+from mmtune.models.adapters import has_lora
+from mmtune.models.fresh import fresh_layers
+from mmtune.models.routes import find_router, router_mapping
 from mmtune.training.batches import ConflictFreeBatchSampler, StepwiseProportionalBatchSampler
+from mmtune.training.kinds import Kind
 
-Loss: TypeAlias = torch.nn.Module | Callable[[SentenceTransformer], torch.nn.Module]
-"""A host loss, built or as a callable that takes the model."""
+Arguments = TypeVar("Arguments", bound=BaseTrainingArguments)
 
-BATCH_SIZE = 64
 EVALUATIONS = 10
 METRIC_OF_RECIPE = "eval_primary"
 """Stands for the metric whose key is only known once the model is there."""
 MIN_STEPS_AN_EPOCH = 4
-MATRYOSHKA_DIMS = (2048, 1536, 1024, 512, 256, 128, 64)
+FRESH_RATE = 10
+FRESH_LATE_INTERACTION_CLIP = 30.0
 _SCHEDULE_ARGUMENTS = ("eval_strategy", "eval_steps", "save_strategy", "save_steps")
 
 
@@ -43,19 +50,32 @@ def tenths(total_steps: int) -> list[int]:
 
 
 def training_arguments(
-    num_rows: int, *, output_dir: str, seed: int, evaluates: bool, **given: Any
-) -> SentenceTransformerTrainingArguments:
+    kind: Kind[Any],
+    num_rows: int,
+    *,
+    output_dir: str,
+    seed: int,
+    evaluates: bool,
+    in_batch_negatives: bool = True,
+    adapters_only: bool = False,
+    **given: Any,
+) -> BaseTrainingArguments:
     """The recipe of the VDR guide as the host's training arguments, fitted to the number of rows.
 
-    One epoch, batches of 64, learning rate 2e-5 with warm-up over the first tenth, bf16 on a GPU that has it,
-    conflict-free batches, the best checkpoint and the last one kept. Small data get smaller batches, so that a run has
-    ten steps where the rows allow it.
+    One epoch with warm-up over the first tenth, bf16 on a GPU that has it, conflict-free batches, the best checkpoint
+    and the last one kept. Embedding models learn from batches of 64 at a rate of 2e-5, rerankers from 4 batches of 8
+    a step at 5e-6. Small data get smaller batches, so that a run has ten steps where the rows allow it.
 
     Args:
+        kind: The kind of model.
         num_rows: Training rows.
         output_dir: Where the host writes checkpoints.
         seed: Of training.
         evaluates: Whether there is an evaluation set, by which the best checkpoint is kept.
+        in_batch_negatives: Whether the loss takes documents of other rows as negatives, so that batches must be free of
+            conflicts.
+        adapters_only: Whether adapters are trained beside frozen weights, at ten times the rate (Schulman et al., 2025,
+            "LoRA Without Regret").
         **given: Training arguments of the host by name, in place of the recipe's.
 
     Raises:
@@ -65,8 +85,8 @@ def training_arguments(
         "output_dir": output_dir,
         "seed": seed,
         "num_train_epochs": 1,
-        "learning_rate": 2e-5,
-        "batch_sampler": ConflictFreeBatchSampler,
+        "learning_rate": kind.learning_rate * (FRESH_RATE if adapters_only else 1),
+        "batch_sampler": ConflictFreeBatchSampler if in_batch_negatives else BatchSamplers.BATCH_SAMPLER,
         "multi_dataset_batch_sampler": StepwiseProportionalBatchSampler,
         "save_total_limit": 2,
         "bf16": not given.get("fp16") and _computes_in_bf16(),
@@ -76,14 +96,17 @@ def training_arguments(
     epochs = given.get("num_train_epochs", 1)
     if isinstance(epochs, bool) or not isinstance(epochs, (int, float)) or epochs <= 0:
         raise ConfigError(f"num_train_epochs={epochs!r}: expected a positive number.")
-    recipe["per_device_train_batch_size"] = batch_size(num_rows, epochs, _num_processes())
+    rows = rows_a_step(num_rows, epochs, _num_processes(), at_most=kind.batch_size * kind.accumulation_steps)
+    recipe["per_device_train_batch_size"] = min(rows, kind.batch_size)
+    own_batch = "per_device_train_batch_size" in given
+    recipe["gradient_accumulation_steps"] = 1 if own_batch else max(1, rows // kind.batch_size)
     try:
         steps = total_steps(num_rows, recipe | given)
         # A warm-up of one step starts at a learning rate of zero: a shorter run would spend much of itself there.
         recipe["warmup_steps"] = given.get("warmup_ratio") or (0.1 if steps >= EVALUATIONS else 0)
         recipe |= _schedule(steps, evaluates, given)
         given = {name: value for name, value in given.items() if name != "warmup_ratio"}
-        return SentenceTransformerTrainingArguments(**(recipe | given))
+        return kind.arguments_class(**(recipe | given))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"The host refuses these training arguments: {error}") from error
 
@@ -113,14 +136,14 @@ def follows_own_schedule(given: Mapping[str, Any]) -> bool:
     return any(name in given for name in _SCHEDULE_ARGUMENTS)
 
 
-def batch_size(num_rows: int, epochs: float, num_processes: int) -> int:
-    """Rows a device: 64, or fewer where data are small; at least 2 where there are 2.
+def rows_a_step(num_rows: int, epochs: float, num_processes: int, *, at_most: int) -> int:
+    """Rows a device and step: fewer than ``at_most`` where data are small; at least 2 where there are 2.
 
     A run keeps ten steps, and an epoch four: in a batch of nearly all rows, rows that may not meet would find no place.
     """
     rows = num_rows / num_processes
     fitting = min(rows * epochs / EVALUATIONS, rows / MIN_STEPS_AN_EPOCH)
-    return max(1, min(BATCH_SIZE, max(2, math.floor(fitting)), math.floor(rows)))
+    return max(1, min(at_most, max(2, math.floor(fitting)), math.floor(rows)))
 
 
 def total_steps(num_rows: int, arguments: Mapping[str, Any]) -> int:
@@ -133,36 +156,84 @@ def total_steps(num_rows: int, arguments: Mapping[str, Any]) -> int:
     return math.ceil(math.ceil(num_rows / rows_a_step) * arguments["num_train_epochs"])
 
 
-def callbacks(args: SentenceTransformerTrainingArguments | None, given: Mapping[str, Any]) -> list[TrainerCallback]:
+def callbacks(args: BaseTrainingArguments | None, given: Mapping[str, Any]) -> list[TrainerCallback]:
     """``EvenTenths``, unless the caller brought a schedule of evaluations."""
     return [] if args is not None or follows_own_schedule(given) else [EvenTenths()]
 
 
 def arguments_for_model(
-    args: SentenceTransformerTrainingArguments,
-    model: SentenceTransformer,
+    args: Arguments,
+    model: Retriever,
     prompts: dict[str, str] | str | None,
     columns: Sequence[str],
     metric: str | None,
-) -> SentenceTransformerTrainingArguments:
-    """A copy of ``args`` with what only the model knows: its prompts, where there are none, and the recipe's metric.
+) -> Arguments:
+    """A copy of ``args`` with what only the model knows: its prompts and routes, where there are none.
 
     Args:
         args: The caller's arguments, or the recipe's.
         model: The model to train.
         prompts: As ``finetune`` takes it.
         columns: The columns of the rows.
-        metric: The key of the metric that chooses the checkpoint.
+        metric: The key of the metric that chooses the checkpoint, for the recipe's arguments.
     """
     args = copy.copy(args)
     if not args.prompts:
         args.prompts = column_prompts(model, columns) if prompts == "model" else prompts
+    if not args.router_mapping and find_router(model) is not None:
+        args.router_mapping = router_mapping(columns)
     if args.metric_for_best_model == METRIC_OF_RECIPE:
         args.metric_for_best_model = f"eval_{metric}"
     return args
 
 
-def column_prompts(model: SentenceTransformer, columns: Sequence[str]) -> dict[str, str]:
+def reranking_arguments_for_model(
+    args: Arguments, model: CrossEncoder, direction_by_name: Mapping[str, Direction], metric: str | None
+) -> Arguments:
+    """A copy of ``args`` with the model's prompt for each direction, where there are none.
+
+    Args:
+        args: The caller's arguments, or the recipe's.
+        model: The reranker to train.
+        direction_by_name: What asks in each of the training sets; a single one has the name ``""``.
+        metric: The key of the metric that chooses the checkpoint, for the recipe's arguments.
+    """
+    args = copy.copy(args)
+    default = model.prompts.get(model.default_prompt_name or "", "")
+    prompts = {name: model.prompts.get(direction, default) for name, direction in direction_by_name.items()}
+    prompts = {name: prompt for name, prompt in prompts.items() if prompt}
+    if prompts and not args.prompts:
+        args.prompts = prompts.get("", prompts)
+    if args.metric_for_best_model == METRIC_OF_RECIPE:
+        args.metric_for_best_model = f"eval_{metric}"
+    return args
+
+
+def favor_fresh_layers(args: Arguments, model: Retriever, given: Mapping[str, Any]) -> Arguments:
+    """A copy of the recipe's arguments in which layers that start from random numbers learn faster than the rest.
+
+    They learn at ten times the rate, unless adapters do so already. A fresh projection of late interaction has
+    gradients that are larger by an order of magnitude; with the usual clip at 1 the backbone would stand still. Both
+    values are those of the host's example for late interaction on pages (sentence-transformers 6.2).
+
+    Args:
+        args: The recipe's arguments.
+        model: The model to train.
+        given: The caller's training arguments by name, which win.
+    """
+    fresh = fresh_layers(model)
+    if not fresh:
+        return args
+    args = copy.copy(args)
+    if "learning_rate_mapping" not in given and not has_lora(model):
+        names = "|".join(re.escape(name) for name in fresh)
+        args.learning_rate_mapping = {rf"(^|\.)model\.({names})\.": FRESH_RATE * args.learning_rate}
+    if "max_grad_norm" not in given and isinstance(model, MultiVectorEncoder):
+        args.max_grad_norm = FRESH_LATE_INTERACTION_CLIP
+    return args
+
+
+def column_prompts(model: Retriever, columns: Sequence[str]) -> dict[str, str]:
     """For each column the prompt that ``encode_query`` and ``encode_document`` will use; without empty ones.
 
     The host's trainer applies no prompts by itself, and its ``encode`` methods do (sentence-transformers 6.2):
@@ -174,78 +245,6 @@ def column_prompts(model: SentenceTransformer, columns: Sequence[str]) -> dict[s
     document = model.prompts.get(next(names, ""), default)
     by_column = {name: query if name == "query" else document for name in columns}
     return {name: prompt for name, prompt in by_column.items() if prompt}
-
-
-def loss_for_model(
-    loss: Loss | Mapping[str, Loss] | None,
-    model: SentenceTransformer,
-    dims: Sequence[int],
-    mini_batch: Literal["auto"] | int,
-    batch: int,
-) -> torch.nn.Module | dict[str, torch.nn.Module]:
-    """The caller's loss, built, or that of the recipe.
-
-    The recipe's is cached in-batch negatives (Gao et al., 2021), at each of ``dims`` (Kusupati et al., 2022) where
-    there are any.
-
-    Raises:
-        ConfigError: The caller's loss trains another model.
-    """
-    if loss is None:
-        cached = CachedMultipleNegativesRankingLoss(model, mini_batch_size=mini_batch_size(mini_batch, model, batch))
-        return MatryoshkaLoss(model, cached, matryoshka_dims=list(dims)) if dims else cached
-    if isinstance(loss, Mapping):
-        return {name: _built(part, model) for name, part in loss.items()}
-    return _built(loss, model)
-
-
-def _built(loss: Loss, model: SentenceTransformer) -> torch.nn.Module:
-    built = loss if isinstance(loss, torch.nn.Module) else loss(model)
-    if getattr(built, "model", model) is not model:
-        raise ConfigError(
-            f"The loss {type(built).__name__} was built for another model than the one to train. Pass that model to "
-            "finetune, or pass the loss as a callable, e.g. loss=lambda model: MyLoss(model)."
-        )
-    return built
-
-
-def trained_dims(choice: Literal["auto"] | Sequence[int] | None, model: SentenceTransformer) -> tuple[int, ...]:
-    """The dimensions that the recipe's loss trains, largest first; empty for the full size only.
-
-    Raises:
-        ConfigError: A dimension is larger than the model's, or the model does not tell its dimension.
-    """
-    if choice is None:
-        return ()
-    full = model.get_embedding_dimension()
-    if full is None:
-        raise ConfigError("The model does not tell its embedding dimension. Pass matryoshka_dims=None.")
-    if choice == "auto":
-        return (full, *(dim for dim in MATRYOSHKA_DIMS if dim < full))
-    larger = [dim for dim in choice if dim > full]
-    if larger:
-        raise ConfigError(
-            f"matryoshka_dims holds {larger[0]}, and the model has {full} dimensions. Name dimensions of up to {full}."
-        )
-    return tuple(sorted({int(dim) for dim in choice}, reverse=True))
-
-
-def evaluated_dims(
-    choice: Literal["auto"] | Sequence[int] | None, model: SentenceTransformer, loss: object
-) -> tuple[int, ...]:
-    """The dimensions to score: those that the caller names, else those that the loss trains."""
-    if choice == "auto":
-        choice = getattr(loss, "matryoshka_dims", None)
-    return trained_dims(choice, model)
-
-
-def mini_batch_size(choice: Literal["auto"] | int, model: SentenceTransformer, batch_size: int) -> int:
-    """Documents in one forward pass of the cached loss: by the size of the model, at most a batch."""
-    if choice != "auto":
-        return choice
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    fitting = 1 if parameters > 1_000_000_000 else 8 if parameters > 150_000_000 else 32
-    return min(fitting, batch_size)
 
 
 def _num_processes() -> int:

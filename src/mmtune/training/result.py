@@ -7,8 +7,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers.base.trainer import BaseTrainer
 
+from mmtune.models.kinds import HostModel
 from mmtune.report.documents import run_report, with_finetuning_section
 from mmtune.report.tables import BeforeAfter, before_after, before_after_cells, text_table
 
@@ -29,8 +30,8 @@ class FinetuneResult:
         settings: Everything that was chosen, by topic.
     """
 
-    model: SentenceTransformer
-    trainer: SentenceTransformerTrainer
+    model: HostModel
+    trainer: BaseTrainer
     before: dict[str, float]
     after: dict[str, float]
     primary_metric: str | None

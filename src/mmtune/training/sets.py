@@ -3,10 +3,10 @@
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from datasets import Dataset, DatasetDict
@@ -14,7 +14,8 @@ from datasets import Dataset, DatasetDict
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind, document_columns
 from mmtune.data.inputs import DatasetLike, as_retrieval_dataset, relevant_on_both_sides
-from mmtune.data.rows import TrainingView
+from mmtune.data.pairs import Direction, ListView, PairView
+from mmtune.data.rows import AskingPages, TrainingView
 from mmtune.errors import ConfigError, DatasetError
 from mmtune.training.batches import ID_COLUMNS, require_view
 
@@ -23,6 +24,9 @@ _NAME = re.compile(r"(?!mean$)(?!(.*-)?\d+d$)[^_]+")
 
 DatasetsLike: TypeAlias = DatasetLike | Mapping[str, DatasetLike]
 """One dataset, or several by name."""
+
+Form = Literal["pairs", "lists", "columns"]
+"""The rows that a loss of rerankers reads."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class TrainingSet:
     rows: Dataset
 
     @property
-    def view(self) -> TrainingView:
+    def view(self) -> TrainingView | PairView | ListView:
         """What turns ids into texts and pages when a row is read."""
         return self.rows.format["format_kwargs"]["transform"]
 
@@ -49,9 +53,11 @@ class TrainingSets:
 
     Attributes:
         by_name: The sets; a single one has the name ``""``.
+        form: The rows that they hold.
     """
 
     by_name: Mapping[str, TrainingSet]
+    form: Form = "columns"
 
     @property
     def num_rows(self) -> int:
@@ -62,6 +68,11 @@ class TrainingSets:
     def columns(self) -> list[str]:
         """The columns as the host reads them, of all sets."""
         return list(dict.fromkeys(name for part in self.by_name.values() for name in part.view.columns))
+
+    @property
+    def direction_by_name(self) -> dict[str, Direction]:
+        """What asks in each set."""
+        return {name: part.view.direction for name, part in self.by_name.items()}
 
     @property
     def num_negatives(self) -> int:
@@ -87,6 +98,39 @@ def training_sets(given: DatasetsLike, *, num_negatives: int, documents: Documen
     """
     return TrainingSets(
         {name: _training_set(part, num_negatives, documents, seed) for name, part in _by_name(given).items()}
+    )
+
+
+def reranking_sets(
+    given: DatasetsLike,
+    directions: Sequence[Direction],
+    *,
+    form: Form,
+    num_negatives: int,
+    documents: DocumentKind,
+    seed: int,
+) -> TrainingSets:
+    """The training data of a reranker, every page readable: a set for each dataset and direction.
+
+    Args:
+        given: A dataset, or several by name.
+        directions: What asks.
+        form: What the loss reads: pairs with a label, lists with labels, or a column for each document.
+        num_negatives: Negatives to each relevant pair, or in each list.
+        documents: What a document is made of.
+        seed: Of filling up negatives.
+    """
+    data = {name: _readable(as_retrieval_dataset(part), documents) for name, part in _by_name(given).items()}
+    options = {"documents": documents, "seed": seed}
+    return TrainingSets(
+        {
+            _joined_name(name, direction if len(directions) > 1 else ""): TrainingSet(
+                part, _reranking_rows(part, direction, form, num_negatives, options)
+            )
+            for name, part in data.items()
+            for direction in directions
+        },
+        form,
     )
 
 
@@ -139,6 +183,24 @@ def _training_set(given: DatasetLike, num_negatives: int, documents: DocumentKin
         return _given_rows(given, documents, num_negatives)
     data = _readable(as_retrieval_dataset(given), documents)
     return TrainingSet(data, data.training_rows(num_negatives, documents=documents, seed=seed))
+
+
+def _reranking_rows(
+    data: RetrievalDataset, direction: Direction, form: Form, num_negatives: int, options: dict[str, Any]
+) -> Dataset:
+    if form == "pairs":
+        return data.labeled_pairs(num_negatives, direction=direction, **options)
+    if form == "lists":
+        return data.labeled_lists(num_negatives, direction=direction, **options)
+    if direction == "text_to_image":
+        return data.training_rows(num_negatives, **options)
+    # Batches keep relevant pages from the texts of other rows, and know nothing of further texts in a row.
+    rows = data.training_rows(0, **options)
+    return rows.with_transform(AskingPages(rows.format["format_kwargs"]["transform"]))
+
+
+def _joined_name(*parts: str) -> str:
+    return "-".join(filter(None, parts))
 
 
 def _given_rows(rows: Dataset, documents: DocumentKind, num_negatives: int) -> TrainingSet:

@@ -89,6 +89,8 @@ def _training(trainer: PageTrainer, dims: Sequence[int]) -> dict[str, Any]:
         "epochs": args.num_train_epochs,
         "steps": state.max_steps,
         "learning_rate": args.learning_rate,
+        "learning_rate_mapping": args.learning_rate_mapping or {},
+        "max_grad_norm": args.max_grad_norm,
         "warmup_steps": args.get_warmup_steps(state.max_steps),
         "scheduler": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",

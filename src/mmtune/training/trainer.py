@@ -1,142 +1,72 @@
-"""The host's trainer for rows of pages: texts stay texts, and no training image ends in the model card."""
+"""The host's trainers for rows of pages: texts stay texts, and no training image ends in the model card."""
 
-import copy
-import sys
-import warnings
-from pathlib import Path
 from typing import Any
 
-from sentence_transformers import SentenceTransformerTrainer
+from sentence_transformers import CrossEncoderTrainer, MultiVectorEncoderTrainer, SentenceTransformerTrainer
+from sentence_transformers.base.data_collator import BaseDataCollator
+from sentence_transformers.base.trainer import BaseTrainer
+from sentence_transformers.cross_encoder.data_collator import CrossEncoderDataCollator
+from sentence_transformers.cross_encoder.model_card import CrossEncoderModelCardCallback
+from sentence_transformers.multi_vector_encoder.data_collator import MultiVectorEncoderDataCollator
+from sentence_transformers.multi_vector_encoder.model_card import MultiVectorEncoderModelCardCallback
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardCallback
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from transformers import (
-    PrinterCallback,
-    ProgressCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, ProgressCallback
 
 from mmtune.data.documents import as_host_input
+from mmtune.models.adapters import has_lora, load_adapters
+from mmtune.training.callbacks import (
+    BestCheckpointHere,
+    CardWithoutRows,
+    EpochOfSampler,
+    ShortLogs,
+    ShortProgress,
+    innermost_sampler,
+)
 
 
-class PageCollator(SentenceTransformerDataCollator):
-    """The host's collator, told that every text is a text, also one that looks like the path of an image."""
+class TextsAsTexts(BaseDataCollator):
+    """A host's collator, told that every text is a text, also one that looks like the path of an image."""
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         """The batch as the host collates it."""
         kept = {"dataset_name", *self.valid_label_columns}
-        rows = [{name: row[name] if name in kept else as_host_input(row[name]) for name in row} for row in features]
+        rows = [{name: row[name] if name in kept else _as_inputs(row[name]) for name in row} for row in features]
         return super().__call__(rows)
 
 
-class PageCardCallback(SentenceTransformerModelCardCallback):
-    """The host's model card without examples and statistics of the rows.
-
-    The host decodes 100 rows a column for them, twice, and copies pages into ``assets/`` of every checkpoint, from
-    where a push to the Hub would publish them (sentence-transformers 6.2).
-    """
-
-    def on_init_end(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any,
-        trainer: Any,
-        **kwargs: Any,
-    ) -> None:
-        """Fills the card with everything the host fills in, except from the rows."""
-        without_rows = copy.copy(trainer)
-        without_rows.train_dataset = without_rows.eval_dataset = None
-        super().on_init_end(args, state, control, model=model, trainer=without_rows, **kwargs)
-        model.model_card_data.ir_model = True
-        model.model_card_data.generate_widget_examples = False
+def _as_inputs(value: Any) -> Any:
+    """What a column holds, for the host: one query or document, or the list of them that listwise losses take."""
+    return [as_host_input(part) for part in value] if isinstance(value, list) else as_host_input(value)
 
 
-class ShortLogs(TrainerCallback):
-    """Writes one short line for each log, where the host writes all metrics at all dimensions."""
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Writes the loss and the metric that chooses the checkpoint."""
-        metric = args.metric_for_best_model or "loss"
-        shown = {"loss": "loss", metric: metric.removeprefix("eval_")}
-        values = [f"{label} {float(logs[key]):.4f}" for key, label in shown.items() if logs and key in logs]
-        if state.is_world_process_zero and state.max_steps and values:
-            tqdm.write(f"step {state.global_step}/{state.max_steps}  {'  '.join(values)}", file=sys.stderr)
+class EmbeddingCollator(TextsAsTexts, SentenceTransformerDataCollator):
+    """For embedding models."""
 
 
-class ShortProgress(ProgressCallback):
-    """The host's progress bar without its logs."""
-
-    def on_log(self, *args: Any, **kwargs: Any) -> None:
-        """Leaves the logs to ``ShortLogs``."""
+class LateInteractionCollator(TextsAsTexts, MultiVectorEncoderDataCollator):
+    """For models of late interaction."""
 
 
-class EpochOfSampler(TrainerCallback):
-    """Tells the batch sampler its epoch, however deep it is wrapped.
-
-    When several processes resume within an epoch, transformers 5.23 tells the epoch to the wrapper that skips batches,
-    which does not pass it on: every process then plans the batches of the first epoch.
-    """
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Walks down to the sampler that plans."""
-        sampler = innermost_sampler(kwargs["train_dataloader"])
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(int((state.epoch or 0) + 1e-6))
+class RerankingCollator(TextsAsTexts, CrossEncoderDataCollator):
+    """For rerankers."""
 
 
-class BestCheckpointHere(TrainerCallback):
-    """Finds the best checkpoint of a resumed run in the folder of the run, also when the folder was moved.
-
-    The host looks for it under the path that it had, and on not finding it ends with the last weights, and keeps the
-    best score so that no later checkpoint takes its place (transformers 5.23).
-    """
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Points the state to the checkpoint of that step in ``args.output_dir``."""
-        if state.best_model_checkpoint is not None or not state.best_global_step:
-            return
-        here = Path(args.output_dir or ".", f"checkpoint-{state.best_global_step}")
-        if here.is_dir():
-            state.best_model_checkpoint = str(here)
-            return
-        warnings.warn(
-            f"The best checkpoint so far, {here.name}, is not in {str(here.parent)!r} any more. The best of the "
-            "evaluations still to come is taken instead.",
-            stacklevel=2,
-        )
-        state.best_metric = state.best_global_step = None
+class EmbeddingCard(CardWithoutRows, SentenceTransformerModelCardCallback):
+    """For embedding models."""
 
 
-def innermost_sampler(loader: Any) -> Any:
-    """The batch sampler behind the wrappers of accelerate."""
-    sampler = loader
-    while getattr(sampler, "batch_sampler", None) is not None:
-        sampler = sampler.batch_sampler
-    return sampler
+class LateInteractionCard(CardWithoutRows, MultiVectorEncoderModelCardCallback):
+    """For models of late interaction."""
 
 
-class PageTrainer(SentenceTransformerTrainer):
-    """``SentenceTransformerTrainer`` for rows that decode pages when they are read."""
+class RerankingCard(CardWithoutRows, CrossEncoderModelCardCallback):
+    """For rerankers."""
 
-    data_collator_class = PageCollator
-    model_card_callback_class = PageCardCallback
+
+class PageTrainer(BaseTrainer):
+    """A host's trainer for rows that decode pages when they are read."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -154,3 +84,32 @@ class PageTrainer(SentenceTransformerTrainer):
         loader = super().get_train_dataloader()
         self.train_sampler = innermost_sampler(loader)
         return loader
+
+    def _load_from_checkpoint(self, checkpoint_path: str) -> None:
+        # The host builds the model again, which fails for adapters in a Router (sentence-transformers 6.2).
+        model = getattr(self.model, "_orig_mod", self.model)
+        if has_lora(model):
+            load_adapters(model, checkpoint_path)
+        else:
+            super()._load_from_checkpoint(checkpoint_path)
+
+
+class EmbeddingTrainer(PageTrainer, SentenceTransformerTrainer):
+    """``SentenceTransformerTrainer`` on pages."""
+
+    data_collator_class = EmbeddingCollator
+    model_card_callback_class = EmbeddingCard
+
+
+class LateInteractionTrainer(PageTrainer, MultiVectorEncoderTrainer):
+    """``MultiVectorEncoderTrainer`` on pages."""
+
+    data_collator_class = LateInteractionCollator
+    model_card_callback_class = LateInteractionCard
+
+
+class RerankingTrainer(PageTrainer, CrossEncoderTrainer):
+    """``CrossEncoderTrainer`` on pages."""
+
+    data_collator_class = RerankingCollator
+    model_card_callback_class = RerankingCard
