@@ -54,6 +54,9 @@ def merge_lora(model: BaseModel) -> BaseModel:
         )
     for module in adapted:
         take_out(module, merge=True)
+        # Loading adapters leaves a renaming behind that is for their files: the merged weights would be saved under
+        # names that no model has, and load as random numbers with no more than a log entry (transformers 5.23).
+        vars(module.model).pop("_weight_conversions", None)
         module.model.requires_grad_(True)
         # these weights are in no checkpoint yet, on which other adapters could be loaded again
         module.model.name_or_path = ""
