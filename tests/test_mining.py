@@ -575,7 +575,7 @@ def test_scores_of_the_reranker_are_cached(text_encoder_path, tmp_path):
         ({"max_score": float("nan")}, "max_score=nan: expected a finite number"),
         ({"batch_size": 0}, "batch_size=0: expected a whole number of 1 or more"),
         ({"documents": "image"}, "needs a column 'image'"),
-        ({"reranker": "my-reranker"}, "Expected a CrossEncoder of the host as reranker, got str"),
+        ({"reranker": "my-reranker"}, "Expected a reranker, .*got str"),
     ],
     ids=str,
 )
@@ -602,5 +602,5 @@ def test_embeddings_that_are_no_numbers_are_refused():
 
 def test_several_scores_a_pair_are_refused(text_encoder_path):
     dataset = text_dataset(vectors(9, 1), ["1"], [(0, 0)])
-    with pytest.raises(ConfigError, match="shape \\(3,\\) for a pair, expected one number"):
+    with pytest.raises(ConfigError, match="gives 3 scores to a pair"):
         mine_texts(dataset, VectorsInTexts(), reranker=CrossEncoder(text_encoder_path, num_labels=3))

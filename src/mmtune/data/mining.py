@@ -25,9 +25,10 @@ from mmtune.data.encoding import (
 )
 from mmtune.data.fingerprints import document_digests, model_fingerprint, text_digest
 from mmtune.data.inputs import DatasetLike, as_retrieval_dataset
+from mmtune.data.predicting import PairScorer, require_reranker
 from mmtune.data.ranking import NearestDocuments
 from mmtune.data.relevance import Ragged, Relevance
-from mmtune.data.scoring import Pair, PairScorer, ScoreStore, pair_contents, scored
+from mmtune.data.scoring import Pair, ScoreStore, pair_contents, scored
 from mmtune.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -295,7 +296,7 @@ class MiningRun:
         query_ids = relevance.query_ids.take(pa.array(query_row)).to_pylist()
         document_ids = relevance.document_ids.take(pa.array(rows)).to_pylist()
         pairs = [Pair(*values) for values in zip(query_ids, document_ids, words, contents, strict=True)]
-        scorer = PairScorer(reranker, self.reader, _Probability(), self.batch_size)
+        scorer = PairScorer(reranker, self.reader, self.batch_size, _Probability())
         return scored(scorer, pairs, store, show_progress_bar=self.show_progress_bar)
 
     def _pages_to_encode(self, pages: np.ndarray) -> EncodingTask:
@@ -363,8 +364,8 @@ def _require_models(model: object, reranker: object) -> None:
             f"Expected a SentenceTransformer or a MultiVectorEncoder of the host, got {type(model).__name__}. "
             "Load one with load_model."
         )
-    if reranker is not None and not isinstance(reranker, CrossEncoder):
-        raise ConfigError(f"Expected a CrossEncoder of the host as reranker, got {type(reranker).__name__}.")
+    if reranker is not None:
+        require_reranker(reranker)
 
 
 def _require_whole(name: str, value: object, *, at_least: int) -> None:

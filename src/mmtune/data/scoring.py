@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,21 +11,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 from datasets import Dataset
 from sentence_transformers import CrossEncoder
 from tqdm.auto import tqdm
 
 from mmtune.data import internals
 from mmtune.data.arrow import column, flat_lists, positions, table_dataset
-from mmtune.data.documents import DocumentReader, KeyedTable, as_host_input
-from mmtune.data.encoding import ENOUGH_PIXELS, portions_of, read_ahead
+from mmtune.data.documents import DocumentReader, KeyedTable
+from mmtune.data.encoding import ENOUGH_PIXELS, portions_of
 from mmtune.data.fingerprints import document_digests, model_fingerprint, text_digest
+from mmtune.data.predicting import PairScorer, require_reranker
 from mmtune.data.rows import TrainingView
 from mmtune.errors import ConfigError, DatasetError, MissingDocumentError
-
-PROMPT_NAME = "text_to_image"
-"""The prompt of a reranker that asks with a text for pages."""
 
 _MANIFEST = "mmtune_scores.json"
 _FORMAT_VERSION = 1
@@ -39,60 +36,6 @@ class Pair(NamedTuple):
     document_id: str
     text: str
     content: str
-
-
-@dataclass(frozen=True)
-class PairScorer:
-    """A reranker over documents that are read as they are scored.
-
-    Attributes:
-        reranker: A host ``CrossEncoder`` with one score a pair. Its ``text_to_image`` prompt is used where it has one.
-        reader: Gives the documents by id.
-        activation: What turns the output of the model into scores.
-        batch_size: Pairs a forward pass.
-    """
-
-    reranker: CrossEncoder
-    reader: DocumentReader
-    activation: torch.nn.Module
-    batch_size: int
-
-    def scores(self, pairs: Sequence[tuple[str, str]]) -> Iterator[np.ndarray]:
-        """The scores of (query text, document id) pairs, float64, ``batch_size`` at a time and in order.
-
-        Raises:
-            ConfigError: The reranker gives several scores a pair, or some that are no numbers.
-        """
-        for inputs in read_ahead(self._read, portions_of(pairs, self.batch_size)):
-            yield self._predict(inputs)
-
-    def _read(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[Any, Any]]:
-        documents = self.reader.read([document_id for _, document_id in pairs])
-        both = list(zip([text for text, _ in pairs], documents, strict=True))
-        # Models that know no messages take pairs of bare texts only, which the host never takes for paths of images.
-        if not self.reranker.supports("message"):
-            return both
-        return [(as_host_input(text), as_host_input(document)) for text, document in both]
-
-    def _predict(self, inputs: list[tuple[Any, Any]]) -> np.ndarray:
-        prompt_name = PROMPT_NAME if PROMPT_NAME in (getattr(self.reranker, "prompts", None) or {}) else None
-        scores = self.reranker.predict(
-            inputs,
-            prompt_name=prompt_name,
-            batch_size=self.batch_size,
-            show_progress_bar=False,
-            activation_fn=self.activation,
-            convert_to_tensor=True,
-        )
-        scores = torch.as_tensor(scores).cpu().double().numpy()
-        if scores.shape != (len(inputs),):
-            raise ConfigError(
-                f"The reranker gives scores of shape {scores.shape[1:]} for a pair, expected one number. "
-                "Load it with num_labels=1."
-            )
-        if not np.isfinite(scores).all():
-            raise ConfigError('The reranker gives scores that are no numbers. Load it in float32 (dtype="float32").')
-        return scores
 
 
 class ScoreStore:
@@ -315,13 +258,12 @@ def score_rows(
         ImageDecodeError: A page can't be decoded; the message names the document.
     """
     view = _view_of(rows)
-    if not isinstance(teacher, CrossEncoder):
-        raise ConfigError(f"Expected a CrossEncoder of the host as teacher, got {type(teacher).__name__}.")
+    require_reranker(teacher)
     portions_of((), batch_size)
     store = None if folder is None else ScoreStore(folder, f"{model_fingerprint(teacher)}-{view.documents}")
     pairs = _pairs_of(rows, view)
     reader = DocumentReader(_tables_of(view).corpus, view.documents, enough_pixels=ENOUGH_PIXELS)
-    scorer = PairScorer(teacher, reader, torch.nn.Identity(), batch_size)
+    scorer = PairScorer(teacher, reader, batch_size)
     scores = scored(scorer, pairs, store, show_progress_bar=show_progress_bar)
     if store is not None:
         _add_known(store, pairs, scores)

@@ -1,7 +1,6 @@
 """What every retrieval evaluator shares: documents read as they are encoded, graded nDCG, ties without names."""
 
 from collections.abc import Generator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -11,6 +10,7 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 from tqdm.auto import tqdm
 
 from mmtune.data.documents import DocumentReader, as_host_input, let_read_typed_texts
+from mmtune.data.encoding import portions_of, read_ahead
 from mmtune.errors import ConfigError
 
 Retriever: TypeAlias = SentenceTransformer | MultiVectorEncoder
@@ -119,19 +119,11 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
 
     def _documents(self) -> Generator[list[Any], None, None]:
         """The corpus in portions; the next one is decoded while the model works on the last."""
-        size = self.batch_size
-        portions = [self._document_ids[start : start + size] for start in range(0, len(self._document_ids), size)]
-        with (
-            tqdm(
-                total=len(self.corpus), desc="Encoding documents", disable=not self._shows_progress, leave=False
-            ) as bar,
-            ThreadPoolExecutor(max_workers=1) as pool,
-        ):
-            pending = pool.submit(self._read, portions[0])
-            for portion, following in zip(portions, [*portions[1:], None], strict=True):
-                documents = pending.result()
-                if following is not None:
-                    pending = pool.submit(self._read, following)
+        portions = portions_of(self._document_ids, self.batch_size)
+        with tqdm(
+            total=len(self.corpus), desc="Encoding documents", disable=not self._shows_progress, leave=False
+        ) as bar:
+            for portion, documents in zip(portions, read_ahead(self._read, portions), strict=True):
                 yield documents
                 bar.update(len(portion))
 
@@ -163,7 +155,7 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
         return [score_by_document_id.get(hit["corpus_id"], 0) for hit in ranked]
 
 
-def ndcg(gains: Sequence[int], all_gains: Sequence[int], k: int) -> float:
+def ndcg(gains: Sequence[float], all_gains: Sequence[int], k: int) -> float:
     """Normalised discounted cumulative gain with linear gains, as ``ndcg_cut`` of trec_eval.
 
     ``sum(gain_i / log2(i + 1))`` over ranks i = 1 .. k, divided by the same sum of the best order.

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from datasets import DatasetDict
 from sentence_transformers import CrossEncoder
-from sentence_transformers.base.evaluation import BaseEvaluator, SequentialEvaluator
+from sentence_transformers.base.evaluation import BaseEvaluator
 
 from mmtune.data.candidates import CandidateList, Judgements
 from mmtune.data.dataset import RetrievalDataset
@@ -19,6 +19,7 @@ from mmtune.data.encoding import Encoder, portions_of
 from mmtune.data.inputs import DatasetLike, as_retrieval_dataset
 from mmtune.data.pairs import Direction
 from mmtune.errors import ConfigError
+from mmtune.evaluation.averaging import MeanEvaluator
 from mmtune.evaluation.corpus import ndcg
 from mmtune.evaluation.scoring import PairReader, score_candidates
 from mmtune.evaluation.search import require_retriever, search
@@ -117,43 +118,7 @@ class RerankingEvaluator(BaseEvaluator):
             writer.writerow([epoch, steps, *metrics.values()])
 
 
-class MeanRerankingEvaluator(SequentialEvaluator):
-    """Several reranking evaluators, for sets or directions, and the mean of their metrics under ``<name>-mean_...``.
-
-    Args:
-        evaluators: Evaluators with names of their own and the same ``at_k``.
-        name: Prefix of the keys of the means.
-
-    Attributes:
-        per_query: After a call, that of each evaluator.
-    """
-
-    def __init__(self, evaluators: Sequence[RerankingEvaluator], name: str) -> None:
-        super().__init__(evaluators)
-        self.reranking = list(evaluators)
-        self.name = name
-        self.primary_metric = f"{name}-mean_ndcg@{self.reranking[0].at_k}"
-        self.per_query: dict[str, dict[str, float]] = {}
-
-    def __call__(
-        self, model: CrossEncoder, output_path: str | None = None, epoch: int = -1, steps: int = -1
-    ) -> dict[str, float]:
-        """The metrics of each evaluator, and ``vdr-rerank-mean_ndcg@10`` and the like."""
-        parts = [evaluator(model, output_path, epoch, steps) for evaluator in self.reranking]
-        self.per_query = {key: values for evaluator in self.reranking for key, values in evaluator.per_query.items()}
-        measures = [key.removeprefix(f"{self.reranking[0].name}_") for key in parts[0]]
-        values = zip(*(part.values() for part in parts), strict=True)
-        means = {
-            f"{self.name}-mean_{measure}": float(np.mean(each)) for measure, each in zip(measures, values, strict=True)
-        }
-        return {key: value for part in (*parts, means) for key, value in part.items()}
-
-    def metric_name(self, model: CrossEncoder) -> str:
-        """The key of the mean that says how good a reranker is."""
-        return f"{self.name}-mean_ndcg@{self.reranking[0].at_k}"
-
-
-AnyRerankingEvaluator: TypeAlias = RerankingEvaluator | MeanRerankingEvaluator
+AnyRerankingEvaluator: TypeAlias = RerankingEvaluator | MeanEvaluator
 """What ``build_reranking_evaluator`` returns: for one dataset, or for several by name."""
 
 
@@ -216,7 +181,7 @@ def build_reranking_evaluator(
     if not dataset:
         raise ConfigError("The mapping of names to datasets is empty. Name at least one dataset.")
     parts = {f"{name}-{part}": as_retrieval_dataset(data) for part, data in dataset.items()}
-    return MeanRerankingEvaluator([build(data, part) for part, data in parts.items()], name)
+    return MeanEvaluator([build(data, part) for part, data in parts.items()], name)
 
 
 @dataclass(frozen=True)

@@ -4,22 +4,20 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
 import torch
 from datasets import DatasetDict
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.base import BaseModel
-from sentence_transformers.base.evaluation import SequentialEvaluator
 
 from mmtune.data.arrow import column
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind, DocumentReader
+from mmtune.data.encoding import ENOUGH_PIXELS
 from mmtune.data.inputs import DatasetLike, as_retrieval_dataset
 from mmtune.errors import ConfigError
+from mmtune.evaluation.averaging import MeanEvaluator
 from mmtune.evaluation.corpus import CorpusEvaluator, Retriever
 from mmtune.evaluation.late_interaction import LateInteractionEvaluator
-
-_ENOUGH_PIXELS = 8_000_000  # an A4 page at 300 dpi; beyond any encoder's input
 
 
 class Embeddings(NamedTuple):
@@ -127,40 +125,6 @@ class RetrievalEvaluator(CorpusEvaluator):
 SingleEvaluator: TypeAlias = RetrievalEvaluator | LateInteractionEvaluator
 """The evaluator for one dataset, by the kind of model."""
 
-
-class MeanEvaluator(SequentialEvaluator):
-    """Several evaluators and the mean of their metrics, under ``<name>-mean_...`` keys.
-
-    Args:
-        evaluators: Evaluators with the same dimensions and depths.
-        name: Prefix of the keys of the means.
-    """
-
-    def __init__(self, evaluators: Sequence[SingleEvaluator], name: str) -> None:
-        super().__init__(evaluators)
-        self.retrieval = list(evaluators)
-        self.name = name
-        self.per_query: dict[str, dict[str, float]] = {}
-
-    def __call__(
-        self, model: Retriever, output_path: str | None = None, epoch: int = -1, steps: int = -1
-    ) -> dict[str, float]:
-        """The metrics of each evaluator, and ``vdr-mean_cosine_ndcg@10`` and the like."""
-        parts = [evaluator(model, output_path, epoch, steps) for evaluator in self.retrieval]
-        self.per_query = {key: values for evaluator in self.retrieval for key, values in evaluator.per_query.items()}
-        self.primary_metric = self.metric_name(model)
-        first = self.retrieval[0]
-        means = {
-            key.replace(first.name, f"{self.name}-mean", 1): float(np.mean(values))
-            for key, values in zip(parts[0], zip(*(part.values() for part in parts), strict=True), strict=True)
-        }
-        return {key: value for part in (*parts, means) for key, value in part.items()}
-
-    def metric_name(self, model: Retriever) -> str:
-        """The key of the mean that says how good ``model`` is."""
-        return self.retrieval[0].metric_name(model).replace(self.retrieval[0].name, f"{self.name}-mean", 1)
-
-
 Evaluator: TypeAlias = SingleEvaluator | MeanEvaluator
 """What ``build_evaluator`` returns: for one dataset, or for several by name."""
 
@@ -254,7 +218,7 @@ def _evaluator(
     if documents == "image" and data.relevance.num_copies:
         data = data.deduplicate()
     return evaluator_class(
-        DocumentReader(data.corpus, documents, enough_pixels=_ENOUGH_PIXELS),
+        DocumentReader(data.corpus, documents, enough_pixels=ENOUGH_PIXELS),
         column(data.corpus, "document_id").to_pylist(),
         dict(zip(data.queries["query_id"][:], data.queries["text"][:], strict=True)),
         _judgements(data.qrels[:]),

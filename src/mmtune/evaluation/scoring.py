@@ -5,16 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from sentence_transformers import CrossEncoder
 from tqdm.auto import tqdm
 
 from mmtune.data.candidates import CandidateList
 from mmtune.data.dataset import RetrievalDataset
-from mmtune.data.documents import DocumentKind, DocumentReader, as_host_input
+from mmtune.data.documents import DocumentKind, DocumentReader
 from mmtune.data.encoding import ENOUGH_PIXELS, portions_of, read_ahead
-from mmtune.data.pairs import Direction
-from mmtune.errors import ConfigError
+from mmtune.data.predicting import pair_scores, require_reranker
+from mmtune.data.rows import Direction
 
 
 @dataclass(frozen=True)
@@ -83,47 +82,7 @@ def score_candidates(
     inputs = read_ahead(lambda portion: reader.read([pairs[at] for at in portion]), portions)
     with tqdm(total=len(pairs), desc="Scoring pairs", disable=not show_progress_bar, leave=False) as bar:
         for portion, ready in zip(portions, inputs, strict=True):
-            scores[portion] = _predict(model, ready, reader.direction, batch_size)
-            _require_numbers(scores[portion], [pairs[at] for at in portion])
+            names = [pairs[at] for at in portion]
+            scores[portion] = pair_scores(model, ready, names, batch_size=batch_size, direction=reader.direction)
             bar.update(len(portion))
     return np.split(scores, np.cumsum([len(each.candidate_ids) for each in lists])[:-1])
-
-
-def require_reranker(model: object) -> None:
-    """Make sure that ``model`` gives one score to a pair.
-
-    Raises:
-        ConfigError: It is another kind of model, or gives several.
-    """
-    if not isinstance(model, CrossEncoder):
-        raise ConfigError(
-            f"Expected a reranker, a sentence_transformers.CrossEncoder, got {type(model).__name__}. An embedding "
-            "model is evaluated by build_evaluator."
-        )
-    if model.num_labels != 1:
-        raise ConfigError(f"The model gives {model.num_labels} scores to a pair, and a reranker gives one.")
-
-
-def _predict(model: CrossEncoder, pairs: list[list[Any]], direction: Direction, batch_size: int) -> np.ndarray:
-    # Models that know no messages take pairs of bare texts only, which the host never takes for paths of images.
-    if model.supports("message"):
-        pairs = [[as_host_input(part) for part in pair] for pair in pairs]
-    return model.predict(
-        pairs,
-        prompt_name=direction if direction in model.prompts else None,
-        batch_size=batch_size,
-        show_progress_bar=False,
-        # In float32 a sigmoid is exactly 1.0 from a logit of 17 on: a sure model would tie its best candidates.
-        activation_fn=torch.nn.Identity(),
-        convert_to_numpy=True,
-    )
-
-
-def _require_numbers(scores: np.ndarray, pairs: Sequence[tuple[str, str]]) -> None:
-    wrong = np.flatnonzero(np.isnan(scores))
-    if len(wrong):
-        query_id, document_id = pairs[int(wrong[0])]
-        raise ConfigError(
-            f"The model scores query {query_id!r} with document {document_id!r} as nan. Load it in another precision "
-            '(dtype="float32"), or look at whether its training diverged.'
-        )

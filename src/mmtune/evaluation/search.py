@@ -11,7 +11,7 @@ import torch
 
 from mmtune.data.candidates import Judgements
 from mmtune.data.documents import as_host_input
-from mmtune.data.encoding import Embeddings, Encoder, EncodingTask, encoded_shards
+from mmtune.data.encoding import Embeddings, Encoder, EncodingTask, encoded_shards, joined
 from mmtune.data.ranking import top_columns
 from mmtune.errors import ConfigError
 from mmtune.evaluation.scoring import PairReader
@@ -70,9 +70,9 @@ def search(
     text_ids, document_ids = (asking_ids, asked_ids) if texts_ask else (asked_ids, asking_ids)
     options = {"batch_size": batch_size, "cache": None, "show_progress_bar": show_progress_bar}
     started = time.perf_counter()
-    texts = _joined(list(encoded_shards(retriever, _texts(text_ids, reader), **options)))
+    texts = joined(list(encoded_shards(retriever, _texts(text_ids, reader), **options)))
     texts_done = time.perf_counter()
-    documents = _joined(list(encoded_shards(retriever, _documents(document_ids, reader), **options)))
+    documents = joined(list(encoded_shards(retriever, _documents(document_ids, reader), **options)))
     encoded = time.perf_counter()
     best = _best(retriever, texts, documents, depth) if texts_ask else _best_texts(retriever, documents, texts, depth)
     return Search(items[best], encoded - texts_done, texts_done - started, time.perf_counter() - encoded)
@@ -106,10 +106,6 @@ def _documents(document_ids: Sequence[str], reader: PairReader) -> EncodingTask:
 
 def _no_digests(rows: Sequence[int]) -> list[str]:
     raise AssertionError(f"digests of {len(rows)} rows are asked for without a cache")
-
-
-def _joined(shards: list[Any]) -> Embeddings:
-    return torch.cat(shards) if isinstance(shards[0], torch.Tensor) else [item for shard in shards for item in shard]
 
 
 def _best(retriever: Encoder, texts: Embeddings, documents: Embeddings, depth: int) -> np.ndarray:

@@ -12,7 +12,8 @@ from mmtune.data.candidates import Judgements
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
 from mmtune.data.pairs import Direction
-from mmtune.evaluation.reranking import AnyRerankingEvaluator, MeanRerankingEvaluator, build_reranking_evaluator
+from mmtune.evaluation.averaging import MeanEvaluator
+from mmtune.evaluation.reranking import AnyRerankingEvaluator, build_reranking_evaluator
 from mmtune.models.lora import LoraChoice, check_lora
 from mmtune.training import recipe
 from mmtune.training.checks import check_arguments, check_directions, check_host_arguments
@@ -170,7 +171,7 @@ def _evaluator(
         for name, data in evaluation.items()
         for direction in directions
     ]
-    return MeanRerankingEvaluator(parts, EVALUATOR_NAME) if several else next(iter(parts), None)
+    return MeanEvaluator(parts, EVALUATOR_NAME) if several else next(iter(parts), None)
 
 
 def _num_candidates(data: RetrievalDataset, direction: Direction) -> int:

@@ -1,0 +1,64 @@
+"""Several evaluators of one kind, and the mean of what they say."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from sentence_transformers.base.evaluation import SequentialEvaluator
+
+
+class NamedEvaluator(Protocol):
+    """What a mean is taken over: an evaluator whose keys start with its name."""
+
+    name: str
+    primary_metric: str | None
+    per_query: dict[str, dict[str, float]]
+
+    def __call__(
+        self, model: Any, output_path: str | None = None, epoch: int = -1, steps: int = -1
+    ) -> dict[str, float]:
+        """The metrics of a model."""
+        ...
+
+    def metric_name(self, model: Any) -> str:
+        """The key of the metric that says how good a model is."""
+        ...
+
+
+class MeanEvaluator(SequentialEvaluator):
+    """Several evaluators and the mean of their metrics, under ``<name>-mean_...`` keys.
+
+    Args:
+        evaluators: Evaluators with names of their own and the same metrics.
+        name: Prefix of the keys of the means.
+
+    Attributes:
+        parts: The evaluators.
+        per_query: After a call, that of each evaluator.
+    """
+
+    def __init__(self, evaluators: Sequence[Any], name: str) -> None:
+        super().__init__(evaluators)
+        self.parts: list[NamedEvaluator] = list(evaluators)
+        self.name = name
+        self.per_query: dict[str, dict[str, float]] = {}
+        known = self.parts[0].primary_metric
+        self.primary_metric = self._of_mean(known) if known else None
+
+    def __call__(
+        self, model: Any, output_path: str | None = None, epoch: int = -1, steps: int = -1
+    ) -> dict[str, float]:
+        """The metrics of each evaluator, and ``vdr-mean_cosine_ndcg@10`` and the like."""
+        metrics = [part(model, output_path, epoch, steps) for part in self.parts]
+        self.per_query = {key: values for part in self.parts for key, values in part.per_query.items()}
+        self.primary_metric = self.metric_name(model)
+        columns = zip(*(each.values() for each in metrics), strict=True)
+        means = {self._of_mean(key): float(np.mean(values)) for key, values in zip(metrics[0], columns, strict=True)}
+        return {key: value for each in (*metrics, means) for key, value in each.items()}
+
+    def metric_name(self, model: Any) -> str:
+        """The key of the mean that says how good ``model`` is."""
+        return self._of_mean(self.parts[0].metric_name(model))
+
+    def _of_mean(self, key: str) -> str:
+        return f"{self.name}-mean{key.removeprefix(self.parts[0].name)}"
