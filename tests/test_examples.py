@@ -86,6 +86,23 @@ def test_a_table_of_ones_own_with_groups(run, tmp_path: Path, clip_path: str) ->
     assert (tmp_path / "mine" / "metrics.json").is_file()
 
 
+@pytest.mark.parametrize("way", ["router", "vlm", "late-interaction", "lora"])
+def test_every_way_to_a_model_runs_in_tiny_mode(run, way: str, tmp_path: Path, request) -> None:
+    if way != "router":
+        request.getfixturevalue("qwen3_vl_path")  # skips where the family can't run
+    if way == "lora":
+        pytest.importorskip("peft")
+    run("examples/encoders.py", way, "--tiny", "--output", "tuned")
+    assert {"final", "metrics.json", "report.md"} <= {path.name for path in (tmp_path / "tuned").iterdir()}
+    assert (tmp_path / "tuned" / "queries" / "modules.json").is_file() == (way == "router")
+
+
+def test_an_example_without_data_says_what_to_pass(run, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run("examples/encoders.py", "vlm")
+    assert "pass --table, or --tiny" in capsys.readouterr().err
+
+
 def test_the_receipts_benchmark_runs_on_a_folder(run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for name, seed in (("train", 0), ("eval", 1)):
         part: Dataset = generated_pages(12, seed=seed)
