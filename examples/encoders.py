@@ -4,7 +4,7 @@
     python examples/encoders.py late-interaction --tiny           # drawn pages and a tiny model, on a CPU
 
 The ways are "vlm", "router", "late-interaction" and "lora". The table has one row per page, with the columns id, query,
-image and negatives. All but the Router need mmtune[vlm], which brings torchvision.
+image and negatives. The real VLM needs mmtune[vlm], which brings torchvision.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mmtune import RetrievalDataset, build_late_interaction, extract_route, finetune, load_model, router_preset
-from mmtune.testing import generated_pages, tiny_qwen3_vl, tiny_siglip, tiny_text_encoder
+from mmtune.testing import generated_pages, tiny_llava, tiny_siglip, tiny_text_encoder
 
 VLM = "Qwen/Qwen3-VL-Embedding-2B"
 MAX_PIXELS = 600 * 600
@@ -69,12 +69,12 @@ def lora(train: RetrievalDataset, evaluation: RetrievalDataset, output: Path, ti
 
 def vlm_checkpoint(output: Path, tiny: bool) -> str:
     """The name of the VLM, or the folder of a tiny one with random weights."""
-    return tiny_qwen3_vl(output.with_name("vlm-base")) if tiny else VLM
+    return tiny_llava(output.with_name("vlm-base")) if tiny else VLM
 
 
-def pixels(tiny: bool) -> int:
-    """Largest size of a page, in pixels."""
-    return 64 * 64 if tiny else MAX_PIXELS
+def pixels(tiny: bool) -> int | None:
+    """Largest size of a page, in pixels; the tiny model has its own."""
+    return None if tiny else MAX_PIXELS
 
 
 WAYS: dict[str, Callable[[RetrievalDataset, RetrievalDataset, Path, bool], object]] = {

@@ -3,6 +3,7 @@
 None of them has a ``modules.json``.
 """
 
+from functools import partial
 from pathlib import Path
 
 from transformers import (
@@ -18,10 +19,6 @@ from transformers import (
     Idefics3ForConditionalGeneration,
     Idefics3ImageProcessorPil,
     Idefics3Processor,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaImageProcessorPil,
-    LlavaProcessor,
     ModernVBertConfig,
     ModernVBertModel,
     PaliGemmaConfig,
@@ -38,17 +35,10 @@ from transformers import (
     SiglipProcessor,
 )
 
+from mmtune import testing
+from mmtune.testing.models import LLAVA_CHAT_TEMPLATE as CHAT_TEMPLATE
 from mmtune.testing.models import _encoder, _save, _seeded, _text, _tokenizer
 
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{{ message.role | upper }}: {% for item in message.content -%}
-{%- if item.type == "image" -%}<image>{%- elif item.type == "text" -%}{{ item.text }}{%- endif -%}
-{%- endfor -%}
-{{ eos_token }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}ASSISTANT: {%- endif -%}
-"""
 SIZE = 64
 """Width of every encoder."""
 IMAGE_SIZE = 32
@@ -68,24 +58,7 @@ def _causal(tokenizer: PreTrainedTokenizerFast, model_type: str = "llama") -> di
     return {"model_type": model_type, **_encoder(SIZE, 2), **_text(tokenizer), "num_key_value_heads": 1}
 
 
-def tiny_llava(folder: Path, *, padding_side: str = "left", chat_template: str | None = CHAT_TEMPLATE) -> str:
-    tokenizer = _vlm_tokenizer(padding_side)
-    config = LlavaConfig(
-        text_config=_causal(tokenizer),
-        vision_config={"model_type": "clip_vision_model", **VISION},
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-    )
-    with _seeded(0):
-        model = LlavaForConditionalGeneration(config)
-    processor = LlavaProcessor(
-        LlavaImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=SQUARE),
-        tokenizer,
-        patch_size=PATCH_SIZE,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=chat_template,
-    )
-    return _save(folder, model, processor)
+tiny_llava = partial(testing.tiny_llava, image_size=IMAGE_SIZE)
 
 
 def _idefics3_processor(padding_side: str) -> tuple[Idefics3Processor, PreTrainedTokenizerFast]:

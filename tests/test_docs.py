@@ -22,8 +22,7 @@ import pytest
 from datasets import Dataset, Image
 
 import mmtune
-from families import tiny_llava
-from mmtune.testing import generated_pages, tiny_clip
+from mmtune.testing import generated_pages, tiny_clip, tiny_llava
 
 PROJECT = Path(__file__).parent.parent
 PACKAGE = Path(mmtune.__file__).parent

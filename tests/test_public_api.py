@@ -44,7 +44,7 @@ PUBLIC = [
     "router_preset",
     "score_rows",
 ]
-TESTING = ["generated_pages", "tiny_clip", "tiny_qwen3_vl", "tiny_siglip", "tiny_text_encoder"]
+TESTING = ["generated_pages", "tiny_clip", "tiny_llava", "tiny_qwen3_vl", "tiny_siglip", "tiny_text_encoder"]
 
 
 class Promised:
@@ -193,7 +193,7 @@ class Promised:
     @staticmethod
     def tiny_clip(folder): ...
 
-    tiny_siglip = tiny_text_encoder = tiny_qwen3_vl = tiny_clip
+    tiny_siglip = tiny_text_encoder = tiny_qwen3_vl = tiny_llava = tiny_clip
 
 
 METHODS = [

@@ -1,6 +1,6 @@
 """Tiny models and generated pages, for tests and demonstrations without a network."""
 
-from mmtune.testing.models import tiny_clip, tiny_qwen3_vl, tiny_siglip, tiny_text_encoder
+from mmtune.testing.models import tiny_clip, tiny_llava, tiny_qwen3_vl, tiny_siglip, tiny_text_encoder
 from mmtune.testing.pages import generated_pages
 
-__all__ = ["generated_pages", "tiny_clip", "tiny_qwen3_vl", "tiny_siglip", "tiny_text_encoder"]
+__all__ = ["generated_pages", "tiny_clip", "tiny_llava", "tiny_qwen3_vl", "tiny_siglip", "tiny_text_encoder"]

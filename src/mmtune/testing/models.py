@@ -27,6 +27,10 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPModel,
     CLIPProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaImageProcessorPil,
+    LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
@@ -66,6 +70,17 @@ QWEN_CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}
 <|im_start|>assistant
 {% endif -%}
+"""
+
+
+LLAVA_CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{ message.role | upper }}: {% for item in message.content -%}
+{%- if item.type == "image" -%}<image>{%- elif item.type == "text" -%}{{ item.text }}{%- endif -%}
+{%- endfor -%}
+{{ eos_token }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}ASSISTANT: {%- endif -%}
 """
 
 
@@ -190,6 +205,53 @@ def tiny_qwen3_vl(
     with _seeded(seed):
         model = Qwen3VLForConditionalGeneration(_qwen3_vl_config(tokenizer, hidden_size, num_layers))
     processor = Qwen3VLProcessor(image_processor, tokenizer, video_processor, chat_template=QWEN_CHAT_TEMPLATE)
+    return _save(folder, model, processor)
+
+
+def tiny_llava(
+    folder: str | Path,
+    *,
+    hidden_size: int = 64,
+    num_layers: int = 2,
+    image_size: int = 64,
+    patch_size: int = 16,
+    padding_side: str = "left",
+    chat_template: str | None = LLAVA_CHAT_TEMPLATE,
+    seed: int = 0,
+) -> str:
+    """Save a random LLaVA, a VLM whose processor needs no torchvision, and return its path.
+
+    Loads in ``SentenceTransformer(path)`` for text, images and ``{"text", "image"}`` pairs, and as the ``any-to-any``
+    module of a reranker, as ``tiny_qwen3_vl`` does.
+
+    Args:
+        folder: Where the checkpoint goes; made if it does not exist.
+        hidden_size: Width of both encoders, a multiple of 32, and dimension of the embeddings.
+        num_layers: Depth of each of the two encoders.
+        image_size: Height and width in pixels to which an image is resized.
+        patch_size: Height and width of a patch in pixels, which is one token; divides ``image_size``.
+        padding_side: Where the tokenizer pads, ``"left"`` or ``"right"``.
+        chat_template: How messages become a text; ``None`` saves none.
+        seed: Seed of the weights. The caller's random state is left as it was.
+    """
+    tokenizer = _tokenizer(max_length=512, eos="</s>", bos="<s>", special=("<image>",), append=False)
+    tokenizer.padding_side = padding_side
+    encoder = _encoder(hidden_size, num_layers)
+    text = {"model_type": "llama", **encoder, **_text(tokenizer), "num_key_value_heads": 1}
+    vision = {"model_type": "clip_vision_model", **encoder, "image_size": image_size, "patch_size": patch_size}
+    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    with _seeded(seed):
+        config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=image_token)
+        model = LlavaForConditionalGeneration(config)
+    square = {"height": image_size, "width": image_size}
+    processor = LlavaProcessor(
+        LlavaImageProcessorPil(size={"shortest_edge": image_size}, crop_size=square),
+        tokenizer,
+        patch_size=patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=chat_template,
+    )
     return _save(folder, model, processor)
 
 
