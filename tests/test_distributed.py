@@ -11,14 +11,21 @@ import pytest
 SCRIPT = """
 import os, sys
 from pathlib import Path
-from mmtune import RetrievalDataset, finetune
-from mmtune.testing import generated_pages, tiny_clip
+from mmtune import RetrievalDataset, compose_router, finetune
+from mmtune.testing import generated_pages, tiny_clip, tiny_siglip, tiny_text_encoder
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 folder, options = Path(sys.argv[1]), eval(sys.argv[2])
 rank = os.environ["RANK"]
+base = folder / f"base-{rank}"
+model = tiny_clip(base / "clip")
+if kind := options.pop("router", None):
+    text = tiny_text_encoder(base / "text", hidden_size=32)
+    model = compose_router(text, tiny_siglip(base / "image"), device="cpu")
+    options["loss"] = MultipleNegativesRankingLoss if kind == "plain loss" else None
 train, evaluation = RetrievalDataset.from_id_rows(generated_pages(44, seed=1)).split(8)
 result = finetune(
-    tiny_clip(folder / f"base-{rank}"), train, evaluation, output_dir=folder / "run", use_cpu=True,
+    model, train, evaluation, output_dir=folder / "run", use_cpu=True,
     per_device_train_batch_size=3, num_train_epochs=2, learning_rate=1e-3, disable_tqdm=True, **options,
 )
 digest = sum(float(value.double().abs().sum()) for value in result.model.state_dict().values())
@@ -61,6 +68,12 @@ def test_two_processes_agree_and_write_once(tmp_path: Path) -> None:
 def test_gradients_are_shared_after_a_measurement(tmp_path: Path) -> None:
     one, other = torchrun(tmp_path, eval_strategy="no", save_strategy="no")
     assert one[0] == other[0], "the processes trained apart"
+
+
+@pytest.mark.parametrize("router", ["cached loss", "plain loss"])
+def test_the_routes_of_a_router_train_in_several_processes(tmp_path: Path, router: str) -> None:
+    one, other = torchrun(tmp_path, router=router)
+    assert one[:2] == other[:2]
 
 
 def test_resuming_within_an_epoch_gives_the_same_weights(tmp_path: Path) -> None:

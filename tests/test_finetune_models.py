@@ -18,16 +18,22 @@ from transformers import AutoTokenizer
 
 from mmtune import (
     ConfigError,
+    DatasetError,
     FinetuneResult,
     RetrievalDataset,
     build_late_interaction,
     compose_router,
+    extract_route,
     finetune,
     merge_lora,
 )
+from mmtune.models.adapters import save_model
 from mmtune.models.fresh import fresh_layers
-from mmtune.models.parts import model_parts
+from mmtune.models.lora import add_lora
+from mmtune.models.parts import describe_training, model_parts
 from mmtune.testing import generated_pages, tiny_siglip, tiny_text_encoder
+from mmtune.training.kinds import kind_of
+from mmtune.training.preparing import ready_model, thawed_afterwards
 
 QUIET = {"disable_tqdm": True, "learning_rate": 1e-3}
 
@@ -60,16 +66,18 @@ def changed(before: dict[str, torch.Tensor], model: torch.nn.Module) -> set[str]
     return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
 
 
-def assert_reloads(result: FinetuneResult, data: tuple[RetrievalDataset, RetrievalDataset]) -> None:
+def assert_reloads(
+    result: FinetuneResult, data: tuple[RetrievalDataset, RetrievalDataset], *, tolerance: float = 1e-6
+) -> None:
     """The saved model embeds in the plain host as the one in memory."""
     loaded = type(result.model)(str(result.output_dir / "final"), device="cpu")
     pages = data[1].training_rows(0)[:3]["image"]
     for one, other in ((result.model, loaded), (loaded, result.model)):
         queries = [vector for text in ("revenue", "staff in 2021") for vector in one.encode_query([text])]
         same = [vector for text in ("revenue", "staff in 2021") for vector in other.encode_query([text])]
-        assert max(float(abs(a - b).max()) for a, b in zip(queries, same, strict=True)) <= 1e-6
+        assert max(float(abs(a - b).max()) for a, b in zip(queries, same, strict=True)) <= tolerance
         both = zip(one.encode_document(pages), other.encode_document(pages), strict=True)
-        assert max(float(abs(a - b).max()) for a, b in both) <= 1e-6
+        assert max(float(abs(a - b).max()) for a, b in both) <= tolerance
 
 
 # Routers
@@ -359,3 +367,140 @@ def test_several_sets_train_a_router_together(data, text_path, image_path, tmp_p
     dense = [module for module in result.model.modules() if isinstance(module, Dense)]
     assert dense
     assert isinstance(data[0].training_rows(1), Dataset)
+
+
+# Refused, and afterwards
+
+
+def trainable(model: torch.nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_a_model_that_is_frozen_altogether_is_refused(data, clip_path: str, tmp_path: Path) -> None:
+    model = SentenceTransformer(clip_path, device="cpu")
+    model.requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"Nothing is left to train.*'vision', 'text', 'projection'.*requires_grad_"):
+        finetune(model, data[0], output_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("freeze", "targets"), [(("vision",), ["nowhere"]), (("vision",), ["q_proj"])])
+def test_a_refused_call_leaves_the_model_as_it_was(data, clip_path, tmp_path, freeze, targets) -> None:
+    peft = pytest.importorskip("peft")
+    model = SentenceTransformer(clip_path, device="cpu")
+    model[0].model.logit_scale.requires_grad_(False)
+    before = trainable(model)
+    with pytest.raises(ConfigError, match="target_modules"):
+        finetune(
+            model,
+            data[0],
+            output_dir=tmp_path / "run",
+            freeze=freeze,
+            lora=peft.LoraConfig(target_modules=targets),
+        )
+    assert trainable(model) == before
+
+
+@pytest.mark.parametrize(
+    ("freeze", "lora", "thawed"),
+    [
+        (("vision",), None, {"vision"}),
+        (iter(["vision"]), None, {"vision"}),
+        (None, None, set()),
+        (("vision",), True, set()),
+    ],
+    ids=["frozen", "iterator", "nothing", "beside adapters"],
+)
+def test_freezing_is_over_with_the_run(clip_path: str, freeze, lora, thawed) -> None:
+    if lora:
+        pytest.importorskip("peft")
+    model = SentenceTransformer(clip_path, device="cpu")
+    start = ready_model(model, kind_of(model), documents="image", freeze=freeze, lora=lora, seed=1)
+    trained = set(start.facts["trained_parts"])
+    with thawed_afterwards(start):
+        pass
+    assert set(describe_training(model)["trained_parts"]) == trained | thawed
+
+
+def test_a_projection_after_adapters_learns_again(qwen3_vl_path: str) -> None:
+    pytest.importorskip("peft")
+    model = build_late_interaction(qwen3_vl_path, max_pixels=64 * 64, device="cpu")
+    start = ready_model(model, kind_of(model), documents="image", freeze=("projection",), lora=True, seed=1)
+    assert "projection" in start.facts["frozen_parts"]
+    with thawed_afterwards(start):
+        pass
+    assert describe_training(model)["trained_parts"] == ["language", "projection"]
+
+
+def test_what_a_router_froze_on_purpose_stays_frozen(text_path: str, image_path: str) -> None:
+    model = a_router(text_path, image_path, freeze=("image",))
+    start = ready_model(model, kind_of(model), documents="image", freeze=("image", "text"), lora=None, seed=1)
+    with thawed_afterwards(start):
+        pass
+    assert describe_training(model)["frozen_parts"] == ["image"]
+
+
+def test_adapters_on_a_model_that_was_trained_before_reload(data, clip_path: str, tmp_path: Path) -> None:
+    """As after an interrupted run: the weights in memory are in no checkpoint that the model names."""
+    pytest.importorskip("peft")
+    model = SentenceTransformer(clip_path, device="cpu")
+    with torch.no_grad():
+        model[0].model.text_projection.weight.mul_(torch.linspace(0.5, 1.5, 64))
+    result = finetune(model, data[0], output_dir=tmp_path / "run", lora=True, max_steps=1, **QUIET)
+    assert_reloads(result, data, tolerance=1e-5)
+
+
+def test_adapters_on_a_route_that_was_trained_in_its_router_reload(routed: FinetuneResult, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    model = extract_route(routed.model, "image")
+    add_lora(model, True)
+    assert save_model(model, tmp_path / "saved")
+
+
+# peft looks for the config of the base model when a checkpoint is saved (peft 0.21)
+@pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")
+def test_overwriting_the_base_of_the_adapters_keeps_it_in_the_result(data, clip_path: str, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    arguments = {"output_dir": tmp_path / "run", "max_steps": 1, **QUIET}
+    first = finetune(clip_path, data[0], **arguments)
+    second = finetune(first.model, data[0], lora=True, overwrite=True, **arguments)
+    assert_reloads(second, data, tolerance=1e-5)
+
+
+def test_static_queries_learn_beside_adapters(data, text_path: str, image_path: str, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    static = StaticEmbedding(AutoTokenizer.from_pretrained(text_path), embedding_dim=32)
+    model = compose_router([static], image_path, route_by="task", device="cpu")
+    before = static.embedding.weight.detach().clone()
+    result = finetune(model, data[0], output_dir=tmp_path / "run", lora=True, max_steps=2, **QUIET)
+    assert not torch.equal(static.embedding.weight, before)
+    assert_reloads(result, data, tolerance=1e-5)
+
+
+def test_a_run_resumes_on_the_same_object_with_the_rates_that_it_began_with(
+    data, text_path, image_path, tmp_path
+) -> None:
+    model = a_router(text_path, image_path)
+    first = finetune(model, data[0], output_dir=tmp_path / "run", max_steps=4, save_steps=2, **QUIET)
+    assert fresh_layers(model) == {}
+    again = finetune(model, data[0], output_dir=tmp_path / "run", max_steps=6, save_steps=2, resume=True, **QUIET)
+    mapping = first.settings["training"]["learning_rate_mapping"]
+    assert mapping
+    assert again.settings["training"]["learning_rate_mapping"] == mapping
+
+
+def test_adapters_that_a_model_brings_learn_at_their_rate(adapted: FinetuneResult, data, tmp_path: Path) -> None:
+    model = SentenceTransformer(str(adapted.output_dir / "final"), device="cpu")
+    result = finetune(model, data[0], output_dir=tmp_path / "run", max_steps=1, disable_tqdm=True)
+    assert result.settings["training"]["learning_rate"] == pytest.approx(2e-4)
+
+
+def test_a_document_without_a_text_is_found_before_weights_load(data, clip_path: str, tmp_path: Path) -> None:
+    shutil.copytree(clip_path, tmp_path / "clip")
+    (tmp_path / "clip" / "model.safetensors").write_bytes(b"no weights")
+    texts: list[str | None] = [f"page {k}" for k in range(len(data[0].corpus))]
+    texts[3] = None
+    corpus = data[0].corpus.add_column("text", texts)
+    with_text = RetrievalDataset(corpus, data[0].queries, data[0].qrels, data[0].negatives)
+    with pytest.raises(DatasetError, match="1 documents have no text"):
+        finetune(str(tmp_path / "clip"), with_text, documents="text+image", output_dir=tmp_path / "run")

@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from sentence_transformers import (
 )
 from sentence_transformers.base.modules import Dense, Router, Transformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
+from transformers import AutoTokenizer
 
 from mmtune.errors import ConfigError, MissingExtraError
 from mmtune.models.adapters import has_lora, load_adapters, merge_lora, save_model
@@ -166,6 +168,22 @@ def test_a_tower_that_is_frozen_already_gets_none_unless_everything_is(build):
     assert add_lora(frozen, True)["layers"] == 24
 
 
+def test_a_part_that_can_not_carry_adapters_stays_trainable(text_encoder_path, clip_path):
+    static = StaticEmbedding(AutoTokenizer.from_pretrained(text_encoder_path), embedding_dim=128)
+
+    def mixed(*, trains_images):
+        routes = {"text": [static], "image": [Transformer(clip_path).requires_grad_(trains_images)]}
+        mappings = {(None, "text"): "text", (None, "image"): "image"}
+        return SentenceTransformer(modules=[Router(routes, route_mappings=mappings)], device="cpu")
+
+    model = mixed(trains_images=True)
+    add_lora(model, True)
+    assert static.embedding.weight.requires_grad
+    assert all(".image." in name for name in adapter_names(model))
+    with pytest.raises(ConfigError, match="all layers that would get adapters are in frozen parts"):
+        add_lora(mixed(trains_images=False), True)
+
+
 def test_a_config_is_taken_as_it_stands(build):
     model = build("qwen")
     config = peft.LoraConfig(r=2, target_modules=["qkv"], modules_to_save=["merger"])
@@ -293,6 +311,63 @@ def test_weights_from_no_checkpoint_are_saved_merged(build, tmp_path):
     learned_adapters(model)
     assert save_model(model, tmp_path / "saved")
     assert abs(embeddings(load(tmp_path / "saved")) - embeddings(model)).max() < 1e-6
+
+
+def test_weights_that_are_not_those_of_the_checkpoint_any_more_are_saved_merged(build, tmp_path):
+    model = learned_adapters(learned(build("clip")))
+    assert save_model(model, tmp_path / "saved")
+    assert abs(embeddings(load(tmp_path / "saved")) - embeddings(model)).max() < 1e-6
+
+
+def test_a_base_model_that_is_gone_is_saved_merged(tmp_path):
+    model = learned_adapters(load(tiny_clip(tmp_path / "base")))
+    shutil.rmtree(tmp_path / "base")
+    assert save_model(model, tmp_path / "saved")
+    assert abs(embeddings(load(tmp_path / "saved")) - embeddings(model)).max() < 1e-6
+
+
+@pytest.mark.parametrize("inside", ["", "base"])
+def test_adapters_do_not_replace_their_base_model(inside, tmp_path):
+    model = learned_adapters(load(tiny_clip(tmp_path / "run" / inside)))
+    assert save_model(model, tmp_path / "run")
+    assert abs(embeddings(load(tmp_path / "run")) - embeddings(model)).max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_adapters_beside_half_precision_are_trained_in_float32(clip_path, dtype, tmp_path):
+    half = {"device": "cpu", "model_kwargs": {"dtype": dtype}}
+    model = SentenceTransformer(clip_path, **half)
+    before = embeddings(model)
+    add_lora(model, True)
+    assert abs(embeddings(model) - before).max() == 0
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
+    assert not save_model(learned(model), tmp_path / "saved"), "the base model is the same in another dtype"
+    again = SentenceTransformer(str(tmp_path / "saved"), **half)
+    # the host loads adapters in the dtype of the base model
+    assert abs(embeddings(again) - embeddings(model)).max() < 0.02
+    add_lora(again, None)
+    assert {parameter.dtype for parameter in again.parameters() if parameter.requires_grad} == {torch.float32}
+
+
+def test_a_base_model_in_several_files_is_the_same(build, tmp_path):
+    build("qwen")[0].model.save_pretrained(tmp_path / "base", max_shard_size="50KB")
+    build("qwen")[0].processor.save_pretrained(tmp_path / "base")
+    assert (tmp_path / "base" / "model.safetensors.index.json").is_file()
+    assert not save_model(learned_adapters(load(tmp_path / "base")), tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["q_proj"], "modules_to_save": ["merger"]},
+        {"target_modules": ["q_proj"], "use_dora": True},
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [1, 2]}},
+    ],
+    ids=["modules_to_save", "dora", "tokens"],
+)
+def test_whatever_peft_wraps_is_compared(build, config, tmp_path):
+    model = learned(with_adapters(build("qwen"), peft.LoraConfig(r=2, **config)))
+    assert not save_model(model, tmp_path / "saved")
 
 
 def test_adapters_refer_to_the_weights_they_were_trained_on(build, tmp_path):

@@ -229,9 +229,10 @@ def test_what_is_trained_is_told(clip_path):
     assert facts["trained_share"] == facts["trained_parameters"] / whole["trained_parameters"]
 
 
-def test_nothing_to_freeze_changes_nothing(clip_path):
+@pytest.mark.parametrize("nothing", [(), None])
+def test_nothing_to_freeze_changes_nothing(clip_path, nothing):
     model = clip(clip_path)
-    freeze_parts(model, ())
+    freeze_parts(model, nothing)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -258,6 +259,10 @@ def test_frozen_batch_normalisation_keeps_its_statistics():
     model.train()
     model(dict(features))
     assert all(torch.equal(now, then) for now, then in zip(model[0].norm.buffers(), before, strict=True))
+    model.requires_grad_(True)
+    model.train()
+    model(dict(features))
+    assert not torch.equal(next(model[0].norm.buffers()), before[0]), "what learns again keeps statistics again"
 
 
 # refused
@@ -280,6 +285,17 @@ def test_a_refused_freeze_leaves_the_model_as_it_was(clip_path):
 def test_a_string_is_refused_with_the_right_spelling(clip_path):
     with pytest.raises(ConfigError, match=r'pass freeze=\("vision",\)'):
         freeze_parts(clip(clip_path), "vision")
+
+
+def test_what_is_no_series_of_names_is_refused(clip_path):
+    with pytest.raises(ConfigError, match="freeze=3 names no parts"):
+        freeze_parts(clip(clip_path), 3)
+
+
+def test_names_may_come_one_by_one(clip_path):
+    model = clip(clip_path)
+    freeze_parts(model, (name for name in ["vision"]))
+    assert describe_training(model)["frozen_parts"] == ["vision"]
 
 
 @pytest.mark.parametrize("name", [None, 3])

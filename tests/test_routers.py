@@ -33,9 +33,9 @@ from mmtune.data import RetrievalDataset
 from mmtune.data.documents import let_read_typed_texts
 from mmtune.errors import ConfigError
 from mmtune.models.fresh import fresh_layers
-from mmtune.models.loading import check_checkpoint
+from mmtune.models.loading import check_checkpoint, load_model
 from mmtune.models.routers import compose_router, router_mapping
-from mmtune.models.routes import check_routes, extract_route
+from mmtune.models.routes import check_routes, extract_route, mark_fresh_routes
 from mmtune.testing import generated_pages
 
 PAGE = Image.effect_noise((300, 200), 80).convert("RGB")
@@ -238,9 +238,43 @@ def test_freezes_what_no_route_reaches_in_a_dual_encoder_kept_whole(text_encoder
 def test_both_sides_have_one_dtype(text_encoder_path, siglip_path, tmp_path):
     static = SentenceTransformer(modules=static_queries(text_encoder_path), device="cpu")
     static.save_pretrained(str(tmp_path / "static"))
-    model = compose(str(tmp_path / "static"), siglip_path, dtype="bfloat16")
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    model = compose(str(tmp_path / "static"), siglip_path)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     check_routes(model)
+
+
+def test_half_precision_that_the_host_could_not_load_again_is_refused(text_encoder_path, siglip_path, tmp_path):
+    with pytest.raises(ConfigError, match=r"layers after its encoder and is in bfloat16.*dtype=\"float32\""):
+        compose(text_encoder_path, siglip_path, dimension=32, dtype="bfloat16")
+    compose(text_encoder_path, siglip_path, dimension=32).save_pretrained(str(tmp_path / "router"))
+    # for inference alone, in memory, the layers follow their encoder
+    model = load_model(tmp_path / "router", dtype="bfloat16", device="cpu")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.encode_query(TEXTS).shape == (2, 32)
+
+
+def test_a_router_is_loaded_in_float32_where_a_gpu_computes_in_bfloat16(
+    text_encoder_path, siglip_path, tmp_path, monkeypatch
+):
+    compose(text_encoder_path, siglip_path, dimension=32).save_pretrained(str(tmp_path / "router"))
+    monkeypatch.setattr("mmtune.models.options._target_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert load_model(tmp_path / "router", device="cpu").dtype == torch.float32
+    assert load_model(siglip_path, device="cpu").dtype == torch.bfloat16
+
+
+def test_a_projection_is_fresh_until_it_was_trained_also_after_loading(text_encoder_path, siglip_path, tmp_path):
+    compose(text_encoder_path, siglip_path, dimension=32).save_pretrained(str(tmp_path / "router"))
+    loaded = SentenceTransformer(str(tmp_path / "router"), device="cpu")
+    assert fresh_layers(loaded) == {}
+    mark_fresh_routes(loaded)
+    assert len(fresh_layers(loaded)) == 2
+    trained = SentenceTransformer(str(tmp_path / "router"), device="cpu")
+    for module in trained.modules():
+        if isinstance(module, Dense):
+            module.linear.weight.data += 1e-3
+    mark_fresh_routes(trained)
+    assert fresh_layers(trained) == {}
 
 
 def test_every_trained_parameter_of_a_tower_gets_a_gradient(text_encoder_path, siglip_path):

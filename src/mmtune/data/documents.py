@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from types import MethodType
 from typing import Any, Literal, get_args
 
+import numpy as np
 from datasets import Dataset
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from torch import nn
 
 from mmtune.data import internals
+from mmtune.data.arrow import column
 from mmtune.data.images import decode_page
 from mmtune.errors import ConfigError, DatasetError, MissingDocumentError
 
@@ -115,6 +117,21 @@ def document_columns(corpus: Dataset, documents: DocumentKind) -> list[str]:
             "Add the column, or ask for what the corpus has."
         )
     return columns
+
+
+def check_texts(corpus: Dataset) -> None:
+    """Make sure that every document of a corpus has a text.
+
+    Raises:
+        DatasetError: Some have none; the message names the first.
+    """
+    missing = np.flatnonzero(column(corpus, "text").is_null().to_numpy(zero_copy_only=False))
+    if len(missing):
+        first = column(corpus, "document_id")[int(missing[0])].as_py()
+        raise DatasetError(
+            f"{len(missing)} documents have no text, e.g. {first!r}, and texts are read. Give them one, leave them "
+            'out, or pass documents="image".'
+        )
 
 
 def as_host_input(value: Any) -> Any:

@@ -7,9 +7,12 @@ Host models that end in one encoder save and load adapters themselves. The host 
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from sentence_transformers.base.model import BaseModel
 from sentence_transformers.base.modules import Router, Transformer
@@ -19,6 +22,8 @@ from mmtune.errors import ConfigError
 
 ADAPTER_FILE = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
+WRAPPERS = re.compile(r"\.(base_layer|original_module|token_adapter)(?=\.)")
+"""Words that peft puts into the name of a weight that it has wrapped."""
 
 
 def has_lora(model: BaseModel) -> bool:
@@ -66,13 +71,14 @@ def merge_lora(model: BaseModel) -> BaseModel:
 def save_model(model: BaseModel, folder: str | Path) -> bool:
     """Save a model so that it loads in the plain host, with the adapters apart wherever the host can load them.
 
-    Adapters are saved without their base model, which is named beside them and must stay where it is. Inside a Router,
-    and on weights that are in no checkpoint, the host can't load them: there a merged copy is saved. Weights that other
-    code has trained since they were loaded are not noticed: save and load such a model before ``add_lora``.
+    Adapters are saved without their base model, which is named beside them and must stay where it is. A merged copy is
+    saved where they would load as another model: inside a Router, beside weights that are not those of the named
+    checkpoint (any more), which is read to find out, and where that checkpoint lies in the folder that is written.
 
     Args:
         model: Any host model; it embeds as before.
-        folder: Where it goes, as in ``save_pretrained``.
+        folder: Where it goes, as in ``save_pretrained``. Merging takes memory for another copy of the weights, on the
+            CPU.
 
     Returns:
         Whether the adapters were merged for saving.
@@ -80,8 +86,8 @@ def save_model(model: BaseModel, folder: str | Path) -> bool:
     Raises:
         ConfigError: They would have to be, and the weights are quantised.
     """
-    merges = has_lora(model) and not _host_can_reload(model)
-    saved = merge_lora(copy.deepcopy(model)) if merges else model
+    merges = has_lora(model) and not _host_can_reload(model, Path(folder))
+    saved = merge_lora(_copy_on_cpu(model)) if merges else model
     saved.save_pretrained(str(folder))
     if not has_lora(model) and isinstance(model[0], Transformer):
         # adapters that come later are for these weights, not for those that were loaded before training
@@ -140,14 +146,52 @@ def is_quantized(module: Transformer) -> bool:
     return bool(getattr(module.model, "is_quantized", False))
 
 
-def _host_can_reload(model: BaseModel) -> bool:
+def _copy_on_cpu(model: BaseModel) -> BaseModel:
+    if any(is_quantized(module) for module in encoders_of(model)):
+        return copy.deepcopy(model)  # these weights are a class of their own; merge_lora refuses them
+    memo: dict[int, Any] = {id(value): value.detach().cpu().clone() for value in model.buffers()}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().cpu().clone(), parameter.requires_grad)
+    return copy.deepcopy(model, memo)
+
+
+def _host_can_reload(model: BaseModel, folder: Path) -> bool:
     in_router = [module for router in model.modules() if isinstance(router, Router) for module in encoders_of(router)]
     for module in encoders_of(model):
-        if has_adapters(module):
-            base = next(iter(module.model.peft_config.values())).base_model_name_or_path
-            if not base or any(module is other for other in in_router):
-                return False
+        if has_adapters(module) and (
+            any(module is other for other in in_router) or not _is_beside_checkpoint(module, folder)
+        ):
+            return False
     return True
+
+
+def _is_beside_checkpoint(module: Transformer, folder: Path) -> bool:
+    """Whether the weights beside the adapters are those that the host will load, and writing the folder leaves them."""
+    base = next(iter(module.model.peft_config.values())).base_model_name_or_path
+    if not base:
+        return False
+    # quantised weights can't be trained, and not be merged either
+    return is_quantized(module) or (not _lies_in(str(base), folder) and _has_weights_of(module, str(base)))
+
+
+def _lies_in(base: str, folder: Path) -> bool:
+    path = Path(base).resolve()
+    return path.is_dir() and folder.resolve() in (path, *path.parents)
+
+
+def _has_weights_of(module: Transformer, base: str) -> bool:
+    model_class: Any = type(module.model)
+    try:
+        with torch.random.fork_rng(devices=[]):  # weights that the checkpoint lacks are drawn
+            loaded = model_class.from_pretrained(base, dtype=module.model.dtype, local_files_only=True).state_dict()
+    except (OSError, ValueError, RuntimeError, SafetensorError):  # not there (any more), or of another structure
+        return False
+    weights = {WRAPPERS.sub("", name): value for name, value in module.model.state_dict().items()}
+    return all(name in weights and _same(weights[name], value) for name, value in loaded.items())
+
+
+def _same(weight: torch.Tensor, loaded: torch.Tensor) -> bool:
+    return torch.equal(weight.cpu(), loaded.to(weight.dtype))
 
 
 def _load_module(module: nn.Module, folder: Path, path: str) -> None:

@@ -22,6 +22,7 @@ from mmtune.models.pixels import (
     effective_pixel_limits,
 )
 from mmtune.models.prompts import check_prompts
+from mmtune.models.routes import unify_dtypes
 
 
 def load_model(
@@ -96,6 +97,7 @@ def load_host_model(
     encoders = read_encoders(files, modality, model_class=model_class)
     check_limits(encoders, limits)
     model = build(model_class, name, **options.for_host(encoders))
+    unify_dtypes(model)
     if Path(name).is_dir():
         # The host looks on the Hub for a model that is called like the folder, and may find one.
         model.model_card_data.local_files_only = True

@@ -15,7 +15,7 @@ from torch import nn
 
 from mmtune.errors import ConfigError, MissingExtraError
 from mmtune.models.adapters import adapter_layers, encoders_of, has_adapters, is_quantized, take_out
-from mmtune.models.parts import PROJECTION, encoder_parts, model_parts, parts_named
+from mmtune.models.parts import PROJECTION, encoder_parts, parts_named
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -63,7 +63,8 @@ def add_lora(model: BaseModel, lora: LoraChoice, *, freeze: Sequence[str] = (), 
     Where the config names no ``target_modules``, adapters go to every linear layer of the language model of a VLM, and
     not to its vision tower; in a dual encoder (CLIP, SigLIP) to both towers, which have to meet; in a text encoder to
     all of it; in a Router to each of its encoders by the same rule. Parts in ``freeze`` get none, nor does what is
-    frozen in the model as it comes, unless that is all of it.
+    frozen in the model as it comes, unless that is all of it. Encoders that are no transformers models, such as
+    ``StaticEmbedding``, can't carry adapters and stay as trainable as they were.
 
     Args:
         model: Any host model, changed in place. Weights that bitsandbytes has quantised are prepared (QLoRA).
@@ -104,20 +105,21 @@ def add_lora(model: BaseModel, lora: LoraChoice, *, freeze: Sequence[str] = (), 
             f"out; to start others on top of them, pass merge_lora(model)."
         )
     frozen = {id(parameter) for part in parts_named(model, freeze).values() for parameter in part}
-    adapted = _attach(encoders, lora, frozen | _frozen_before(encoders), seed)
+    adapted = _attach(encoders, lora, frozen | _frozen_before(model), seed)
     _refuse_frozen_layers(adapted, frozen)
-    for name, part in model_parts(model).items():
-        if name != PROJECTION:
-            _freeze_all_but_adapters(part, adapted)
+    for module in encoders:
+        for name, part in encoder_parts(module).items():
+            if name != PROJECTION:
+                _freeze_all_but_adapters(part, adapted)
     return _facts(adapted)
 
 
-def _frozen_before(encoders: Sequence[Transformer]) -> set[int]:
+def _frozen_before(model: BaseModel) -> set[int]:
     """Weights that are frozen as the model is, such as a tower that no input of a route reaches.
 
     None where all are: then adapters are what is to be trained beside them.
     """
-    weights = [parameter for module in encoders for parameter in module.parameters()]
+    weights = list(model.parameters())
     if not any(parameter.requires_grad for parameter in weights):
         return set()
     # quantised weights never take gradients
@@ -148,10 +150,19 @@ def _attach(encoders: Sequence[Transformer], lora: LoraChoice, frozen: set[int],
 
 def _add_adapter(module: Transformer, config: "PeftConfig") -> None:
     module.model.add_adapter(config)
+    _make_precise(module)
     base = Path(config.base_model_name_or_path or "")
     if config.base_model_name_or_path and base.is_dir():
         # a relative path would only load from the folder where the training was started
         config.base_model_name_or_path = str(base.resolve())
+
+
+def _make_precise(module: Transformer) -> None:
+    # as peft does in models of its own: small updates of bfloat16 weights are rounded away
+    for _, layer in adapter_layers(module):
+        for name, parameter in layer.named_parameters():
+            if parameter.requires_grad and not name.startswith("base_layer."):
+                parameter.data = parameter.data.float()
 
 
 def _config_for(module: Transformer, lora: LoraChoice, frozen: set[int]) -> "PeftConfig | None":
@@ -234,6 +245,7 @@ def _train_on(encoders: Sequence[Transformer], adapted: Sequence[Transformer]) -
             for name in module.model.active_adapters():
                 module.model.peft_config[name].inference_mode = False
                 module.model.set_adapter(name)
+            _make_precise(module)
 
 
 def _prepare_quantized(module: Transformer) -> None:

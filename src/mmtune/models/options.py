@@ -56,8 +56,11 @@ class LoadOptions:
             ConfigError: dtype, attention or device can't be, or is given twice.
         """
         target = _target_device(self.device)
+        # A Router in half precision can't be loaded again: the host leaves the Dense layers of its routes in float32
+        # (sentence-transformers 6.2). Training computes in bfloat16 all the same.
+        dtype = "float32" if self.dtype == "auto" and len(encoders) > 1 else self.dtype
         model_kwargs = _model_kwargs(
-            self.host_kwargs, dtype=self.dtype, attention=self.attention, target=target, encoders=encoders
+            self.host_kwargs, dtype=dtype, attention=self.attention, target=target, encoders=encoders
         )
         chosen = {"device": self.device, "model_kwargs": model_kwargs, "processor_kwargs": self.processor_kwargs}
         return {**self.host_kwargs, **chosen}

@@ -60,12 +60,25 @@ def model_parts(model: BaseModel) -> dict[str, tuple[nn.Parameter, ...]]:
     return _pipeline_parts(model.children())
 
 
-def parts_named(model: BaseModel, names: Sequence[str]) -> dict[str, tuple[nn.Parameter, ...]]:
+def part_names(freeze: Iterable[str] | None) -> tuple[str, ...]:
+    """What ``freeze`` takes, as a tuple; ``None`` freezes nothing.
+
+    Raises:
+        ConfigError: It is a string, or no series of names.
+    """
+    if isinstance(freeze, str):
+        raise ConfigError(f'freeze={freeze!r} is a string. Expected the names of parts: pass freeze=("{freeze}",).')
+    if not isinstance(freeze, Iterable | None):
+        raise ConfigError(f'freeze={freeze!r} names no parts. Expected their names: pass some, as in ("vision",).')
+    return tuple(freeze or ())
+
+
+def parts_named(model: BaseModel, names: Iterable[str] | None) -> dict[str, tuple[nn.Parameter, ...]]:
     """The parts with these names, or with names that mean the same.
 
     Args:
         model: Any host model.
-        names: Names of parts.
+        names: Names of parts; ``None`` for none.
 
     Returns:
         Their parameters by the names that ``model_parts`` gives.
@@ -73,13 +86,11 @@ def parts_named(model: BaseModel, names: Sequence[str]) -> dict[str, tuple[nn.Pa
     Raises:
         ConfigError: ``names`` is a string instead of a tuple, or the model has no such part.
     """
-    if isinstance(names, str):
-        raise ConfigError(f'freeze={names!r} is a string. Expected the names of parts: pass freeze=("{names}",).')
     parts = model_parts(model)
-    return {name: parts[name] for name in (_known(name, parts) for name in names)}
+    return {name: parts[name] for name in (_known(name, parts) for name in part_names(names))}
 
 
-def freeze_parts(model: BaseModel, names: Sequence[str]) -> None:
+def freeze_parts(model: BaseModel, names: Iterable[str] | None) -> None:
     """Keep parts of a model as they are in training: parameters, and running statistics of batch normalisation.
 
     Weights that two layers share are frozen with either of them: freezing ``language`` freezes an LM head and the
@@ -87,7 +98,7 @@ def freeze_parts(model: BaseModel, names: Sequence[str]) -> None:
 
     Args:
         model: Any host model, changed in place.
-        names: Parts as in ``model_parts``; none leaves the model as it is.
+        names: Parts as in ``model_parts``; none, or ``None``, leaves the model as it is.
 
     Raises:
         ConfigError: ``names`` is a string, the model has no such part, or nothing would be left to train.
@@ -99,6 +110,7 @@ def freeze_parts(model: BaseModel, names: Sequence[str]) -> None:
         >>> describe_training(model)["frozen_parts"]
         ['vision']
     """
+    names = part_names(names)
     chosen = parts_named(model, names)
     frozen = {id(parameter) for part in chosen.values() for parameter in part}
     rest = [parameter for part in model_parts(model).values() for parameter in part if id(parameter) not in frozen]
@@ -276,7 +288,8 @@ def _hold_statistics(model: nn.Module, frozen: set[int]) -> None:
 
 def _evaluate(module: nn.Module, *_: object) -> None:
     # at every call: the trainer puts all modules into training mode again after each evaluation
-    module.eval()
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        module.eval()
 
 
 def _num_weights(parameter: torch.Tensor) -> int:

@@ -19,8 +19,8 @@ from mmtune.models.fresh import mark_fresh
 from mmtune.models.loading import load_host_model
 from mmtune.models.options import LoadOptions
 from mmtune.models.pixels import apply_pixel_limits
-from mmtune.models.routes import describe_routes, find_router, output_of, router_mapping, sample_of
-from mmtune.models.towers import freeze_unreached, is_dual_encoder, pad_texts, take_tower
+from mmtune.models.routes import describe_routes, find_router, output_of, require_reloadable, router_mapping, sample_of
+from mmtune.models.towers import freeze_unused, is_dual_encoder, pad_texts, take_tower
 
 __all__ = ["Side", "compose_router", "router_mapping"]
 
@@ -134,7 +134,8 @@ def compose_router(
             by its modality.
         max_pixels: As in ``load_model``, for the image encoder.
         min_pixels: As in ``load_model``, for the image encoder.
-        dtype: As in ``load_model``, for checkpoints.
+        dtype: As in ``load_model``, for checkpoints; ``"auto"`` is float32, because the host can't load a Router in
+            half precision again where a route has a projection.
         attention: As in ``load_model``, for checkpoints.
 
     Returns:
@@ -156,7 +157,8 @@ def compose_router(
     _check_arguments(dimension, frozen, route_by)
     for modality, source in (("text", text), ("image", image)):
         _check_source(modality, source)
-    limits = LoadOptions(max_pixels, min_pixels, dtype, attention, device)
+    # in half precision the host could not load the projections again, see LoadOptions.for_host
+    limits = LoadOptions(max_pixels, min_pixels, "float32" if dtype == "auto" else dtype, attention, device)
     image_encoder = _encoder("image", image, limits, whole=route_by == "task")
     text_encoder = _encoder("text", text, replace(limits, max_pixels=None, min_pixels=None), whole=False)
     if isinstance(text, str | os.PathLike) and isinstance(image, str | os.PathLike):
@@ -168,6 +170,7 @@ def compose_router(
         _projected(_frozen(encoder, frozen), size) for encoder in (text_encoder, image_encoder)
     )
     model = _routed(text_encoder, image_encoder, route_by)
+    require_reloadable(model)
     _check_sizes(model, image_encoder, route_by)
     if frozen and not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(
@@ -271,7 +274,7 @@ def _without_idle_parts(encoder: _Encoder) -> _Encoder:
     if not is_dual_encoder(first):
         return encoder
     embeddings = [encoder.features(kind, gradients=True)["sentence_embedding"] for kind in encoder.kinds]
-    idle = freeze_unreached(first, embeddings)
+    idle = freeze_unused(first, embeddings)
     return replace(encoder, notes=(*encoder.notes, f"frozen, because no route reaches it: {idle:,} parameters"))
 
 

@@ -7,15 +7,19 @@ from typing import Any
 import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Router
+from sentence_transformers.base.modules import Dense, Router
 from sentence_transformers.util import batch_to_device
 from torch import nn
 
 from mmtune.errors import ConfigError
 from mmtune.models.checkpoints import first_line
+from mmtune.models.fresh import mark_fresh
 from mmtune.models.kinds import HostModel
+from mmtune.models.towers import freeze_unused
 
 SAMPLE_TEXT = "total revenue"
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def router_mapping(columns: Sequence[str]) -> dict[str, str]:
@@ -57,6 +61,7 @@ def check_routes(model: HostModel, documents: str = "image") -> None:
     router = find_router(model)
     if router is None:
         return
+    require_reloadable(model)
     sizes = {
         "text queries": _proved_size(model, router, "query", "text"),
         f"{documents} documents": _proved_size(model, router, "document", documents),
@@ -67,6 +72,69 @@ def check_routes(model: HostModel, documents: str = "image") -> None:
             f"The routes end in different dimensions: {found}. {describe_routes(router)} Expected one dimension. End "
             f"the routes in Dense layers onto the same size, as compose_router does."
         )
+
+
+def require_reloadable(model: HostModel) -> None:
+    """Make sure that the host can load a Router again: it leaves all but the encoders in float32.
+
+    Raises:
+        ConfigError: The Router is in half precision, and a route has weights after its encoder.
+    """
+    router = find_router(model)
+    for name, modules in router.sub_modules.items() if router is not None else ():
+        weights = [weight for module in list(modules.children())[1:] for weight in module.parameters()]
+        half = [weight.dtype for weight in modules.parameters() if weight.dtype in _HALF]
+        if weights and half:
+            raise ConfigError(
+                f"The route {name!r} has layers after its encoder and is in {str(half[0]).removeprefix('torch.')}: the "
+                "host loads such a Router with layers in float32, which then fails (sentence-transformers 6.2). Load "
+                'or compose it with dtype="float32"; training computes in bfloat16 on a GPU all the same.'
+            )
+
+
+def mark_fresh_routes(model: HostModel) -> None:
+    """Mark the projections of ``compose_router`` that have not been trained, also after saving and loading.
+
+    They start orthogonal and with a bias of zero; training leaves neither.
+    """
+    router = find_router(model)
+    for module in router.modules() if router is not None else ():
+        if isinstance(module, Dense) and _is_as_drawn(module.linear):
+            mark_fresh(module)
+
+
+def _is_as_drawn(layer: nn.Linear) -> bool:
+    if layer.bias is None or bool(layer.bias.any()):
+        return False
+    weight = layer.weight.detach().double()
+    products = weight @ weight.T if layer.out_features <= layer.in_features else weight.T @ weight
+    return torch.allclose(products, torch.eye(len(products), dtype=products.dtype, device=products.device), atol=1e-4)
+
+
+def unify_dtypes(model: HostModel) -> None:
+    """Bring the layers of each route of a Router to the dtype of its encoder, as the host does outside of Routers."""
+    router = find_router(model)
+    for modules in router.sub_modules.values() if router is not None else ():
+        encoder, *layers = modules.children()
+        first = next(encoder.parameters(), None)
+        if first is not None and first.is_floating_point():
+            for layer in layers:
+                layer.to(first.dtype)
+
+
+def freeze_unreached(model: HostModel, documents: str = "image") -> None:
+    """Freeze what no query and no document of a Router reaches: it could not learn, and torchrun would wait for it.
+
+    Args:
+        model: Any host model that ``check_routes`` has passed; one without a Router stays as it is.
+        documents: As in ``check_routes``.
+    """
+    router = find_router(model)
+    if router is None:
+        return
+    ways = (("query", "text"), ("document", documents))
+    reached = [output_of(model, sample_of(kind), gradients=True, task=task) for task, kind in ways]
+    freeze_unused(model, (features["sentence_embedding"] for features in reached))
 
 
 def extract_route(model: SentenceTransformer, route: str = "text") -> SentenceTransformer:

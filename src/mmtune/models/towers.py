@@ -76,12 +76,12 @@ def pad_texts(encoder: nn.Module) -> None:
         encoder.processing_kwargs = {**kwargs, "text": {**fixed, **kwargs.get("text", {})}}
 
 
-def freeze_unreached(encoder: Transformer, embeddings: Iterable[torch.Tensor]) -> int:
+def freeze_unused(encoder: nn.Module, embeddings: Iterable[torch.Tensor]) -> int:
     """Freeze what has no part in these embeddings; it could not learn.
 
     Args:
-        encoder: A dual encoder of which a Router uses one side.
-        embeddings: All that the Router gets from it, made with gradients.
+        encoder: A dual encoder of which a Router uses one side, or a whole model.
+        embeddings: All that is used of it, made with gradients.
 
     Returns:
         The number of parameters that were frozen.
@@ -128,6 +128,7 @@ def _alone(encoder: Transformer, tower: PreTrainedModel, modality: str) -> Trans
             processing_kwargs=kwargs,
         )
     alone.config.name_or_path = encoder.config.name_or_path
+    alone.model.name_or_path = ""  # the folder is gone, and the tower is in no checkpoint by itself
     return alone.to(tower.device).eval()
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from mmtune.report.tables import BeforeAfter, before_after_cells, markdown_table
 
-_HEADER = ("dimension", "before", "after", "change")
+_HEADER = ("before", "after", "change")
 
 
 def run_report(title: str, rows: list[BeforeAfter], measure: str, settings: Mapping[str, Any]) -> str:
@@ -38,7 +38,9 @@ def with_finetuning_section(
 def _result(rows: list[BeforeAfter], measure: str) -> str:
     if not rows:
         return "No evaluation set was given, so nothing is known about the gain."
-    return f"{measure} by dimension of the embeddings:\n\n{markdown_table(_HEADER, before_after_cells(rows))}"
+    has_sizes = any(row.label.rpartition(" ")[2] == "full" for row in rows)
+    by, first = ("dimension of the embeddings", "dimension") if has_sizes else ("what was evaluated", "set")
+    return f"{measure} by {by}:\n\n{markdown_table((first, *_HEADER), before_after_cells(rows))}"
 
 
 def _shown(value: Any) -> str:

@@ -239,7 +239,7 @@ def tiny_llava(
     encoder = _encoder(hidden_size, num_layers)
     text = {"model_type": "llama", **encoder, **_text(tokenizer), "num_key_value_heads": 1}
     vision = {"model_type": "clip_vision_model", **encoder, "image_size": image_size, "patch_size": patch_size}
-    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    image_token = tokenizer.get_vocab()["<image>"]
     with _seeded(seed):
         config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=image_token)
         model = LlavaForConditionalGeneration(config)

@@ -16,7 +16,7 @@ from mmtune.training.checks import check_arguments, check_contrast, check_host_a
 from mmtune.training.kinds import kind_of
 from mmtune.training.losses import Loss, evaluated_dims, loss_for_model, trained_dims
 from mmtune.training.output import check_output_dir, resolve_output_dir
-from mmtune.training.preparing import ready_model
+from mmtune.training.preparing import ready_model, thawed_afterwards
 from mmtune.training.result import FinetuneResult
 from mmtune.training.running import Place, run
 from mmtune.training.sets import DatasetsLike, evaluation_sets, paths_of, refuse_overlap, training_sets
@@ -117,7 +117,6 @@ def finetune(
         output_dir=str(folder),
         seed=seed,
         evaluates=bool(evaluation),
-        adapters_only=bool(lora),
         **training_arguments,
     )
     check_host_arguments(host_args, prompts, train.columns, evaluates=bool(evaluation))
@@ -125,29 +124,26 @@ def finetune(
         check_contrast(min(host_args.per_device_train_batch_size, train.num_rows), train.num_negatives)
 
     start = ready_model(model, kind, documents=documents, freeze=freeze, lora=lora, seed=seed)
-    model = start.model
-    if args is None:
-        host_args = recipe.favor_fresh_layers(host_args, model, training_arguments)
-    dims = trained_dims(matryoshka_dims, model) if loss is None else ()
-    loss = loss_for_model(loss, model, kind, dims, mini_batch_size, host_args.per_device_train_batch_size)
-    dims = evaluated_dims(matryoshka_dims, model, loss)
-    evaluator = _evaluator(evaluation, model, dims, documents, show_progress_bar=not host_args.disable_tqdm)
-    metric = evaluator.metric_name(model) if evaluator else None
-    trainer = kind.trainer_class(
-        model=model,
-        args=recipe.arguments_for_model(host_args, model, prompts, train.columns, metric),
-        train_dataset=train.for_host,
-        loss=loss,
-        evaluator=evaluator,
-        callbacks=recipe.callbacks(args, training_arguments),
-    )
-    return run(
-        trainer,
-        evaluator,
-        metric,
-        place=place,
-        settings=lambda: settings(trainer, train=train, evaluation=evaluation, model=start.facts, dims=dims, seed=seed),
-    )
+    with thawed_afterwards(start):
+        model = start.model
+        if args is None:
+            host_args = recipe.with_rates(host_args, kind, model, training_arguments, place.checkpoint)
+        dims = trained_dims(matryoshka_dims, model) if loss is None else ()
+        loss = loss_for_model(loss, model, kind, dims, mini_batch_size, host_args.per_device_train_batch_size)
+        host_args = recipe.for_routes(host_args, model, loss, own=args is not None)
+        dims = evaluated_dims(matryoshka_dims, model, loss)
+        evaluator = _evaluator(evaluation, model, dims, documents, show_progress_bar=not host_args.disable_tqdm)
+        metric = evaluator.metric_name(model) if evaluator else None
+        trainer = kind.trainer_class(
+            model=model,
+            args=recipe.arguments_for_model(host_args, model, prompts, train.columns, metric),
+            train_dataset=train.for_host,
+            loss=loss,
+            evaluator=evaluator,
+            callbacks=recipe.callbacks(args, training_arguments),
+        )
+        chosen = {"train": train, "evaluation": evaluation, "model": start.facts, "dims": dims, "seed": seed}
+        return run(trainer, evaluator, metric, place=place, settings=lambda: settings(trainer, **chosen))
 
 
 def _evaluator(

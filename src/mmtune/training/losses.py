@@ -62,8 +62,8 @@ def built(loss: Loss, model: HostModel) -> torch.nn.Module:
     made = loss if isinstance(loss, torch.nn.Module) else loss(model)
     if getattr(made, "model", model) is not model:
         raise ConfigError(
-            f"The loss {type(made).__name__} was built for another model than the one to train. Pass that model to "
-            "finetune, or pass the loss as a callable, e.g. loss=lambda model: MyLoss(model)."
+            f"The loss {type(made).__name__} was built for another model than the one to train. Pass that "
+            "model, or pass the loss as a callable, e.g. loss=lambda model: MyLoss(model)."
         )
     return made
 

@@ -5,12 +5,14 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from sentence_transformers import CrossEncoder, MultiVectorEncoder
-from sentence_transformers.base.sampler import BatchSamplers
+from sentence_transformers.base.losses import uses_gradient_cache
 from sentence_transformers.base.training_args import BaseTrainingArguments
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mmtune.data.pairs import Direction
@@ -18,8 +20,13 @@ from mmtune.errors import ConfigError
 from mmtune.evaluation.corpus import Retriever
 from mmtune.models.adapters import has_lora
 from mmtune.models.fresh import fresh_layers
+from mmtune.models.kinds import HostModel
 from mmtune.models.routes import find_router, router_mapping
-from mmtune.training.batches import ConflictFreeBatchSampler, StepwiseProportionalBatchSampler
+from mmtune.training.batches import (
+    ConflictFreeBatchSampler,
+    ShuffledBatchSampler,
+    StepwiseProportionalBatchSampler,
+)
 from mmtune.training.kinds import Kind
 
 Arguments = TypeVar("Arguments", bound=BaseTrainingArguments)
@@ -57,7 +64,6 @@ def training_arguments(
     seed: int,
     evaluates: bool,
     in_batch_negatives: bool = True,
-    adapters_only: bool = False,
     **given: Any,
 ) -> BaseTrainingArguments:
     """The recipe of the VDR guide as the host's training arguments, fitted to the number of rows.
@@ -74,8 +80,6 @@ def training_arguments(
         evaluates: Whether there is an evaluation set, by which the best checkpoint is kept.
         in_batch_negatives: Whether the loss takes documents of other rows as negatives, so that batches must be free of
             conflicts.
-        adapters_only: Whether adapters are trained beside frozen weights, at ten times the rate (Schulman et al., 2025,
-            "LoRA Without Regret").
         **given: Training arguments of the host by name, in place of the recipe's.
 
     Raises:
@@ -85,8 +89,8 @@ def training_arguments(
         "output_dir": output_dir,
         "seed": seed,
         "num_train_epochs": 1,
-        "learning_rate": kind.learning_rate * (FRESH_RATE if adapters_only else 1),
-        "batch_sampler": ConflictFreeBatchSampler if in_batch_negatives else BatchSamplers.BATCH_SAMPLER,
+        "learning_rate": kind.learning_rate,
+        "batch_sampler": ConflictFreeBatchSampler if in_batch_negatives else ShuffledBatchSampler,
         "multi_dataset_batch_sampler": StepwiseProportionalBatchSampler,
         "save_total_limit": 2,
         "bf16": not given.get("fp16") and _computes_in_bf16(),
@@ -209,27 +213,85 @@ def reranking_arguments_for_model(
     return args
 
 
-def favor_fresh_layers(args: Arguments, model: Retriever, given: Mapping[str, Any]) -> Arguments:
-    """A copy of the recipe's arguments in which layers that start from random numbers learn faster than the rest.
+def with_rates(
+    args: Arguments,
+    kind: Kind[Any],
+    model: HostModel,
+    given: Mapping[str, Any],
+    checkpoint: Path | None,
+) -> Arguments:
+    """A copy of the recipe's arguments with the learning rates that this model's layers need.
 
-    They learn at ten times the rate, unless adapters do so already. A fresh projection of late interaction has
-    gradients that are larger by an order of magnitude; with the usual clip at 1 the backbone would stand still. Both
-    values are those of the host's example for late interaction on pages (sentence-transformers 6.2).
+    Adapters, and layers that start from random numbers, learn at ten times the rate ("LoRA Without Regret", Schulman
+    et al., 2025). A fresh projection of late interaction has gradients that are larger by an order of magnitude; with
+    the usual clip at 1 the backbone would stand still. Its rate and its clip are those of the host's example for late
+    interaction on pages (sentence-transformers 6.2). A run that goes on keeps the rates that it began with.
 
     Args:
         args: The recipe's arguments.
-        model: The model to train.
+        kind: The kind of model.
+        model: The model to train, with its adapters.
         given: The caller's training arguments by name, which win.
+        checkpoint: What the run goes on from; ``None`` for a new run.
     """
-    fresh = fresh_layers(model)
-    if not fresh:
-        return args
     args = copy.copy(args)
-    if "learning_rate_mapping" not in given and not has_lora(model):
-        names = "|".join(re.escape(name) for name in fresh)
-        args.learning_rate_mapping = {rf"(^|\.)model\.({names})\.": FRESH_RATE * args.learning_rate}
-    if "max_grad_norm" not in given and isinstance(model, MultiVectorEncoder):
-        args.max_grad_norm = FRESH_LATE_INTERACTION_CLIP
+    rates: dict[str, Any] = _saved_rates(checkpoint) if checkpoint is not None else _fresh_rates(args, kind, model)
+    for name, value in rates.items():
+        if name not in given:
+            setattr(args, name, value)
+    return args
+
+
+def _fresh_rates(args: BaseTrainingArguments, kind: Kind[Any], model: HostModel) -> dict[str, Any]:
+    if has_lora(model):
+        return {"learning_rate": FRESH_RATE * kind.learning_rate}
+    fresh = {name: layer for name, layer in fresh_layers(model).items() if _learns(layer)}
+    if not fresh:
+        return {}
+    names = "|".join(re.escape(name) for name in fresh)
+    clip = {"max_grad_norm": FRESH_LATE_INTERACTION_CLIP} if isinstance(model, MultiVectorEncoder) else {}
+    return {"learning_rate_mapping": {rf"(^|\.)model\.({names})\.": FRESH_RATE * args.learning_rate}, **clip}
+
+
+def _saved_rates(checkpoint: Path) -> dict[str, Any]:
+    saved = torch.load(checkpoint / "training_args.bin", weights_only=False)
+    return {name: getattr(saved, name) for name in ("learning_rate", "learning_rate_mapping", "max_grad_norm")}
+
+
+def _learns(layer: torch.nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in layer.parameters())
+
+
+def for_routes(args: Arguments, model: HostModel, loss: object, *, own: bool) -> Arguments:
+    """A copy of ``args`` that lets several processes train a Router by a loss without cached gradients.
+
+    Each route is a forward pass of its own. torch would take the weights of the other route for unused, and fail when
+    they are used after all. None is: what no route reaches is frozen.
+
+    Args:
+        args: The recipe's arguments, or the caller's.
+        model: The model to train.
+        loss: What is minimised.
+        own: Whether they are the caller's, which stay as they are.
+
+    Raises:
+        ConfigError: They are the caller's, and would fail.
+    """
+    losses = list(loss.values()) if isinstance(loss, Mapping) else [loss]
+    inner = [part.loss if isinstance(part, MatryoshkaLoss) else part for part in losses]
+    is_cached = all(uses_gradient_cache(part) for part in inner)
+    if find_router(model) is None or is_cached or args.ddp_find_unused_parameters is False:
+        return args
+    if own and args.world_size == 1:
+        return args
+    if own:
+        raise ConfigError(
+            f"{type(inner[0]).__name__} with a Router and {args.world_size} processes needs "
+            "ddp_find_unused_parameters=False: torch takes the weights of one route for unused while the other runs. "
+            "Set it in args, or take a cached loss."
+        )
+    args = copy.copy(args)
+    args.ddp_find_unused_parameters = False
     return args
 
 

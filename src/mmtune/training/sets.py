@@ -12,7 +12,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 
 from mmtune.data.dataset import RetrievalDataset
-from mmtune.data.documents import DocumentKind, document_columns
+from mmtune.data.documents import DocumentKind, check_texts, document_columns
 from mmtune.data.inputs import DatasetLike, as_retrieval_dataset, relevant_on_both_sides
 from mmtune.data.pairs import Direction, ListView, PairView
 from mmtune.data.rows import AskingPages, TrainingView
@@ -222,6 +222,9 @@ def _given_rows(rows: Dataset, documents: DocumentKind, num_negatives: int) -> T
 
 
 def _readable(data: RetrievalDataset, documents: DocumentKind) -> RetrievalDataset:
-    if "image" in document_columns(data.corpus, documents):
+    columns = document_columns(data.corpus, documents)
+    if "text" in columns:
+        check_texts(data.corpus)
+    if "image" in columns:
         data.check_pages()
     return data
