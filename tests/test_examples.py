@@ -69,6 +69,45 @@ def test_the_guide_recipe_asks_for_what_the_guide_trains(run, monkeypatch: pytes
     assert called["matryoshka_dims"] == [2048, 1536, 1024, 512, 256, 128, 64]
 
 
+@pytest.mark.parametrize(
+    ("head", "directions"),
+    [("logit_score", ["text_to_image"]), ("dense", ["text_to_image", "image_to_text"])],
+)
+def test_the_recipes_for_rerankers_run_in_tiny_mode(
+    run, qwen3_vl_path: str, capsys: pytest.CaptureFixture, head: str, directions: list[str]
+) -> None:
+    run("examples/doodles_reranker.py", "--tiny", "--output", "doodles", "--head", head, "--directions", *directions)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["ndcg@10", "before", "after", "change"]
+    assert len(lines) == (4 if len(directions) == 1 else 6)
+    settings = json.loads(Path("doodles", "metrics.json").read_text())["settings"]
+    assert settings["data"]["directions"] == directions
+    assert settings["data"]["form_of_rows"] == "pairs"
+
+
+def test_the_recipes_for_rerankers_ask_for_what_the_guide_trains(run, monkeypatch, qwen3_vl_path, tmp_path) -> None:
+    """The real call can't run without the Hub; what it passes on can be looked at."""
+    module = run("examples/doodles_reranker.py", "--tiny", "--output", "doodles")
+    asked, called = [], {}
+
+    def load_dataset(name: str, split: str) -> Dataset:
+        asked.append((name, split))
+        return module.drawn_captions(400)
+
+    monkeypatch.setattr(module, "load_dataset", load_dataset)
+    monkeypatch.setattr(module, "build_reranker", lambda name, **options: (name, options))
+    monkeypatch.setattr(module, "finetune_reranker", lambda *given, **options: called.update(options, given=given))
+    module.guide(tmp_path, "dense", ["image_to_text"], resume=False)
+    model, train, evaluation = called["given"]
+    assert asked == [("julianmoraes/doodles-captions-manual", "train")]
+    assert model == ("Qwen/Qwen3.5-0.8B", {"head": "dense", "max_pixels": 16_384})
+    assert len(train) + len(evaluation) == 400
+    assert called["num_candidates"] - 1 == 100 < len(evaluation)
+    assert (called["num_negatives"], called["directions"]) == (4, ["image_to_text"])
+    assert (called["per_device_train_batch_size"], called["gradient_accumulation_steps"]) == (8, 4)
+    assert (called["learning_rate"], called["num_train_epochs"]) == (5e-6, 1)
+
+
 def test_a_table_of_ones_own_in_tiny_mode(run, tmp_path: Path) -> None:
     run("examples/own_table.py", "--tiny", "--output", "mine")
     assert (tmp_path / "mine" / "final" / "modules.json").is_file()

@@ -4,6 +4,8 @@ In-batch negatives punish every document of the batch that is not the row's own.
 their ids alone, so no page is ever decoded for it, and the ids know what pixels do not: everything else that is
 relevant to the same query.
 
+Losses that look at each row by itself need no such care: `ShuffledBatchSampler` is for them.
+
 This module is what the host calls, and what reads ids from Arrow. `planning` makes the batches from integers.
 """
 
@@ -159,6 +161,57 @@ class ConflictFreeBatchSampler(DefaultBatchSampler):
         return f"they conflict with too many rows, e.g. {shared}. Pass a smaller batch size or fewer negatives"
 
 
+class ShuffledBatchSampler(DefaultBatchSampler):
+    """Batches of any rows, in an order that depends on `seed` and the epoch alone: a resumed run sees the same ones.
+
+    The host's default draws from a generator that starts anew where a run resumes, so that a later epoch has the order
+    of the first (sentence-transformers 6.2). With several processes all batches are full and their number is a multiple
+    of the processes, for the host shares them out one by one; what is left over differs from epoch to epoch.
+
+    Args:
+        dataset: The rows; only their number counts.
+        batch_size: Rows per batch and process.
+        drop_last: Whether to leave out a last, short batch.
+        valid_label_columns: Not used; the host passes it to every sampler.
+        generator: Not used, for its state is not restored when a run resumes; the host passes it to every sampler.
+        seed: Seed of the order, together with the epoch.
+        num_processes: Processes that share the batches. `None` is the size of the running distributed job, 1 without.
+
+    Raises:
+        DatasetError: There are too few rows for one batch for each process.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        drop_last: bool,
+        valid_label_columns: list[str] | None = None,
+        generator: torch.Generator | None = None,
+        seed: int = 0,
+        *,
+        num_processes: int | None = None,
+    ) -> None:
+        super().__init__(dataset, batch_size, drop_last, valid_label_columns, generator, seed)
+        self.num_processes = _world_size() if num_processes is None else num_processes
+        self._num_rows = len(dataset)
+        if self.num_processes > 1 and not len(self):
+            raise DatasetError(
+                f"{self._num_rows} rows do not fill one batch of {batch_size} rows for each of {self.num_processes} "
+                "processes. Pass more rows, a smaller batch size or fewer processes."
+            )
+
+    def __len__(self) -> int:
+        if self.num_processes > 1:
+            return self._num_rows // (self.batch_size * self.num_processes) * self.num_processes
+        return super().__len__()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self._num_rows).tolist()
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            yield order[start : start + self.batch_size]
+
+
 class StepwiseProportionalBatchSampler(MultiDatasetDefaultBatchSampler):
     """Batches of several datasets, each batch from one, in proportion to their sizes.
 
@@ -167,7 +220,7 @@ class StepwiseProportionalBatchSampler(MultiDatasetDefaultBatchSampler):
 
     Args:
         dataset: The datasets, concatenated.
-        batch_samplers: A `ConflictFreeBatchSampler` for each.
+        batch_samplers: A sampler for each; those of this module know how many processes there are.
         generator: Not used; the host passes it to every sampler.
         seed: Seed of the order, together with the epoch.
     """

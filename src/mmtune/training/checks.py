@@ -61,7 +61,7 @@ def check_arguments(
 def check_host_arguments(
     args: BaseTrainingArguments,
     prompts: dict[str, str] | str | None,
-    columns: Sequence[str],
+    columns: Sequence[str] | None,
     *,
     evaluates: bool,
     in_batch_negatives: bool = True,
@@ -71,7 +71,7 @@ def check_host_arguments(
     Args:
         args: The host's arguments.
         prompts: As ``finetune`` takes it.
-        columns: The columns of the rows.
+        columns: The columns of the rows, which prompts are for; ``None`` where they are for something else.
         evaluates: Whether there is an evaluation set.
         in_batch_negatives: Whether the loss takes documents of other rows as negatives.
 
@@ -81,7 +81,8 @@ def check_host_arguments(
     """
     if args.eval_strategy != "no" and not evaluates:
         raise ConfigError(f"eval_strategy={str(args.eval_strategy)!r} needs an evaluation set. Pass eval_dataset.")
-    _check_prompts(args.prompts or prompts, columns)
+    if columns is not None:
+        _check_prompts(args.prompts or prompts, columns)
     if args.prompts and prompts not in ("model", None, args.prompts):
         warnings.warn(f"prompts={prompts!r} is not used: args.prompts is {args.prompts!r}.", stacklevel=3)
     try:
@@ -181,15 +182,48 @@ def _check_prompts(prompts: object, columns: Sequence[str]) -> None:
         raise ConfigError(f"prompts has a text for {unknown[0]!r}, and the rows have the columns {list(columns)}.")
 
 
-def check_directions(directions: Sequence[str]) -> None:
+def check_reranking_prompts(prompts: object, names: Sequence[str]) -> None:
+    """Make sure that every prompt is one that the host applies: it reads a pair under one prompt, by training set.
+
+    Args:
+        prompts: Of the host's training arguments.
+        names: The names of the training sets; a single one has the name ``""``.
+
+    Raises:
+        ConfigError: A prompt is no text, or is for something that is no training set.
+    """
+    if prompts is None or isinstance(prompts, str):
+        return
+    named = [name for name in names if name]
+    expected = f"a text, or a mapping of the training sets {named} to texts" if named else "a text"
+    if not isinstance(prompts, dict) or not all(isinstance(prompt, str) for prompt in prompts.values()):
+        raise ConfigError(f"prompts={prompts!r}: expected {expected}.")
+    unknown = [name for name in prompts if name not in named]
+    if unknown:
+        raise ConfigError(f"prompts has a text for {unknown[0]!r}, which is no training set. Expected {expected}.")
+
+
+def check_directions(directions: object) -> None:
     """Make sure that a reranker is asked to learn at least one direction, and only known ones.
 
     Raises:
         ConfigError: None, an unknown one, one twice, or a text in place of a sequence.
     """
     known = get_args(Direction)
-    if isinstance(directions, str) or not directions or len(set(directions)) < len(directions):
+    if not isinstance(directions, (list, tuple)) or not directions:
         raise ConfigError(f"directions={directions!r}: expected one or both of {known}, e.g. ({known[0]!r},).")
     unknown = [direction for direction in directions if direction not in known]
     if unknown:
         raise ConfigError(f"directions holds {unknown[0]!r}: expected one or both of {known}.")
+    if len(set(directions)) < len(directions):
+        raise ConfigError(f"directions={directions!r} names one twice. Name each once.")
+
+
+def check_candidates(num_candidates: object) -> None:
+    """Make sure that lists of candidates hold something to rank.
+
+    Raises:
+        ConfigError: They hold fewer than two, or the length is no whole number.
+    """
+    if isinstance(num_candidates, bool) or not isinstance(num_candidates, int) or num_candidates < 2:
+        raise ConfigError(f"num_candidates={num_candidates!r}: expected a whole number of 2 or more.")

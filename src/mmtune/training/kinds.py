@@ -20,9 +20,11 @@ from torch import nn
 
 from mmtune.errors import ConfigError
 from mmtune.evaluation.corpus import Retriever
+from mmtune.models.checkpoints import read_encoders
 from mmtune.models.kinds import HostModel
 from mmtune.models.late_interaction import build_late_interaction, is_late_interaction
 from mmtune.models.loading import check_checkpoint, load_model
+from mmtune.models.opening import checked_name, checkpoint_files
 from mmtune.models.rerankers import build_reranker
 from mmtune.training.trainer import EmbeddingTrainer, LateInteractionTrainer, PageTrainer, RerankingTrainer
 
@@ -103,16 +105,26 @@ def kind_of(model: object) -> Kind[Retriever]:
     )
 
 
-def require_reranker(model: object) -> None:
+def require_reranker(model: object, documents: str) -> None:
     """Make sure that there is a reranker, or a checkpoint to build one from, before the data are read.
+
+    Args:
+        model: What is to be trained.
+        documents: What a document is made of: a checkpoint for texts alone does for ``"text"``.
 
     Raises:
         ConfigError: It is neither, or a checkpoint that can't be loaded.
     """
     if isinstance(model, (str, os.PathLike)):
-        check_checkpoint(os.fspath(model), model_class=CrossEncoder)
+        files = checkpoint_files(checked_name(os.fspath(model)), {})
+        read_encoders(files, "image" if "image" in str(documents) else "text", model_class=CrossEncoder)
     elif not isinstance(model, CrossEncoder):
         raise ConfigError(
             f"Expected a CrossEncoder, a checkpoint's folder or its name, got {type(model).__name__}. "
             "build_reranker makes one from a model that reads text and images together."
+        )
+    elif model.num_labels != 1:
+        raise ConfigError(
+            f"The model gives {model.num_labels} scores to a pair, and a reranker gives one, to rank by. Load it with "
+            "num_labels=1."
         )

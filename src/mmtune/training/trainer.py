@@ -27,10 +27,19 @@ from mmtune.training.callbacks import (
 
 
 class TextsAsTexts(BaseDataCollator):
-    """A host's collator, told that every text is a text, also one that looks like the path of an image."""
+    """A host's collator, told that every text is a text, also one that looks like the path of an image.
+
+    Attributes:
+        says_texts: Whether texts are given as ``{"text": ...}``. A reranker that knows no messages takes bare texts
+            only, and the host never takes those for paths.
+    """
+
+    says_texts = True
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         """The batch as the host collates it."""
+        if not self.says_texts:
+            return super().__call__(features)
         kept = {"dataset_name", *self.valid_label_columns}
         rows = [{name: row[name] if name in kept else _as_inputs(row[name]) for name in row} for row in features]
         return super().__call__(rows)
@@ -113,3 +122,8 @@ class RerankingTrainer(PageTrainer, CrossEncoderTrainer):
 
     data_collator_class = RerankingCollator
     model_card_callback_class = RerankingCard
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if isinstance(self.data_collator, RerankingCollator):
+            self.data_collator.says_texts = self.model.supports("message")
