@@ -1,8 +1,8 @@
 """A retriever, the negatives that it confuses, a reranker trained on them, and what the pair is worth, on real scans.
 
-Both models start from random weights, so that they learn the training pages by heart and know next to nothing of other
-receipts. The figures show that ids, pages and scores go the right way through every stage, and what each stage costs;
-they say nothing about pretrained models.
+Both models start from random weights, and a short run leaves the reranker near chance: the figures show what each stage
+costs and what a report looks like, and say nothing about pretrained models. That ids, pages and scores go the right way
+is for the tests.
 
     python benchmarks/pipeline.py --data FOLDER
 

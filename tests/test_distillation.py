@@ -299,3 +299,20 @@ def test_scores_that_are_no_numbers_are_refused(rows, teacher):
     teacher.score = lambda query, page: float("nan")
     with pytest.raises(ConfigError, match=r"scores query .* with document .* as nan"):
         scores_of(rows, teacher)
+
+
+def test_scores_of_other_pages_under_the_same_ids_are_never_taken(dataset, rows, teacher, tmp_path):
+    """As with layouts that number their rows: every such dataset has an id "0"."""
+    corpus = dataset.corpus
+    images = corpus["image"][:]
+    columns = {"document_id": corpus["document_id"][:], "image": [*images[1:], images[0]]}
+    shifted = Dataset.from_dict(columns).cast_column("image", Image(decode=False))
+    other = RetrievalDataset(shifted, dataset.queries, dataset.qrels, dataset.negatives).training_rows(2)
+    own = scores_of(rows, teacher, folder=tmp_path / "scores").label_rows(rows)[:]["label"]
+    with pytest.raises(MissingDocumentError, match="their text or page has changed since"):
+        TeacherScores.load(tmp_path / "scores").label_rows(other)
+    changed = scores_of(other, teacher, folder=tmp_path / "scores").label_rows(other)[:]["label"]
+    assert changed != own
+    loaded = TeacherScores.load(tmp_path / "scores")
+    assert loaded.label_rows(rows)[:]["label"] == own
+    assert loaded.label_rows(other)[:]["label"] == changed

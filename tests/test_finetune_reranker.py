@@ -500,7 +500,12 @@ def test_args_of_the_caller_are_passed_on_and_only_prompts_filled(qwen3_vl_path:
 def test_prompts_of_the_caller_win(on_texts, tmp_path: Path) -> None:
     prompts = {"text_to_image": "page? "}
     result = on_texts(table(8), directions=BOTH, prompts=prompts, output_dir=tmp_path, max_steps=1)
-    assert result.settings["training"]["prompts"] == prompts
+    trained = result.settings["training"]["prompts"]
+    assert trained["text_to_image"] == "page? "
+    # what was trained is what is used, and saved
+    assert result.model.prompts["text_to_image"] == "page? "
+    saved = CrossEncoder(str(result.output_dir / "final"), device="cpu")
+    assert saved.prompts["text_to_image"] == "page? "
 
 
 @pytest.mark.parametrize(

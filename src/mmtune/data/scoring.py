@@ -130,7 +130,7 @@ class TeacherScores:
     """The scores of a teacher by query and document, for losses that learn from them.
 
     Attributes:
-        table: ``query_id``, ``document_id`` and ``score``; each pair once.
+        table: ``query_id``, ``document_id``, ``content`` (a digest of the text and the document) and ``score``.
     """
 
     table: Dataset
@@ -139,14 +139,12 @@ class TeacherScores:
     def load(cls, folder: str | os.PathLike[str]) -> "TeacherScores":
         """The scores that ``score_rows`` wrote to a folder.
 
-        Of a pair that was scored twice, because its page changed in between, the later score counts.
-
         Raises:
             ConfigError: The folder holds no scores.
         """
         if not (Path(folder) / _MANIFEST).is_file():
             raise ConfigError(f"{str(folder)!r} holds no scores. Pass the folder that was given to score_rows.")
-        return cls(_last_of_each_pair(_read_files(Path(folder))))
+        return cls(_distinct(_read_files(Path(folder))))
 
     def __len__(self) -> int:
         return len(self.table)
@@ -154,7 +152,7 @@ class TeacherScores:
     def scaled(self, factor: float) -> "TeacherScores":
         """The scores times a factor, e.g. to bring the margins of logits to those of cosines."""
         scores = pc.multiply(column(self.table, "score"), float(factor))
-        ids = {name: column(self.table, name) for name in ("query_id", "document_id")}
+        ids = {name: column(self.table, name) for name in ("query_id", "document_id", "content")}
         return replace(self, table=table_dataset({**ids, "score": scores}))
 
     def label_rows(self, rows: Dataset) -> Dataset:
@@ -173,29 +171,28 @@ class TeacherScores:
         Args:
             rows: Rows of ``RetrievalDataset.training_rows``, with negatives.
 
+        Scores are found by content: a page that has changed since it was scored has none, whatever its id.
+
         Raises:
             DatasetError: They are no such rows, or have no negatives.
             MissingDocumentError: A pair has no score; the message names it.
         """
         view = _view_of(rows)
-        ids = _ids_of(rows)
-        missing = np.flatnonzero(positions(_keys(*ids), _keys(*self._ids)) < 0)
-        if len(missing):
-            query_id, document_id = (part[int(missing[0])].as_py() for part in ids)
+        pairs = _pairs_of(rows, view)
+        contents, scores = (column(self.table, name).to_pylist() for name in ("content", "score"))
+        score_by_content = dict(zip(contents, scores, strict=True))
+        missing = [pair for pair in pairs if pair.content not in score_by_content]
+        if missing:
             raise MissingDocumentError(
-                f"{len(missing)} pairs of these rows have no score, e.g. query {query_id!r} with document "
-                f"{document_id!r}. Score the rows that are trained on: score_rows(rows, teacher)."
+                f"{len(missing)} pairs of these rows have no score, e.g. query {missing[0].query_id!r} with document "
+                f"{missing[0].document_id!r}: they were not scored, or their text or page has changed since. Score the "
+                "rows that are trained on: score_rows(rows, teacher)."
             )
-        return rows.with_transform(LabelledView(view, self))
-
-    @property
-    def _ids(self) -> tuple[pa.Array, pa.Array]:
-        return column(self.table, "query_id"), column(self.table, "document_id")
-
-    def by_pair(self) -> KeyedTable:
-        """The scores by a key of both ids; see ``pair_key``."""
-        keyed = {"pair": _keys(*self._ids), "score": column(self.table, "score")}
-        return KeyedTable(table_dataset(keyed), "pair", ["score"])
+        keys = pa.array([pair_key(pair.query_id, pair.document_id) for pair in pairs])
+        values = pa.array([score_by_content[pair.content] for pair in pairs], type=pa.float64())
+        return rows.with_transform(
+            LabelledView(view, KeyedTable(table_dataset({"pair": keys, "score": values}), "pair", ["score"]))
+        )
 
 
 @internals.hashed_by(lambda view: view.fingerprint)
@@ -206,12 +203,12 @@ class LabelledView(TrainingView):
 
     Args:
         view: The view to add to; it stays as it is.
-        scores: A score for each pair of the rows.
+        scores: A score for each pair of the rows, by ``pair_key``.
     """
 
-    def __init__(self, view: TrainingView, scores: TeacherScores) -> None:
+    def __init__(self, view: TrainingView, scores: KeyedTable) -> None:
         self.__dict__.update(view.__dict__)
-        self._scores = scores.by_pair()
+        self._scores = scores
         self.fingerprint = f"{view.fingerprint}, {self._scores.fingerprint}"
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -267,7 +264,7 @@ def score_rows(
     scores = scored(scorer, pairs, store, show_progress_bar=show_progress_bar)
     if store is not None:
         _add_known(store, pairs, scores)
-    return TeacherScores(_last_of_each_pair(_table(pairs, scores.tolist())))
+    return TeacherScores(_distinct(_table(pairs, scores.tolist())))
 
 
 def _add_known(store: ScoreStore, pairs: Sequence[Pair], scores: np.ndarray) -> None:
@@ -335,17 +332,11 @@ def pair_key(query_id: str, document_id: str) -> str:
     return f"{len(query_id)}:{query_id}:{document_id}"
 
 
-def _keys(query_ids: pa.Array, document_ids: pa.Array) -> pa.Array:
-    """``pair_key`` of each two ids."""
-    lengths = pc.cast(pc.utf8_length(query_ids), pa.string())
-    return pc.binary_join_element_wise(lengths, query_ids, document_ids, ":")
-
-
-def _last_of_each_pair(table: pa.Table) -> Dataset:
-    ids = [table[name].combine_chunks() for name in ("query_id", "document_id")]
-    codes = _keys(*ids).dictionary_encode().indices.to_numpy(zero_copy_only=False)
-    last = {code: row for row, code in enumerate(codes.tolist())}
-    kept = table.select(["query_id", "document_id", "score"]).take(pa.array(list(last.values()), type=pa.int64()))
+def _distinct(table: pa.Table) -> Dataset:
+    """Each query, document and content once."""
+    ids = zip(*(table[name].to_pylist() for name in ("query_id", "document_id", "content")), strict=True)
+    rows = list({key: row for row, key in enumerate(ids)}.values())
+    kept = table.take(pa.array(rows, type=pa.int64()))
     return table_dataset({name: kept[name].combine_chunks() for name in kept.column_names})
 
 

@@ -194,7 +194,9 @@ def arguments_for_model(
 def reranking_arguments_for_model(
     args: Arguments, model: CrossEncoder, direction_by_name: Mapping[str, Direction], metric: str | None
 ) -> Arguments:
-    """A copy of ``args`` with the model's prompt for each direction, where there are none.
+    """A copy of ``args`` with the model's prompt for each direction that has none.
+
+    Prompts in ``args`` become the model's own, so that evaluation, the saved model and ``predict`` use them too.
 
     Args:
         args: The caller's arguments, or the recipe's.
@@ -203,11 +205,19 @@ def reranking_arguments_for_model(
         metric: The key of the metric that chooses the checkpoint, for the recipe's arguments.
     """
     args = copy.copy(args)
+    given: Any = args.prompts
     default = model.prompts.get(model.default_prompt_name or "", "")
-    prompts = {name: model.prompts.get(direction, default) for name, direction in direction_by_name.items()}
+    prompts: dict[str, Any] = {
+        name: model.prompts.get(direction, default) for name, direction in direction_by_name.items()
+    }
+    if given:
+        prompts |= dict.fromkeys(prompts, given) if isinstance(given, str) else dict(given)
+        # what is trained is what is measured, saved and used
+        for name, direction in direction_by_name.items():
+            model.prompts[direction] = prompts[name]
     prompts = {name: prompt for name, prompt in prompts.items() if prompt}
-    if prompts and not args.prompts:
-        args.prompts = prompts.get("", prompts)
+    if prompts:
+        args.prompts = prompts[""] if "" in prompts else prompts  # noqa: SIM401 - two types
     if args.metric_for_best_model == METRIC_OF_RECIPE:
         args.metric_for_best_model = f"eval_{metric}"
     return args

@@ -124,7 +124,6 @@ def finetune_reranker(
         args,
         output_dir=str(folder),
         seed=seed,
-        num_negatives=num_negatives,
         evaluates=bool(evaluation),
         **training_arguments,
     )
@@ -136,6 +135,7 @@ def finetune_reranker(
     with thawed_afterwards(start):
         model = start.model
         loss = reranking_loss(loss, model, num_negatives)
+        check_negatives(form_of(loss) or train.form, num_negatives)
         if (form := form_of(loss) or train.form) != train.form:  # a callable has only now told what it makes
             train = data(form=form)
             host_args = arguments(train)
@@ -164,7 +164,6 @@ def _arguments(
     args: CrossEncoderTrainingArguments | None,
     train: TrainingSets,
     *,
-    num_negatives: int,
     evaluates: bool,
     **options: Any,
 ) -> BaseTrainingArguments:
@@ -176,7 +175,7 @@ def _arguments(
     check_host_arguments(host_args, None, None, evaluates=evaluates, in_batch_negatives=in_batch_negatives)
     check_reranking_prompts(host_args.prompts, list(train.by_name))
     if in_batch_negatives:
-        check_contrast(host_args.per_device_train_batch_size, num_negatives)
+        check_contrast(host_args.per_device_train_batch_size, train.fewest_negatives)
     return host_args
 
 

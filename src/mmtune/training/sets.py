@@ -80,6 +80,11 @@ class TrainingSets:
         return max(part.view.num_negatives for part in self.by_name.values())
 
     @property
+    def fewest_negatives(self) -> int:
+        """Negatives a row of the set that has fewest."""
+        return min(part.view.num_negatives for part in self.by_name.values())
+
+    @property
     def for_host(self) -> Dataset | DatasetDict:
         """What the host's trainer takes as ``train_dataset``."""
         # With prompts and several sets the host changes the transform of the very objects that it is given.
