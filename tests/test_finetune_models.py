@@ -489,6 +489,12 @@ def test_a_run_resumes_on_the_same_object_with_the_rates_that_it_began_with(
     assert again.settings["training"]["learning_rate_mapping"] == mapping
 
 
+def test_a_run_with_adapters_does_not_go_on_without(adapted: FinetuneResult, data, clip_path: str, tmp_path) -> None:
+    shutil.copytree(adapted.output_dir, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"The model has no adapters, and .*checkpoint.* has some"):
+        finetune(clip_path, *data, output_dir=tmp_path / "run", resume=True, **QUIET)
+
+
 def test_adapters_that_a_model_brings_learn_at_their_rate(adapted: FinetuneResult, data, tmp_path: Path) -> None:
     model = SentenceTransformer(str(adapted.output_dir / "final"), device="cpu")
     result = finetune(model, data[0], output_dir=tmp_path / "run", max_steps=1, disable_tqdm=True)

@@ -508,6 +508,14 @@ def test_prompts_of_the_caller_win(on_texts, tmp_path: Path) -> None:
     assert saved.prompts["text_to_image"] == "page? "
 
 
+def test_small_steps_on_half_precision_weights_warn(text_reranker_path: str, tmp_path: Path) -> None:
+    model = CrossEncoder(text_reranker_path, device="cpu", model_kwargs={"dtype": torch.bfloat16})
+    with pytest.warns(UserWarning, match=r"bfloat16 and learning_rate=5e-06: most steps are lost"):
+        finetune_reranker(
+            model, table(8), documents="text", output_dir=tmp_path, max_steps=1, disable_tqdm=True, num_negatives=1
+        )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

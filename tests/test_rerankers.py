@@ -502,6 +502,8 @@ def test_prompts_of_a_ready_reranker_can_be_replaced(reranker, tmp_path):
     reranker.save_pretrained(str(tmp_path))
     loaded = build_reranker(str(tmp_path), prompts={"text_to_image": "Same?"}, device="cpu")
     assert loaded.prompts == {**reranker.prompts, "text_to_image": "Same?"}
+    with pytest.raises(ConfigError, match=r"'text_to_imag', which is no direction.*The nearest is 'text_to_image'"):
+        build_reranker(str(tmp_path), prompts={"text_to_imag": "x"}, device="cpu")
 
 
 def test_what_a_ready_reranker_does_not_take_warns(qwen3_vl_path, tmp_path):

@@ -181,7 +181,10 @@ def _check_one_score(files: CheckpointFiles) -> None:
 
 def _ready_reranker(name: str, options: LoadOptions, prompts: Mapping[str, str] | None) -> CrossEncoder:
     host_kwargs = {**options.host_kwargs, **({"prompts": dict(prompts)} if prompts else {})}
-    return load_host_model(CrossEncoder, name, replace(options, host_kwargs=host_kwargs), modality="text")
+    model = load_host_model(CrossEncoder, name, replace(options, host_kwargs=host_kwargs), modality="text")
+    if DIRECTIONS.keys() & model.prompts.keys():  # another model's prompts have names of their own
+        _check_directions(prompts or {})
+    return model
 
 
 def _foundation(files: CheckpointFiles, options: LoadOptions, tokens: tuple[str, str]) -> Foundation:
@@ -245,14 +248,18 @@ def _tokenizer(processor: Any) -> Any:
 
 def _all_prompts(answers: Answers, prompts: Mapping[str, str] | None) -> dict[str, str]:
     given = prompts or {}
-    for name in given.keys() - DIRECTIONS.keys():
+    _check_directions(given)
+    reply = f"Reply {answers.true_token} if so, else {answers.false_token}."
+    return {direction: f"{beginning} {reply}" for direction, beginning in DIRECTIONS.items()} | dict(given)
+
+
+def _check_directions(prompts: Mapping[str, str]) -> None:
+    for name in prompts.keys() - DIRECTIONS.keys():
         nearest = difflib.get_close_matches(str(name), DIRECTIONS, n=1, cutoff=0)[0]
         raise ConfigError(
             f"prompts has {name!r}, which is no direction. Expected {' or '.join(map(repr, DIRECTIONS))}. The nearest "
             f"is {nearest!r}: rename it."
         )
-    reply = f"Reply {answers.true_token} if so, else {answers.false_token}."
-    return {direction: f"{beginning} {reply}" for direction, beginning in DIRECTIONS.items()} | dict(given)
 
 
 def _check_default_prompt(prompts: Mapping[str, str], options: LoadOptions) -> None:

@@ -12,7 +12,13 @@ from mmtune.evaluation.corpus import Retriever
 from mmtune.evaluation.retrieval import Evaluator, build_evaluator
 from mmtune.models.lora import LoraChoice, check_lora
 from mmtune.training import recipe
-from mmtune.training.checks import check_arguments, check_contrast, check_host_arguments
+from mmtune.training.checks import (
+    check_arguments,
+    check_contrast,
+    check_host_arguments,
+    check_resumed,
+    warn_of_rounding,
+)
 from mmtune.training.kinds import kind_of
 from mmtune.training.losses import Loss, evaluated_dims, loss_for_model, trained_dims
 from mmtune.training.output import check_output_dir, resolve_output_dir
@@ -126,8 +132,10 @@ def finetune(
     start = ready_model(model, kind, documents=documents, freeze=freeze, lora=lora, seed=seed)
     with thawed_afterwards(start):
         model = start.model
+        check_resumed(place.checkpoint, has_adapters=bool(start.facts["lora"]))
         if args is None:
             host_args = recipe.with_rates(host_args, kind, model, training_arguments, place.checkpoint)
+        warn_of_rounding(model, host_args.learning_rate)
         dims = trained_dims(matryoshka_dims, model) if loss is None else ()
         loss = loss_for_model(loss, model, kind, dims, mini_batch_size, host_args.per_device_train_batch_size)
         host_args = recipe.for_routes(host_args, model, loss, own=args is not None)

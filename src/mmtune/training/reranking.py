@@ -25,6 +25,8 @@ from mmtune.training.checks import (
     check_directions,
     check_host_arguments,
     check_reranking_prompts,
+    check_resumed,
+    warn_of_rounding,
 )
 from mmtune.training.kinds import RERANKING, require_reranker
 from mmtune.training.losses import Loss
@@ -134,6 +136,7 @@ def finetune_reranker(
     start = ready_model(model, RERANKING, documents=documents, freeze=freeze, lora=lora, seed=seed)
     with thawed_afterwards(start):
         model = start.model
+        check_resumed(place.checkpoint, has_adapters=bool(start.facts["lora"]))
         loss = reranking_loss(loss, model, num_negatives)
         check_negatives(form_of(loss) or train.form, num_negatives)
         if (form := form_of(loss) or train.form) != train.form:  # a callable has only now told what it makes
@@ -141,6 +144,7 @@ def finetune_reranker(
             host_args = arguments(train)
         if args is None:
             host_args = recipe.with_rates(host_args, RERANKING, model, training_arguments, place.checkpoint)
+        warn_of_rounding(model, host_args.learning_rate)
         metric = evaluator.metric_name(model) if evaluator else None
         trainer = RERANKING.trainer_class(
             model=model,
