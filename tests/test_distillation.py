@@ -12,8 +12,8 @@ from sentence_transformers.cross_encoder.modules import LogitScore
 from sentence_transformers.sentence_transformer.losses import DistillKLDivLoss, MarginMSELoss
 
 from mmtune import ConfigError, ConflictFreeBatchSampler, DatasetError, MissingDocumentError, RetrievalDataset, finetune
-from mmtune.data import scoring
-from mmtune.data.scoring import TeacherScores, pair_key, score_rows
+from mmtune.inference import teacher as scoring
+from mmtune.inference.teacher import TeacherScores, pair_key, score_rows
 
 
 class Teacher(CrossEncoder):

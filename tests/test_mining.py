@@ -13,10 +13,11 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import mine_hard_negatives as host_mine_hard_negatives
 
 from mmtune import ConfigError, DatasetError, ImageDecodeError, RetrievalDataset
-from mmtune.data import encoding, mining
 from mmtune.data.documents import DocumentReader
-from mmtune.data.mining import mine_hard_negatives
-from mmtune.data.ranking import top_columns
+from mmtune.inference import encoder as encoding
+from mmtune.inference import mining
+from mmtune.inference.mining import mine_hard_negatives
+from mmtune.inference.search import top_columns
 
 WORDS = (
     "sales",

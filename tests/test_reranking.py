@@ -24,8 +24,8 @@ from sentence_transformers.cross_encoder.modules import LogitScore
 from mmtune import ConfigError, ImageDecodeError, RetrievalDataset, build_evaluator
 from mmtune.data.documents import DocumentReader
 from mmtune.evaluation.corpus import ndcg
+from mmtune.evaluation.metrics import average_precision, expected_gains, reciprocal_rank
 from mmtune.evaluation.reranking import build_reranking_evaluator
-from mmtune.evaluation.ties import average_precision, expected_gains, reciprocal_rank
 from mmtune.testing import generated_pages
 
 CHANCE = sum(1 / math.log2(rank + 1) for rank in range(1, 11)) / 10

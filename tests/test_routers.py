@@ -30,8 +30,8 @@ from transformers import (
 )
 
 from mmtune.data import RetrievalDataset
-from mmtune.data.documents import let_read_typed_texts
 from mmtune.errors import ConfigError
+from mmtune.host import let_read_typed_texts
 from mmtune.models.fresh import fresh_layers
 from mmtune.models.loading import check_checkpoint, load_model
 from mmtune.models.routers import compose_router, router_mapping

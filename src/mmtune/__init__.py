@@ -1,6 +1,6 @@
 """Finetune multimodal embedding models and rerankers on your own pages, and know that they got better."""
 
-from mmtune.data import AuditReport, RetrievalDataset, TeacherScores, mine_hard_negatives, score_rows
+from mmtune.data import AuditReport, RetrievalDataset
 from mmtune.errors import (
     ConfigError,
     DatasetError,
@@ -10,6 +10,7 @@ from mmtune.errors import (
     MmtuneError,
 )
 from mmtune.evaluation import PipelineReport, build_evaluator, build_reranking_evaluator, evaluate_pipeline
+from mmtune.inference import TeacherScores, mine_hard_negatives, score_rows
 from mmtune.models import (
     ROUTER_PRESETS,
     RouterPreset,

@@ -1,6 +1,7 @@
 """Columns of a ``datasets.Dataset`` as Arrow and NumPy arrays, without touching the images beside them."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,8 @@ import pyarrow.compute as pc
 from datasets import Dataset, DatasetInfo, Image, concatenate_datasets
 from datasets.fingerprint import generate_random_fingerprint
 
-from mmtune.data.internals import stored_positions
 from mmtune.errors import DatasetError
+from mmtune.host import stored_positions
 
 ENCODED_IMAGE = Image(decode=False)
 
@@ -92,6 +93,37 @@ def table_dataset(columns: Mapping[str, pa.Array]) -> Dataset:
 def new_dataset(table: Any, info: DatasetInfo | None = None) -> Dataset:
     """A dataset over an Arrow table. Without a fingerprint, ``datasets`` would pickle the table to make one."""
     return Dataset(table, info=info, fingerprint=generate_random_fingerprint())
+
+
+@dataclass(frozen=True)
+class IntLists:
+    """Lists of integers laid end to end: list i is ``values[offsets[i]:offsets[i + 1]]``."""
+
+    offsets: np.ndarray
+    values: np.ndarray
+
+    @classmethod
+    def grouped(cls, keys: np.ndarray, values: np.ndarray, count: int) -> "IntLists":
+        """``values`` collected by ``keys`` in 0 .. count - 1, in their order."""
+        order = np.argsort(keys, kind="stable")
+        return cls(np.r_[0, np.cumsum(np.bincount(keys, minlength=count))], values[order])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """The length of each list, int64."""
+        return np.diff(self.offsets)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The list that each value belongs to, int64 of the length of ``values``."""
+        return np.repeat(np.arange(len(self.offsets) - 1), self.lengths)
+
+    def take(self, rows: np.ndarray) -> "IntLists":
+        """The lists ``rows``, in that order, with repeats."""
+        lengths = self.lengths[rows]
+        offsets = np.r_[0, np.cumsum(lengths)]
+        within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+        return IntLists(offsets, self.values[np.repeat(self.offsets[:-1][rows], lengths) + within])
 
 
 def lists(offsets: np.ndarray, values: pa.Array) -> pa.Array:

@@ -6,9 +6,9 @@ from typing import get_args
 import numpy as np
 import pyarrow as pa
 
+from mmtune.data.arrow import IntLists
 from mmtune.data.negatives import Candidates, choose_negatives
-from mmtune.data.pairs import Direction
-from mmtune.data.relevance import Ragged, Relevance
+from mmtune.data.relevance import Direction, Relevance
 from mmtune.errors import ConfigError
 
 
@@ -45,8 +45,8 @@ class Judgements:
     direction: Direction
     asking_ids: pa.Array
     item_ids: pa.Array
-    relevant: Ragged
-    scores: Ragged
+    relevant: IntLists
+    scores: IntLists
     candidates: Candidates
 
     @classmethod
@@ -62,12 +62,12 @@ class Judgements:
         texts, pages, scores = _highest_scores(relevance)
         if direction == "text_to_image":
             count = int(relevance.text.max()) + 1
-            relevant, graded = (Ragged.grouped(texts, part, count).take(relevance.text) for part in (pages, scores))
+            relevant, graded = (IntLists.grouped(texts, part, count).take(relevance.text) for part in (pages, scores))
             negatives = Candidates.documents_of_queries(relevance)
             return cls(direction, relevance.query_ids, relevance.document_ids, relevant, graded, negatives)
         asking, row = np.unique(pages, return_inverse=True)
         first_query = np.unique(relevance.text, return_index=True)[1][texts]
-        relevant, graded = (Ragged.grouped(row, part, len(asking)) for part in (first_query, scores))
+        relevant, graded = (IntLists.grouped(row, part, len(asking)) for part in (first_query, scores))
         asking_ids = relevance.document_ids.take(pa.array(asking))
         negatives = Candidates.texts_of_pages(relevance, asking)
         return cls(direction, asking_ids, relevance.query_ids, relevant, graded, negatives)
@@ -169,5 +169,5 @@ def _rows_of(candidates: Candidates, rows: np.ndarray) -> Candidates:
     )
 
 
-def _rectangle(items: np.ndarray) -> Ragged:
-    return Ragged(np.arange(len(items) + 1) * items.shape[1], items.reshape(-1))
+def _rectangle(items: np.ndarray) -> IntLists:
+    return IntLists(np.arange(len(items) + 1) * items.shape[1], items.reshape(-1))

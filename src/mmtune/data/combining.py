@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 
-from mmtune.data.arrow import column, flat_lists, lists, positions, table_dataset, with_columns
-from mmtune.data.relevance import Ragged, Relevance
+from mmtune.data.arrow import IntLists, column, flat_lists, lists, positions, table_dataset, with_columns
+from mmtune.data.relevance import Relevance
 from mmtune.data.tables import BuildNotes, Tables, checked_tables
 from mmtune.errors import DatasetError
 
@@ -59,7 +59,7 @@ def _distinct_negatives(relevance: Relevance) -> Dataset:
     rows, pages = listed.rows, relevance.page[listed.values]
     _, kept = np.unique(rows * len(relevance.page) + pages, return_index=True)
     kept.sort()
-    distinct = Ragged.grouped(rows[kept], pages[kept], len(relevance.query_ids))
+    distinct = IntLists.grouped(rows[kept], pages[kept], len(relevance.query_ids))
     items = relevance.document_ids.take(pa.array(distinct.values))
     return table_dataset({"query_id": relevance.query_ids, "document_ids": lists(distinct.offsets, items)})
 

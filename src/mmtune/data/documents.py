@@ -1,15 +1,12 @@
 """Documents and texts by id, read when they are used."""
 
 from collections.abc import Sequence
-from types import MethodType
 from typing import Any, Literal, get_args
 
 import numpy as np
 from datasets import Dataset
-from sentence_transformers.sentence_transformer.modules import StaticEmbedding
-from torch import nn
 
-from mmtune.data import internals
+from mmtune import host
 from mmtune.data.arrow import column
 from mmtune.data.images import decode_page
 from mmtune.errors import ConfigError, DatasetError, MissingDocumentError
@@ -18,7 +15,7 @@ DocumentKind = Literal["image", "text", "text+image"]
 """What a document is made of where it is read."""
 
 
-@internals.hashed_by(lambda table: table.fingerprint)
+@host.hashed_by(lambda table: table.fingerprint)
 class KeyedTable:
     """Rows of a table by their id. The index is built at the first look-up, once per process."""
 
@@ -26,7 +23,7 @@ class KeyedTable:
         self._table = table.with_format(None).select_columns([key, *columns])
         self._key = key
         self._row_by_id: dict[str, int] | None = None
-        self.fingerprint = f"{key} of {internals.fingerprint(table)}"
+        self.fingerprint = f"{key} of {host.fingerprint(table)}"
 
     def __getstate__(self) -> dict[str, Any]:
         # Worker processes that are spawned build the index themselves; it is quicker than to send it.
@@ -141,19 +138,3 @@ def as_host_input(value: Any) -> Any:
     image or video (sentence-transformers 6.2), even where a user typed it as a query.
     """
     return {"text": value} if isinstance(value, str) else value
-
-
-def let_read_typed_texts(model: nn.Module) -> None:
-    """Let the model's static embeddings read a text as ``as_host_input`` gives it; nothing else changes.
-
-    The host's ``StaticEmbedding`` takes strings only (sentence-transformers 6.2), and a string may be the path of an
-    image to a Router around it.
-    """
-    for module in model.modules():
-        if isinstance(module, StaticEmbedding):
-            module.preprocess = MethodType(_preprocess_typed, module)
-
-
-def _preprocess_typed(module: StaticEmbedding, inputs: Sequence[Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-    texts = [value["text"] if isinstance(value, dict) else value for value in inputs]
-    return type(module).preprocess(module, texts, *args, **kwargs)

@@ -1,7 +1,8 @@
 """Which documents are the same page: byte-identical images, or equal texts where there is no image."""
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +11,9 @@ import xxhash
 from datasets import Dataset
 
 from mmtune.data.arrow import column
+from mmtune.data.documents import DocumentKind, document_columns
 from mmtune.data.encoded import EncodedImages
+from mmtune.errors import ImageDecodeError
 
 _SAMPLE_BYTES = 1024
 
@@ -99,3 +102,44 @@ def _first_of_equal(values: pa.Array) -> np.ndarray:
     result = first[inverse].astype(np.int64)
     result[codes < 0] = np.flatnonzero(codes < 0)
     return result
+
+
+def text_digest(text: str) -> str:
+    """A digest of a text, 32 hexadecimal digits."""
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def document_digests(corpus: Dataset, documents: DocumentKind, rows: Sequence[int]) -> list[str]:
+    """A digest of what each document is made of, 32 hexadecimal digits; of encoded bytes, without decoding.
+
+    Args:
+        corpus: A table with ``document_id`` and what ``documents`` asks for.
+        documents: What a document is made of; the same page as image and as text has two digests.
+        rows: The rows of the corpus.
+
+    Raises:
+        ConfigError: The corpus lacks what ``documents`` asks for.
+        ImageDecodeError: The file of a page can't be read; the message names the document.
+    """
+    names = document_columns(corpus, documents)
+    images = EncodedImages(corpus) if "image" in names else None
+    texts = column(corpus, "text") if "text" in names else None
+    return [_document_digest(corpus, documents, int(row), images, texts) for row in rows]
+
+
+def _document_digest(
+    corpus: Dataset, documents: DocumentKind, row: int, images: EncodedImages | None, texts: Any
+) -> str:
+    digest = xxhash.xxh3_128(documents.encode())
+    if texts is not None:
+        # The digest of the text, not the text: its end can't be taken for the start of the image.
+        digest.update(text_digest(texts[row].as_py() or "").encode())
+    if images is not None:
+        try:
+            digest.update(images.read(row))
+        except OSError as error:
+            raise ImageDecodeError(
+                f"The file of document {corpus[row]['document_id']!r} can't be read: {error}. "
+                "Restore the file, or leave the document out."
+            ) from error
+    return digest.hexdigest()

@@ -7,7 +7,8 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from mmtune.data.relevance import Ragged, Relevance
+from mmtune.data.arrow import IntLists
+from mmtune.data.relevance import Relevance
 from mmtune.errors import DatasetError
 
 OnShort = Literal["random", "drop", "error"]
@@ -26,7 +27,7 @@ class Candidates:
     """
 
     row_ids: pa.Array
-    lists: Ragged
+    lists: IntLists
     same: np.ndarray
     is_relevant: Callable[[np.ndarray, np.ndarray], np.ndarray]
     what: tuple[str, str]
@@ -51,7 +52,7 @@ class Candidates:
             documents: Positions of pages; they are the rows.
         """
         listed = relevance.listed_negatives
-        asking = Ragged.grouped(relevance.page[listed.values], listed.rows, len(relevance.page))
+        asking = IntLists.grouped(relevance.page[listed.values], listed.rows, len(relevance.page))
         return cls(
             relevance.document_ids.take(pa.array(documents)),
             asking.take(relevance.page[documents]),
@@ -114,7 +115,7 @@ def choose_negatives(candidates: Candidates, num_negatives: int, on_short: OnSho
     )
 
 
-def _usable(candidates: Candidates) -> tuple[Ragged, int]:
+def _usable(candidates: Candidates) -> tuple[IntLists, int]:
     """The lists without relevant items and without repeats of equal content, and how many were relevant."""
     listed = candidates.lists
     rows = listed.rows
@@ -122,7 +123,7 @@ def _usable(candidates: Candidates) -> tuple[Ragged, int]:
     rows, values = rows[~relevant], listed.values[~relevant]
     _, first = np.unique(rows * len(candidates.same) + candidates.same[values], return_index=True)
     first.sort()
-    return Ragged.grouped(rows[first], values[first], len(candidates.row_ids)), int(relevant.sum())
+    return IntLists.grouped(rows[first], values[first], len(candidates.row_ids)), int(relevant.sum())
 
 
 def _fill(candidates: Candidates, items: np.ndarray, rng: np.random.Generator) -> None:

@@ -7,12 +7,11 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from mmtune.data import internals
-from mmtune.data.arrow import lists, table_dataset
+from mmtune import host
+from mmtune.data.arrow import IntLists, lists, table_dataset
 from mmtune.data.documents import DocumentKind, DocumentReader, KeyedTable
 from mmtune.data.negatives import Candidates, ChosenNegatives, choose_negatives
-from mmtune.data.relevance import Ragged, Relevance
-from mmtune.data.rows import Direction
+from mmtune.data.relevance import Direction, Relevance
 from mmtune.data.tables import Tables
 
 
@@ -37,7 +36,7 @@ class _RerankingView:
         return (texts, documents) if self.direction == "text_to_image" else (documents, texts)
 
 
-@internals.hashed_by(lambda view: view.fingerprint)
+@host.hashed_by(lambda view: view.fingerprint)
 class PairView(_RerankingView):
     """Turns rows of ids into ``query, document, label``; the transform of labeled pairs."""
 
@@ -51,7 +50,7 @@ class PairView(_RerankingView):
         return {"query": asking, "document": asked, "label": batch["label"]}
 
 
-@internals.hashed_by(lambda view: view.fingerprint)
+@host.hashed_by(lambda view: view.fingerprint)
 class ListView(_RerankingView):
     """Turns rows of ids into ``query, documents, labels``; the transform of labeled lists."""
 
@@ -131,8 +130,8 @@ def labeled_lists(
     count = len(sides.positions)
     row = np.r_[sides.row, np.repeat(np.arange(count), num_negatives)]
     grade = np.r_[relevance.judged_score, np.zeros(count * num_negatives, dtype=np.int64)]
-    items = Ragged.grouped(row, np.r_[sides.item, chosen.items.reshape(-1)], count)
-    labels = Ragged.grouped(row, grade, count)
+    items = IntLists.grouped(row, np.r_[sides.item, chosen.items.reshape(-1)], count)
+    labels = IntLists.grouped(row, grade, count)
     query_ids, document_ids = _ids(relevance, direction, sides.positions[items.rows], items.values)
     ids = {
         "query_ids": lists(items.offsets, query_ids),

@@ -1,46 +1,18 @@
 """What is relevant to what, as integers: the one place that knows equal query texts and byte-identical pages."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from mmtune.data.arrow import column, flat_lists, lists, positions, table_dataset
+from mmtune.data.arrow import IntLists, column, flat_lists, lists, positions, table_dataset
 from mmtune.data.identity import identical_documents
 from mmtune.data.tables import Tables
 
-
-@dataclass(frozen=True)
-class Ragged:
-    """Lists of integers laid end to end: list i is ``values[offsets[i]:offsets[i + 1]]``."""
-
-    offsets: np.ndarray
-    values: np.ndarray
-
-    @classmethod
-    def grouped(cls, keys: np.ndarray, values: np.ndarray, count: int) -> "Ragged":
-        """``values`` collected by ``keys`` in 0 .. count - 1, in their order."""
-        order = np.argsort(keys, kind="stable")
-        return cls(np.r_[0, np.cumsum(np.bincount(keys, minlength=count))], values[order])
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """The length of each list, int64."""
-        return np.diff(self.offsets)
-
-    @property
-    def rows(self) -> np.ndarray:
-        """The list that each value belongs to, int64 of the length of ``values``."""
-        return np.repeat(np.arange(len(self.offsets) - 1), self.lengths)
-
-    def take(self, rows: np.ndarray) -> "Ragged":
-        """The lists ``rows``, in that order, with repeats."""
-        lengths = self.lengths[rows]
-        offsets = np.r_[0, np.cumsum(lengths)]
-        within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
-        return Ragged(offsets, self.values[np.repeat(self.offsets[:-1][rows], lengths) + within])
+Direction = Literal["text_to_image", "image_to_text"]
+"""What asks: a text for pages, or a page for texts."""
 
 
 class Relevance:
@@ -92,21 +64,21 @@ class Relevance:
         return self._relevant_pairs[at] == pairs
 
     @cached_property
-    def documents_of_text(self) -> Ragged:
+    def documents_of_text(self) -> IntLists:
         """For each text all documents that are relevant to it, copies of a page included."""
         texts, pages = np.divmod(self._relevant_pairs, len(self.document_ids))
-        documents_of_page = Ragged.grouped(self.page, np.arange(len(self.page)), len(self.page)).take(pages)
-        return Ragged.grouped(texts[documents_of_page.rows], documents_of_page.values, int(self.text.max()) + 1)
+        documents_of_page = IntLists.grouped(self.page, np.arange(len(self.page)), len(self.page)).take(pages)
+        return IntLists.grouped(texts[documents_of_page.rows], documents_of_page.values, int(self.text.max()) + 1)
 
     @cached_property
-    def listed_negatives(self) -> Ragged:
+    def listed_negatives(self) -> IntLists:
         """For each query the documents listed as its negatives, best first."""
         negatives = self._tables.negatives
         if negatives is None:
-            return Ragged(np.zeros(len(self.query_ids) + 1, dtype=np.int64), np.array([], dtype=np.int64))
+            return IntLists(np.zeros(len(self.query_ids) + 1, dtype=np.int64), np.array([], dtype=np.int64))
         rows, items = flat_lists(column(negatives, "document_ids"))
         query = positions(column(negatives, "query_id"), self.query_ids)[rows]
-        return Ragged.grouped(query, positions(items, self.document_ids), len(self.query_ids))
+        return IntLists.grouped(query, positions(items, self.document_ids), len(self.query_ids))
 
     @property
     def num_copies(self) -> int:
@@ -136,7 +108,7 @@ class Relevance:
             return {}
         listed = self.listed_negatives.take(queries)
         kept = np.isin(listed.values, documents)
-        within = Ragged.grouped(listed.rows[kept], listed.values[kept], len(queries))
+        within = IntLists.grouped(listed.rows[kept], listed.values[kept], len(queries))
         ids = {
             "query_id": self.query_ids.take(pa.array(queries)),
             "document_ids": lists(within.offsets, self.document_ids.take(pa.array(within.values))),

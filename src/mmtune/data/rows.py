@@ -1,26 +1,23 @@
 """Rows for the host's trainers: ids in Arrow, texts and pages when a row is read."""
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from mmtune.data import internals
-from mmtune.data.arrow import lists, table_dataset
+from mmtune import host
+from mmtune.data.arrow import IntLists, lists, table_dataset
 from mmtune.data.documents import DocumentKind, DocumentReader, KeyedTable
 from mmtune.data.negatives import ChosenNegatives
-from mmtune.data.relevance import Ragged, Relevance
+from mmtune.data.relevance import Direction, Relevance
 from mmtune.data.tables import Tables
 
 ID_COLUMNS = ("query_id", "document_id", "negative_document_ids", "relevant_document_ids")
 """The columns of training rows under ``rows.with_format(None)``."""
 
-Direction = Literal["text_to_image", "image_to_text"]
-"""What asks: a text for pages, or a page for texts."""
 
-
-@internals.hashed_by(lambda view: view.fingerprint)
+@host.hashed_by(lambda view: view.fingerprint)
 class TrainingView:
     """Turns rows of ids into ``query, image, negative_0, ...``; the transform of the training rows."""
 
@@ -62,7 +59,7 @@ class TrainingView:
         return {"query": [row["text"] for row in self._queries.get(batch["query_id"])], **columns}
 
 
-@internals.hashed_by(lambda view: view.fingerprint)
+@host.hashed_by(lambda view: view.fingerprint)
 class AskingPages(TrainingView):
     """Training rows read the other way round: ``query`` is the page and ``document`` its text, without negatives."""
 
@@ -77,6 +74,14 @@ class AskingPages(TrainingView):
         """The batch as contrastive losses of rerankers read it."""
         row = super().__call__(batch)
         return {"query": row["image"], "document": row["query"]} if "image" in row else row
+
+
+def view_of(rows: Dataset) -> Any:
+    """What turns the ids of some rows into texts and pages when they are read; ``None`` where nothing does.
+
+    It is what the rows were made with, also where the host's trainer has wrapped it since.
+    """
+    return host.own_transform(rows)
 
 
 def training_rows(
@@ -99,9 +104,9 @@ def training_rows(
     return table_dataset(ids).with_transform(view)
 
 
-def _rectangle(values: np.ndarray) -> Ragged:
-    return Ragged(np.arange(len(values) + 1) * values.shape[1], values.reshape(-1))
+def _rectangle(values: np.ndarray) -> IntLists:
+    return IntLists(np.arange(len(values) + 1) * values.shape[1], values.reshape(-1))
 
 
-def _id_lists(documents: Ragged, relevance: Relevance) -> pa.Array:
+def _id_lists(documents: IntLists, relevance: Relevance) -> pa.Array:
     return lists(documents.offsets, relevance.document_ids.take(pa.array(documents.values)))

@@ -9,9 +9,10 @@ from sentence_transformers.base import BaseModel
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from tqdm.auto import tqdm
 
-from mmtune.data.documents import DocumentReader, as_host_input, let_read_typed_texts
-from mmtune.data.encoding import portions_of, read_ahead
+from mmtune.data.documents import DocumentReader, as_host_input
 from mmtune.errors import ConfigError
+from mmtune.host import let_read_typed_texts
+from mmtune.inference.encoder import portions_of, read_ahead
 
 Retriever: TypeAlias = SentenceTransformer | MultiVectorEncoder
 """What finds documents: one vector for each, or one a token."""

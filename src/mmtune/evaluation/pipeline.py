@@ -13,13 +13,13 @@ from sentence_transformers import CrossEncoder
 
 from mmtune.data.candidates import CandidateList, Judgements
 from mmtune.data.documents import DocumentKind
-from mmtune.data.encoding import Encoder, portions_of
-from mmtune.data.inputs import DatasetLike, as_retrieval_dataset
+from mmtune.data.sources import DatasetLike, as_retrieval_dataset
 from mmtune.errors import ConfigError
 from mmtune.evaluation.corpus import ndcg
-from mmtune.evaluation.scoring import PairReader, require_reranker, score_candidates
-from mmtune.evaluation.search import require_retriever, search
-from mmtune.evaluation.ties import expected_gains
+from mmtune.evaluation.metrics import expected_gains
+from mmtune.inference.encoder import Encoder, portions_of
+from mmtune.inference.first_stage import require_retriever, search
+from mmtune.inference.pairs import PairReader, require_reranker, score_candidates
 
 _DEPTHS = (5, 10, 20, 50)
 _LOST_SHOWN = 10

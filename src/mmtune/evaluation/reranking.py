@@ -8,22 +8,21 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from datasets import DatasetDict
 from sentence_transformers import CrossEncoder
 from sentence_transformers.base.evaluation import BaseEvaluator
 
 from mmtune.data.candidates import CandidateList, Judgements
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
-from mmtune.data.encoding import Encoder, portions_of
-from mmtune.data.inputs import DatasetLike, as_retrieval_dataset
-from mmtune.data.pairs import Direction
+from mmtune.data.relevance import Direction
+from mmtune.data.sources import DatasetsLike
 from mmtune.errors import ConfigError
-from mmtune.evaluation.averaging import MeanEvaluator
 from mmtune.evaluation.corpus import ndcg
-from mmtune.evaluation.scoring import PairReader, score_candidates
-from mmtune.evaluation.search import require_retriever, search
-from mmtune.evaluation.ties import average_precision, expected_gains, reciprocal_rank
+from mmtune.evaluation.mean import MeanEvaluator, evaluator_of_each
+from mmtune.evaluation.metrics import average_precision, expected_gains, reciprocal_rank
+from mmtune.inference.encoder import Encoder, portions_of
+from mmtune.inference.first_stage import require_retriever, search
+from mmtune.inference.pairs import PairReader, score_candidates
 
 
 class RerankingEvaluator(BaseEvaluator):
@@ -123,7 +122,7 @@ AnyRerankingEvaluator: TypeAlias = RerankingEvaluator | MeanEvaluator
 
 
 def build_reranking_evaluator(
-    dataset: DatasetLike | Mapping[str, DatasetLike],
+    dataset: DatasetsLike,
     *,
     direction: Direction = "text_to_image",
     num_candidates: int = 10,
@@ -176,12 +175,7 @@ def build_reranking_evaluator(
     source = _CandidateSource(direction, num_candidates, documents, retriever, always_rerank_positives, seed)
     options = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
     build = partial(_evaluator, source=source, at_k=at_k, options=options)
-    if not isinstance(dataset, Mapping) or isinstance(dataset, DatasetDict):
-        return build(as_retrieval_dataset(dataset), name)
-    if not dataset:
-        raise ConfigError("The mapping of names to datasets is empty. Name at least one dataset.")
-    parts = {f"{name}-{part}": as_retrieval_dataset(data) for part, data in dataset.items()}
-    return MeanEvaluator([build(data, part) for part, data in parts.items()], name)
+    return evaluator_of_each(dataset, name, build)
 
 
 @dataclass(frozen=True)

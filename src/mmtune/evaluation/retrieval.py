@@ -5,19 +5,18 @@ from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from datasets import DatasetDict
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.base import BaseModel
 
 from mmtune.data.arrow import column
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind, DocumentReader
-from mmtune.data.encoding import ENOUGH_PIXELS
-from mmtune.data.inputs import DatasetLike, as_retrieval_dataset
+from mmtune.data.sources import DatasetsLike
 from mmtune.errors import ConfigError
-from mmtune.evaluation.averaging import MeanEvaluator
 from mmtune.evaluation.corpus import CorpusEvaluator, Retriever
 from mmtune.evaluation.late_interaction import LateInteractionEvaluator
+from mmtune.evaluation.mean import MeanEvaluator, evaluator_of_each
+from mmtune.inference.encoder import ENOUGH_PIXELS
 
 
 class Embeddings(NamedTuple):
@@ -130,7 +129,7 @@ Evaluator: TypeAlias = SingleEvaluator | MeanEvaluator
 
 
 def build_evaluator(
-    dataset: DatasetLike | Mapping[str, DatasetLike],
+    dataset: DatasetsLike,
     *,
     model: Retriever | None = None,
     name: str = "vdr",
@@ -181,10 +180,7 @@ def build_evaluator(
     if evaluator_class is RetrievalEvaluator:
         options["truncate_dims"] = dims
     build = partial(_evaluator, evaluator_class, documents=documents, options=options)
-    if isinstance(dataset, Mapping) and not isinstance(dataset, DatasetDict):
-        parts = {f"{name}-{part}": as_retrieval_dataset(data) for part, data in dataset.items()}
-        return MeanEvaluator([build(data, part) for part, data in parts.items()], name)
-    return build(as_retrieval_dataset(dataset), name)
+    return evaluator_of_each(dataset, name, build)
 
 
 def _evaluator_class(model: Retriever | None, dims: Sequence[int]) -> type[SingleEvaluator]:

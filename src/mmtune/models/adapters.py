@@ -19,6 +19,7 @@ from sentence_transformers.base.modules import Router, Transformer
 from torch import nn
 
 from mmtune.errors import ConfigError
+from mmtune.host import forget_conversions
 
 ADAPTER_FILE = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
@@ -59,9 +60,7 @@ def merge_lora(model: BaseModel) -> BaseModel:
         )
     for module in adapted:
         take_out(module, merge=True)
-        # Loading adapters leaves a renaming behind that is for their files: the merged weights would be saved under
-        # names that no model has, and load as random numbers with no more than a log entry (transformers 5.23).
-        vars(module.model).pop("_weight_conversions", None)
+        forget_conversions(module.model)
         module.model.requires_grad_(True)
         # these weights are in no checkpoint yet, on which other adapters could be loaded again
         module.model.name_or_path = ""

@@ -1,27 +1,18 @@
 """What the host would make of a fresh checkpoint, from its small files alone."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from PIL import Image
 from sentence_transformers.base.modules import Transformer
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+
+from mmtune.host import WithoutWeights
 
 SAMPLES = {"text": "total revenue", "image": Image.new("RGB", (64, 64), "white")}
 
 
-class Blueprint(Transformer):
-    """The host's encoder without weights: its processor, and the modalities that the host finds in it.
-
-    The host infers modalities from a model that is loaded; this one is laid out on the ``meta`` device, which holds no
-    numbers. ``_load_model`` is no documented hook (sentence-transformers 6.2); a public way to ask for the modalities
-    of a checkpoint would replace this class.
-    """
-
-    def _load_model(self, name: str, task: str, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> PreTrainedModel:
-        with torch.device("meta"):
-            return AutoModel.from_config(config, trust_remote_code=kwargs.get("trust_remote_code", False))
+class Blueprint(WithoutWeights, Transformer):
+    """The host's encoder without weights: its processor, and the modalities that the host finds in it."""
 
 
 def refusals(encoder: Transformer) -> Mapping[str, str]:

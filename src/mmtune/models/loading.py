@@ -9,6 +9,7 @@ from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
 from mmtune.errors import ConfigError
+from mmtune.host import attention_of
 from mmtune.models.checkpoints import (
     read_encoders,
     require_modality,
@@ -163,7 +164,7 @@ def describe_model(model: HostModel) -> dict[str, Any]:
         "embedding_dimension": None if isinstance(model, CrossEncoder) else model.get_embedding_dimension(),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtype": _joined(_dtype_name(parameter.dtype) for parameter in model.parameters()),
-        "attention": _joined(getattr(config, "_attn_implementation", None) for config in configs),
+        "attention": _joined(attention_of(config) for config in configs),
         "device": str(model.device),
         "min_pixels": limits.min_pixels,
         "max_pixels": limits.max_pixels,

@@ -14,6 +14,7 @@ from sentence_transformers.base.modules import Transformer
 from torch import nn
 
 from mmtune.errors import ConfigError, MissingExtraError
+from mmtune.host import forget_adapter
 from mmtune.models.adapters import adapter_layers, encoders_of, has_adapters, is_quantized, take_out
 from mmtune.models.parts import PROJECTION, encoder_parts, parts_named
 
@@ -139,8 +140,7 @@ def _attach(encoders: Sequence[Transformer], lora: LoraChoice, frozen: set[int],
             try:
                 _add_adapter(module, config)
             except ValueError as error:  # no module has such a name; in a Router another encoder may
-                # set before anything is attached (transformers 5.23)
-                module.model._hf_peft_config_loaded = False
+                forget_adapter(module.model)
                 reasons.append(f" {type(module.model).__name__}: {error}")
     adapted = [module for module in encoders if has_adapters(module)]
     if not adapted:

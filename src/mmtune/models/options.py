@@ -10,6 +10,7 @@ from sentence_transformers.util import get_device_name
 from transformers.utils import is_flash_attn_2_available
 
 from mmtune.errors import ConfigError
+from mmtune.host import supports_flash_attention
 from mmtune.models.checkpoints import TEXT_ONLY, Encoder, first_line
 from mmtune.models.pixels import PixelLimits
 
@@ -136,11 +137,11 @@ def _flash_attention_fits(dtype: torch.dtype, target: torch.device, encoders: Se
     if target.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or not is_flash_attn_2_available():
         return False
     with_attention = [encoder for encoder in encoders if encoder.config or encoder.modalities != TEXT_ONLY]
-    return all(_supports_flash_attention(encoder) for encoder in with_attention)
+    return all(_runs_flash_attention(encoder) for encoder in with_attention)
 
 
-def _supports_flash_attention(encoder: Encoder) -> bool:
+def _runs_flash_attention(encoder: Encoder) -> bool:
     if encoder.config is None:
         return False
     model_class = transformers.MODEL_MAPPING.get(type(encoder.config), None)
-    return getattr(model_class, "_supports_flash_attn", False)
+    return supports_flash_attention(model_class)

@@ -1,7 +1,7 @@
 """Two encoders that become one model: the host's Router, with the parts that make its routes meet."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -13,6 +13,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 from torch import nn
 
 from mmtune.errors import ConfigError
+from mmtune.host import declare_modalities
 from mmtune.models.checkpoints import find_checkpoint, first_line, read_encoders
 from mmtune.models.fitting import is_causal
 from mmtune.models.fresh import mark_fresh
@@ -243,14 +244,10 @@ def _image_kinds(module: nn.Module, *, whole: bool) -> tuple[str, ...]:
     together = "message" in modalities and {"image", "text"} <= set(modalities)
     if together and isinstance(module, Transformer) and PAIR not in module.modality_config:
         # the Router names the pair in the features, and the encoder looks it up (sentence-transformers 6.2)
-        module.modality_config = {**module.modality_config, PAIR: _without_format(module.modality_config["message"])}
-        module.input_formatter.supported_modalities = list(module.modality_config)
+        message = {name: value for name, value in module.modality_config["message"].items() if name != "format"}
+        declare_modalities(module, {**module.modality_config, PAIR: message})
     texts = ("text",) if whole and "text" in modalities else ()
     return ("image", *texts, *(("text+image",) if together or PAIR in modalities else ()))
-
-
-def _without_format(params: Mapping[str, Any]) -> Any:
-    return {name: value for name, value in params.items() if name != "format"}
 
 
 def _pooled(encoder: _Encoder) -> _Encoder:

@@ -17,6 +17,8 @@ from sentence_transformers.sentence_transformer.modules import Dense
 from torch import nn
 from transformers import MODEL_MAPPING, CLIPModel, PreTrainedModel, Siglip2Model, SiglipModel
 
+from mmtune.host import attention_of, declare_modalities
+
 TOWERS = {"text": "text_model", "image": "vision_model"}
 PROJECTIONS = {"text": "text_projection", "image": "visual_projection"}
 PROCESSORS = {"text": "tokenizer", "image": "image_processor"}
@@ -122,7 +124,7 @@ def _alone(encoder: Transformer, tower: PreTrainedModel, modality: str) -> Trans
         _forget_joint_processor(Path(folder))
         alone = Transformer(
             folder,
-            model_kwargs={"dtype": tower.dtype, "attn_implementation": tower.config._attn_implementation},
+            model_kwargs={"dtype": tower.dtype, "attn_implementation": attention_of(tower.config)},
             modality_config={modality: {"method": "forward", "method_output_name": "pooler_output"}},
             module_output_name="sentence_embedding",
             processing_kwargs=kwargs,
@@ -160,8 +162,7 @@ def _without_images(encoder: Transformer) -> Transformer:
     with torch.random.fork_rng(devices=[]):
         empty = type(model.vision_model)(model.config.vision_config)
     model.vision_model = empty.to(model.device, model.dtype)
-    encoder.modality_config = {"text": encoder.modality_config["text"]}
-    encoder.input_formatter.supported_modalities = ["text"]
+    declare_modalities(encoder, {"text": encoder.modality_config["text"]})
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("text_model."))
     return encoder

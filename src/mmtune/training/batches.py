@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +23,7 @@ import torch.distributed
 from datasets import Dataset
 from sentence_transformers.base.sampler import DefaultBatchSampler, MultiDatasetDefaultBatchSampler
 
+from mmtune.data.rows import ID_COLUMNS, view_of
 from mmtune.errors import DatasetError
 from mmtune.training.planning import BatchShape, BusiestDocument, EpochPlan, IntLists, RowDocuments, plan_epoch
 
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
-
-ID_COLUMNS = ("query_id", "document_id", "negative_document_ids", "relevant_document_ids")
 
 
 class ConflictFreeBatchSampler(DefaultBatchSampler):
@@ -260,23 +258,12 @@ def require_view(dataset: Dataset) -> None:
             f"RetrievalDataset.training_rows(), with columns {list(ID_COLUMNS)}. Pass those rows, or use another "
             "batch sampler."
         )
-    if _view(dataset) is None:
+    if view_of(dataset) is None:
         raise DatasetError(
             f"These rows have lost their view: they read as the ids in {columns}, and the ids would be trained on as "
             "text. datasets.concatenate_datasets and interleave_datasets do that. Join datasets with "
             "RetrievalDataset.concatenate before training_rows(), or pass a mapping of names to datasets."
         )
-
-
-def _view(dataset: Dataset) -> Any:
-    """The caller's own transform of the rows, or None."""
-    if dataset.format["type"] != "custom":
-        return None
-    transform = dataset.format["format_kwargs"].get("transform")
-    # With prompts or a loss for each dataset, the host sets a transform of its own, also on rows without one.
-    while isinstance(transform, partial) and transform.func.__name__ == "add_dataset_name_transform":
-        transform = transform.keywords.get("transform")
-    return transform
 
 
 def _world_size() -> int:

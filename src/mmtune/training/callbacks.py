@@ -11,6 +11,8 @@ from sentence_transformers.sentence_transformer.model_card import SentenceTransf
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from mmtune.host import innermost_sampler
+
 
 class CardWithoutRows(BaseModelCardCallback):
     """A host's model card without examples and statistics of the rows.
@@ -102,11 +104,3 @@ class BestCheckpointHere(TrainerCallback):
             stacklevel=2,
         )
         state.best_metric = state.best_global_step = None
-
-
-def innermost_sampler(loader: Any) -> Any:
-    """The batch sampler behind the wrappers of accelerate."""
-    sampler = loader
-    while getattr(sampler, "batch_sampler", None) is not None:
-        sampler = sampler.batch_sampler
-    return sampler

@@ -13,7 +13,7 @@ import torch
 from sentence_transformers.base.training_args import BaseTrainingArguments
 from torch import nn
 
-from mmtune.data.pairs import Direction
+from mmtune.data.relevance import Direction
 from mmtune.errors import ConfigError
 from mmtune.training.batches import ConflictFreeBatchSampler
 from mmtune.training.kinds import Kind

@@ -19,13 +19,13 @@ from mmtune.training.checks import (
     check_resumed,
     warn_of_rounding,
 )
+from mmtune.training.inputs import DatasetsLike, evaluation_sets, paths_of, refuse_overlap, training_sets
 from mmtune.training.kinds import kind_of
 from mmtune.training.losses import Loss, evaluated_dims, loss_for_model, trained_dims
 from mmtune.training.output import check_output_dir, resolve_output_dir
 from mmtune.training.preparing import ready_model, thawed_afterwards
 from mmtune.training.result import FinetuneResult
 from mmtune.training.running import Place, run
-from mmtune.training.sets import DatasetsLike, evaluation_sets, paths_of, refuse_overlap, training_sets
 from mmtune.training.settings import settings
 
 

@@ -26,7 +26,7 @@ from mmtune.models.late_interaction import build_late_interaction, is_late_inter
 from mmtune.models.loading import check_checkpoint, load_model
 from mmtune.models.opening import checked_name, checkpoint_files
 from mmtune.models.rerankers import build_reranker
-from mmtune.training.trainer import EmbeddingTrainer, LateInteractionTrainer, PageTrainer, RerankingTrainer
+from mmtune.training.trainers import EmbeddingTrainer, LateInteractionTrainer, PageTrainer, RerankingTrainer
 
 Model = TypeVar("Model", bound=HostModel, covariant=True)
 

@@ -9,8 +9,9 @@ from typing import Any, Generic
 from sentence_transformers import MultiVectorEncoder
 from torch import nn
 
-from mmtune.data.documents import DocumentKind, let_read_typed_texts
+from mmtune.data.documents import DocumentKind
 from mmtune.errors import ConfigError
+from mmtune.host import let_read_typed_texts
 from mmtune.models.adapters import encoders_of, has_lora
 from mmtune.models.fresh import fresh_layers
 from mmtune.models.late_interaction import mark_fresh_projections

@@ -15,7 +15,7 @@ from sentence_transformers.base.training_args import BaseTrainingArguments
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mmtune.data.pairs import Direction
+from mmtune.data.relevance import Direction
 from mmtune.errors import ConfigError
 from mmtune.evaluation.corpus import Retriever
 from mmtune.models.adapters import has_lora

@@ -12,9 +12,9 @@ from torch import nn
 from mmtune.data.candidates import Judgements
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
-from mmtune.data.pairs import Direction
+from mmtune.data.relevance import Direction
 from mmtune.errors import ConfigError
-from mmtune.evaluation.averaging import MeanEvaluator
+from mmtune.evaluation.mean import MeanEvaluator
 from mmtune.evaluation.reranking import AnyRerankingEvaluator, build_reranking_evaluator
 from mmtune.models.lora import LoraChoice, check_lora
 from mmtune.training import recipe
@@ -28,6 +28,7 @@ from mmtune.training.checks import (
     check_resumed,
     warn_of_rounding,
 )
+from mmtune.training.inputs import DatasetsLike, TrainingSets, evaluation_sets, paths_of, refuse_overlap, reranking_sets
 from mmtune.training.kinds import RERANKING, require_reranker
 from mmtune.training.losses import Loss
 from mmtune.training.output import check_output_dir, resolve_output_dir
@@ -35,7 +36,6 @@ from mmtune.training.preparing import ready_model, thawed_afterwards
 from mmtune.training.reranking_losses import check_negatives, form_of, reranking_loss
 from mmtune.training.result import FinetuneResult
 from mmtune.training.running import Place, run
-from mmtune.training.sets import DatasetsLike, TrainingSets, evaluation_sets, paths_of, refuse_overlap, reranking_sets
 from mmtune.training.settings import settings
 
 EVALUATOR_NAME = "vdr-rerank"

@@ -18,8 +18,8 @@ from sentence_transformers.cross_encoder.losses import (
 from torch import nn
 
 from mmtune.errors import ConfigError
+from mmtune.training.inputs import Form
 from mmtune.training.losses import Loss, built
-from mmtune.training.sets import Form
 
 _LISTWISE = (LambdaLoss, ListNetLoss, PListMLELoss, ADRMSELoss)
 _CONTRASTIVE = (MultipleNegativesRankingLoss,)

@@ -10,7 +10,7 @@ from typing import Any
 from sentence_transformers.base.trainer import BaseTrainer
 
 from mmtune.models.kinds import HostModel
-from mmtune.report.documents import run_report, with_finetuning_section
+from mmtune.report.markdown import run_report, with_finetuning_section
 from mmtune.report.tables import BeforeAfter, before_after, before_after_cells, text_table
 
 _PACKAGES = ("mmtune", "sentence-transformers", "transformers", "torch", "datasets", "accelerate", "pillow", "numpy")

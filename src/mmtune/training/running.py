@@ -15,7 +15,7 @@ from mmtune.models.kinds import HostModel
 from mmtune.training.checks import check_metric
 from mmtune.training.output import clear_run
 from mmtune.training.result import FinetuneResult
-from mmtune.training.trainer import PageTrainer
+from mmtune.training.trainers import PageTrainer
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.training.batches import ConflictFreeBatchSampler
-from mmtune.training.sets import TrainingSet, TrainingSets
-from mmtune.training.trainer import PageTrainer
+from mmtune.training.inputs import TrainingSet, TrainingSets
+from mmtune.training.trainers import PageTrainer
 
 
 def settings(

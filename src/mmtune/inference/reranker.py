@@ -9,9 +9,9 @@ import torch
 from sentence_transformers import CrossEncoder
 
 from mmtune.data.documents import DocumentReader, as_host_input
-from mmtune.data.encoding import portions_of, read_ahead
-from mmtune.data.rows import Direction
+from mmtune.data.relevance import Direction
 from mmtune.errors import ConfigError
+from mmtune.inference.encoder import portions_of, read_ahead
 
 
 def require_reranker(model: object) -> None:

@@ -2,21 +2,15 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import sentence_transformers
 import torch
 import transformers
 import xxhash
-from datasets import Dataset
 from sentence_transformers.base.modules import Module
 from transformers import PreTrainedModel
-
-from mmtune.data.arrow import column
-from mmtune.data.documents import DocumentKind, document_columns
-from mmtune.data.encoded import EncodedImages
-from mmtune.errors import ImageDecodeError
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _NOT_CONTENT = ("_name_or_path", "transformers_version")
@@ -81,44 +75,3 @@ def _processing(processor: Any) -> Iterator[Any]:
     # Truncation and padding are set by each call, so they would differ before and after the first.
     yield {key: part for key, part in json.loads(backend.to_str()).items() if key not in ("truncation", "padding")}
     yield [tokenizer.model_max_length, tokenizer.padding_side, getattr(tokenizer, "chat_template", None)]
-
-
-def text_digest(text: str) -> str:
-    """A digest of a text, 32 hexadecimal digits."""
-    return xxhash.xxh3_128_hexdigest(text.encode())
-
-
-def document_digests(corpus: Dataset, documents: DocumentKind, rows: Sequence[int]) -> list[str]:
-    """A digest of what each document is made of, 32 hexadecimal digits; of encoded bytes, without decoding.
-
-    Args:
-        corpus: A table with ``document_id`` and what ``documents`` asks for.
-        documents: What a document is made of; the same page as image and as text has two digests.
-        rows: The rows of the corpus.
-
-    Raises:
-        ConfigError: The corpus lacks what ``documents`` asks for.
-        ImageDecodeError: The file of a page can't be read; the message names the document.
-    """
-    names = document_columns(corpus, documents)
-    images = EncodedImages(corpus) if "image" in names else None
-    texts = column(corpus, "text") if "text" in names else None
-    return [_document_digest(corpus, documents, int(row), images, texts) for row in rows]
-
-
-def _document_digest(
-    corpus: Dataset, documents: DocumentKind, row: int, images: EncodedImages | None, texts: Any
-) -> str:
-    digest = xxhash.xxh3_128(documents.encode())
-    if texts is not None:
-        # The digest of the text, not the text: its end can't be taken for the start of the image.
-        digest.update(text_digest(texts[row].as_py() or "").encode())
-    if images is not None:
-        try:
-            digest.update(images.read(row))
-        except OSError as error:
-            raise ImageDecodeError(
-                f"The file of document {corpus[row]['document_id']!r} can't be read: {error}. "
-                "Restore the file, or leave the document out."
-            ) from error
-    return digest.hexdigest()

@@ -11,9 +11,9 @@ from tqdm.auto import tqdm
 from mmtune.data.candidates import CandidateList
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind, DocumentReader
-from mmtune.data.encoding import ENOUGH_PIXELS, portions_of, read_ahead
-from mmtune.data.predicting import pair_scores, require_reranker
-from mmtune.data.rows import Direction
+from mmtune.data.relevance import Direction
+from mmtune.inference.encoder import ENOUGH_PIXELS, portions_of, read_ahead
+from mmtune.inference.reranker import pair_scores, require_reranker
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import torch
 
 from mmtune.data.candidates import Judgements
 from mmtune.data.documents import as_host_input
-from mmtune.data.encoding import Embeddings, Encoder, EncodingTask, encoded_shards, joined
-from mmtune.data.ranking import top_columns
 from mmtune.errors import ConfigError
-from mmtune.evaluation.scoring import PairReader
+from mmtune.inference.encoder import Embeddings, Encoder, EncodingTask, encoded_shards, joined
+from mmtune.inference.pairs import PairReader
+from mmtune.inference.search import top_columns
 
 _ASKING_AT_ONCE = 128
 _TIE_ORDER_SEED = 0  # that of the retrieval evaluators: equal scores stand in the order they give them

@@ -1,29 +1,31 @@
 """The data of a run: one set or several by name, built and checked before weights load."""
 
 import os
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset, DatasetDict
 
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind, check_texts, document_columns
-from mmtune.data.inputs import DatasetLike, as_retrieval_dataset, relevant_on_both_sides
-from mmtune.data.pairs import Direction, ListView, PairView
-from mmtune.data.rows import AskingPages, TrainingView
+from mmtune.data.pairs import ListView, PairView
+from mmtune.data.relevance import Direction
+from mmtune.data.rows import ID_COLUMNS, AskingPages, TrainingView, view_of
+from mmtune.data.sources import (
+    DatasetLike,
+    DatasetsLike,
+    as_retrieval_dataset,
+    datasets_by_name,
+    relevant_on_both_sides,
+)
 from mmtune.errors import ConfigError, DatasetError
-from mmtune.training.batches import ID_COLUMNS, require_view
+from mmtune.training.batches import require_view
 
 DEFAULT_NEGATIVES = 1
-_NAME = re.compile(r"(?!mean$)(?!(.*-)?\d+d$)[^_]+")
-
-DatasetsLike: TypeAlias = DatasetLike | Mapping[str, DatasetLike]
-"""One dataset, or several by name."""
 
 Form = Literal["pairs", "lists", "columns"]
 """The rows that a loss of rerankers reads."""
@@ -44,7 +46,7 @@ class TrainingSet:
     @property
     def view(self) -> TrainingView | PairView | ListView:
         """What turns ids into texts and pages when a row is read."""
-        return self.rows.format["format_kwargs"]["transform"]
+        return view_of(self.rows)
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def training_sets(given: DatasetsLike, *, num_negatives: int, documents: Documen
         seed: Of filling up negatives.
     """
     return TrainingSets(
-        {name: _training_set(part, num_negatives, documents, seed) for name, part in _by_name(given).items()}
+        {name: _training_set(part, num_negatives, documents, seed) for name, part in datasets_by_name(given).items()}
     )
 
 
@@ -125,7 +127,7 @@ def reranking_sets(
         documents: What a document is made of.
         seed: Of filling up negatives.
     """
-    data = {name: _readable(as_retrieval_dataset(part), documents) for name, part in _by_name(given).items()}
+    data = {name: _readable(as_retrieval_dataset(part), documents) for name, part in datasets_by_name(given).items()}
     options = {"documents": documents, "seed": seed}
     return TrainingSets(
         {
@@ -143,7 +145,7 @@ def evaluation_sets(given: DatasetsLike | None, documents: DocumentKind) -> dict
     """The evaluation data by name, every page readable; empty for ``None``, and a single set has the name ``""``."""
     if given is None:
         return {}
-    return {name: _readable(as_retrieval_dataset(part), documents) for name, part in _by_name(given).items()}
+    return {name: _readable(as_retrieval_dataset(part), documents) for name, part in datasets_by_name(given).items()}
 
 
 def refuse_overlap(train: TrainingSets, evaluation: Mapping[str, RetrievalDataset]) -> None:
@@ -170,19 +172,6 @@ def paths_of(*given: object) -> list[Path]:
     return [Path(part) for part in parts if isinstance(part, (str, os.PathLike)) and Path(part).exists()]
 
 
-def _by_name(given: DatasetsLike) -> dict[str, DatasetLike]:
-    if not isinstance(given, Mapping) or isinstance(given, DatasetDict):
-        return {"": given}
-    if not given:
-        raise DatasetError("The mapping of datasets is empty. Name at least one dataset.")
-    if not all(isinstance(name, str) and _NAME.fullmatch(name) for name in given):
-        raise ConfigError(
-            f"The datasets are named {list(given)}. Names become part of metric "
-            "keys: they are texts without '_', other than 'mean' and dimensions such as '64d'."
-        )
-    return dict(given)
-
-
 def _training_set(given: DatasetLike, num_negatives: int, documents: DocumentKind, seed: int) -> TrainingSet:
     if isinstance(given, Dataset) and set(ID_COLUMNS) <= set(given.column_names):
         return _given_rows(given, documents, num_negatives)
@@ -201,7 +190,7 @@ def _reranking_rows(
         return data.training_rows(num_negatives, **options)
     # Batches keep relevant pages from the texts of other rows, and know nothing of further texts in a row.
     rows = data.training_rows(0, **options)
-    return rows.with_transform(AskingPages(rows.format["format_kwargs"]["transform"]))
+    return rows.with_transform(AskingPages(view_of(rows)))
 
 
 def _joined_name(*parts: str) -> str:
@@ -211,7 +200,7 @@ def _joined_name(*parts: str) -> str:
 def _given_rows(rows: Dataset, documents: DocumentKind, num_negatives: int) -> TrainingSet:
     """Rows of ``training_rows``, with the queries they refer to."""
     require_view(rows)
-    view = rows.format["format_kwargs"]["transform"]
+    view = view_of(rows)
     if view.documents != documents:
         raise ConfigError(
             f"documents={documents!r}, and the rows were made with documents={view.documents!r}. Make them agree."

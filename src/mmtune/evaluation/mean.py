@@ -1,10 +1,15 @@
 """Several evaluators of one kind, and the mean of what they say."""
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from sentence_transformers.base.evaluation import SequentialEvaluator
+
+from mmtune.data.dataset import RetrievalDataset
+from mmtune.data.sources import DatasetsLike, as_retrieval_dataset, datasets_by_name
+
+Single = TypeVar("Single")
 
 
 class NamedEvaluator(Protocol):
@@ -62,3 +67,19 @@ class MeanEvaluator(SequentialEvaluator):
 
     def _of_mean(self, key: str) -> str:
         return f"{self.name}-mean{key.removeprefix(self.parts[0].name)}"
+
+
+def evaluator_of_each(
+    dataset: DatasetsLike, name: str, build: Callable[[RetrievalDataset, str], Single]
+) -> "Single | MeanEvaluator":
+    """The evaluator of one dataset, or of several by name with their mean.
+
+    Args:
+        dataset: What is evaluated on.
+        name: Prefix of the metric keys; of several, each has ``<name>-<its own>``.
+        build: Makes the evaluator of a dataset under a name.
+    """
+    data = {part: as_retrieval_dataset(each) for part, each in datasets_by_name(dataset).items()}
+    if list(data) == [""]:
+        return build(data[""], name)
+    return MeanEvaluator([build(each, f"{name}-{part}") for part, each in data.items()], name)

@@ -11,10 +11,14 @@ import pyarrow as pa
 import torch
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
 
-from mmtune.data.arrow import lists, table_dataset
+from mmtune.data.arrow import IntLists, lists, table_dataset
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind, DocumentReader, as_host_input, document_columns
-from mmtune.data.encoding import (
+from mmtune.data.identity import document_digests, text_digest
+from mmtune.data.relevance import Relevance
+from mmtune.data.sources import DatasetLike, as_retrieval_dataset
+from mmtune.errors import ConfigError
+from mmtune.inference.encoder import (
     ENOUGH_PIXELS,
     EmbeddingCache,
     Encoder,
@@ -23,13 +27,10 @@ from mmtune.data.encoding import (
     joined,
     portions_of,
 )
-from mmtune.data.fingerprints import document_digests, model_fingerprint, text_digest
-from mmtune.data.inputs import DatasetLike, as_retrieval_dataset
-from mmtune.data.predicting import PairScorer, require_reranker
-from mmtune.data.ranking import NearestDocuments
-from mmtune.data.relevance import Ragged, Relevance
-from mmtune.data.scoring import Pair, ScoreStore, pair_contents, scored
-from mmtune.errors import ConfigError
+from mmtune.inference.reranker import PairScorer, require_reranker
+from mmtune.inference.search import NearestDocuments
+from mmtune.inference.store import model_fingerprint
+from mmtune.inference.teacher import Pair, ScoreStore, pair_contents, scored
 
 logger = logging.getLogger(__name__)
 
@@ -132,13 +133,13 @@ class RankedPages:
 
     texts: list[str]
     pages: np.ndarray
-    relevant: Ragged
+    relevant: IntLists
     candidates: np.ndarray
     is_relevant: np.ndarray
     scores: np.ndarray
     relevant_scores: np.ndarray
 
-    def negatives(self, rule: MiningRule) -> Ragged:
+    def negatives(self, rule: MiningRule) -> IntLists:
         """For each text its negatives, hardest first, as places in ``pages``."""
         lowest = np.minimum.reduceat(self.relevant_scores, self.relevant.offsets[:-1])
         usable = ~self.is_relevant & rule.keeps(self.scores, lowest)
@@ -146,7 +147,9 @@ class RankedPages:
         order = order[:, rule.range_min : rule.last_rank(int(self.relevant.lengths.max()))][:, : rule.num_negatives]
         taken = np.take_along_axis(usable, order, axis=1)
         rows, columns = np.nonzero(taken)
-        return Ragged.grouped(rows, np.take_along_axis(self.candidates, order, axis=1)[rows, columns], len(self.texts))
+        return IntLists.grouped(
+            rows, np.take_along_axis(self.candidates, order, axis=1)[rows, columns], len(self.texts)
+        )
 
 
 def mine_hard_negatives(
@@ -205,7 +208,7 @@ def mine_hard_negatives(
 
     Example:
         >>> from mmtune import RetrievalDataset, load_model
-        >>> from mmtune.data.mining import mine_hard_negatives
+        >>> from mmtune.inference.mining import mine_hard_negatives
         >>> pages = RetrievalDataset.load("pages.parquet")
         >>> mined = mine_hard_negatives(pages, load_model("my-model"), num_negatives=2, show_progress_bar=False)
         >>> mined.negatives.column_names
@@ -221,7 +224,7 @@ def mine_hard_negatives(
         ranked = run.rescored(ranked, reranker)
     mined = ranked.negatives(rule).take(data.relevance.text)
     _report_short(mined.lengths, data.relevance, rule)
-    return _with_negatives(data, Ragged(mined.offsets, ranked.pages[mined.values]))
+    return _with_negatives(data, IntLists(mined.offsets, ranked.pages[mined.values]))
 
 
 @dataclass(frozen=True)
@@ -326,15 +329,15 @@ def _texts_to_encode(texts: list[str]) -> EncodingTask:
     )
 
 
-def _relevant_pages(relevance: Relevance, pages: np.ndarray) -> Ragged:
+def _relevant_pages(relevance: Relevance, pages: np.ndarray) -> IntLists:
     """For each text what is relevant to it, each page once, as places in ``pages``."""
     documents = relevance.documents_of_text
     is_first = relevance.page[documents.values] == documents.values
     places = np.searchsorted(pages, documents.values[is_first])
-    return Ragged.grouped(documents.rows[is_first], places, len(documents.lengths))
+    return IntLists.grouped(documents.rows[is_first], places, len(documents.lengths))
 
 
-def _with_negatives(data: RetrievalDataset, mined: Ragged) -> RetrievalDataset:
+def _with_negatives(data: RetrievalDataset, mined: IntLists) -> RetrievalDataset:
     """The dataset with other negatives, and without the notes on those that it had."""
     relevance, tables = data.relevance, data._tables
     document_ids = relevance.document_ids.take(pa.array(mined.values))

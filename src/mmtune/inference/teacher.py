@@ -15,14 +15,15 @@ from datasets import Dataset
 from sentence_transformers import CrossEncoder
 from tqdm.auto import tqdm
 
-from mmtune.data import internals
+from mmtune import host
 from mmtune.data.arrow import column, flat_lists, positions, table_dataset
 from mmtune.data.documents import DocumentReader, KeyedTable
-from mmtune.data.encoding import ENOUGH_PIXELS, portions_of
-from mmtune.data.fingerprints import document_digests, model_fingerprint, text_digest
-from mmtune.data.predicting import PairScorer, require_reranker
-from mmtune.data.rows import TrainingView
+from mmtune.data.identity import document_digests, text_digest
+from mmtune.data.rows import TrainingView, view_of
 from mmtune.errors import ConfigError, DatasetError, MissingDocumentError
+from mmtune.inference.encoder import ENOUGH_PIXELS, portions_of
+from mmtune.inference.reranker import PairScorer, require_reranker
+from mmtune.inference.store import model_fingerprint
 
 _MANIFEST = "mmtune_scores.json"
 _FORMAT_VERSION = 1
@@ -195,7 +196,7 @@ class TeacherScores:
         )
 
 
-@internals.hashed_by(lambda view: view.fingerprint)
+@host.hashed_by(lambda view: view.fingerprint)
 class LabelledView(TrainingView):
     """A view of training rows that also reads ``label``: the teacher's scores of the positive and the negatives.
 
@@ -297,7 +298,7 @@ def _pairs_of(rows: Dataset, view: TrainingView) -> list[Pair]:
 
 
 def _view_of(rows: Dataset) -> TrainingView:
-    view = rows.format["format_kwargs"].get("transform") if isinstance(rows, Dataset) else None
+    view = view_of(rows) if isinstance(rows, Dataset) else None
     if not isinstance(view, TrainingView):
         found = f"columns {rows.column_names}" if isinstance(rows, Dataset) else type(rows).__name__
         raise DatasetError(

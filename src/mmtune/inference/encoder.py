@@ -16,9 +16,9 @@ import xxhash
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from tqdm.auto import tqdm
 
-from mmtune.data.documents import let_read_typed_texts
-from mmtune.data.fingerprints import model_fingerprint
 from mmtune.errors import ConfigError, DatasetError
+from mmtune.host import let_read_typed_texts
+from mmtune.inference.store import model_fingerprint
 
 logger = logging.getLogger(__name__)
 

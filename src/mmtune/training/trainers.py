@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback
 
 from mmtune.data.documents import as_host_input
+from mmtune.host import ReadsCheckpoints, innermost_sampler, uncompiled
 from mmtune.models.adapters import has_lora, load_adapters
 from mmtune.training.callbacks import (
     BestCheckpointHere,
@@ -22,7 +23,6 @@ from mmtune.training.callbacks import (
     EpochOfSampler,
     ShortLogs,
     ShortProgress,
-    innermost_sampler,
 )
 
 
@@ -74,7 +74,7 @@ class RerankingCard(CardWithoutRows, CrossEncoderModelCardCallback):
     """For rerankers."""
 
 
-class PageTrainer(BaseTrainer):
+class PageTrainer(ReadsCheckpoints, BaseTrainer):
     """A host's trainer for rows that decode pages when they are read."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -94,13 +94,13 @@ class PageTrainer(BaseTrainer):
         self.train_sampler = innermost_sampler(loader)
         return loader
 
-    def _load_from_checkpoint(self, checkpoint_path: str) -> None:
-        # The host builds the model again, which fails for adapters in a Router (sentence-transformers 6.2).
-        model = getattr(self.model, "_orig_mod", self.model)
+    def read_checkpoint(self, folder: str) -> None:
+        """Loads what was trained; adapters without building the model again."""
+        model = uncompiled(self.model)
         if has_lora(model):
-            load_adapters(model, checkpoint_path)
+            load_adapters(model, folder)
         else:
-            super()._load_from_checkpoint(checkpoint_path)
+            super().read_checkpoint(folder)
 
 
 class EmbeddingTrainer(PageTrainer, SentenceTransformerTrainer):

@@ -1,6 +1,8 @@
 """What every function takes as a dataset, and what two datasets share."""
 
 import os
+import re
+from collections.abc import Mapping
 from typing import TypeAlias
 
 import numpy as np
@@ -9,7 +11,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from mmtune.data.arrow import positions
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.identity import same_documents
-from mmtune.errors import DatasetError
+from mmtune.errors import ConfigError, DatasetError
 
 
 def relevant_on_both_sides(train: RetrievalDataset, evaluation: RetrievalDataset) -> list[tuple[str, str]]:
@@ -49,3 +51,28 @@ def as_retrieval_dataset(dataset: DatasetLike) -> RetrievalDataset:
             "path or Hub name of one, or a mapping of names to these."
         )
     return RetrievalDataset._from_known_layout(dataset)
+
+
+DatasetsLike: TypeAlias = DatasetLike | Mapping[str, DatasetLike]
+"""One dataset, or several by name."""
+
+_NAME = re.compile(r"(?!mean$)(?!(.*-)?\d+d$)[^_]+")
+
+
+def datasets_by_name(given: DatasetsLike) -> dict[str, DatasetLike]:
+    """What was given by name; a single dataset has the name ``""``.
+
+    Raises:
+        DatasetError: The mapping is empty.
+        ConfigError: A name can't be part of a metric key, or is that of the mean or of a truncation.
+    """
+    if not isinstance(given, Mapping) or isinstance(given, DatasetDict):
+        return {"": given}
+    if not given:
+        raise DatasetError("The mapping of datasets is empty. Name at least one dataset.")
+    if not all(isinstance(name, str) and _NAME.fullmatch(name) for name in given):
+        raise ConfigError(
+            f"The datasets are named {list(given)}. Names become part of metric "
+            "keys: they are texts without '_', other than 'mean' and dimensions such as '64d'."
+        )
+    return dict(given)

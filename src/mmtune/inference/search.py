@@ -5,8 +5,8 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from mmtune.data.encoding import Embeddings, Encoder
-from mmtune.data.relevance import Ragged
+from mmtune.data.arrow import IntLists
+from mmtune.inference.encoder import Embeddings, Encoder
 
 _QUERIES_AT_ONCE = 4096
 
@@ -24,7 +24,7 @@ class NearestDocuments:
         relevant_scores: The score of each of ``relevant.values``, float64.
     """
 
-    def __init__(self, relevant: Ragged, depth: int) -> None:
+    def __init__(self, relevant: IntLists, depth: int) -> None:
         self.scores = np.empty((len(relevant.lengths), 0))
         self.documents = np.empty((len(relevant.lengths), 0), dtype=np.int64)
         self.relevant_scores = np.full(len(relevant.values), np.nan)

@@ -1,0 +1,168 @@
+"""Every undocumented touch of the packages below mmtune, each with its reason and what will allow its removal.
+
+Seen in sentence-transformers 6.2, transformers 5.23, datasets 5.2 and peft 0.21. Nothing here imports torch before it
+is called, so that the data layer, which has no models, can use what it needs.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import MethodType
+from typing import Any, TypeVar
+
+import numpy as np
+from datasets import Dataset
+from datasets.utils._dill import pklregister
+
+Class = TypeVar("Class", bound=type)
+
+
+# datasets
+
+
+def stored_positions(rows: Dataset) -> np.ndarray | None:
+    """The stored row behind each row, int64; ``None`` where the rows stand as they are stored.
+
+    Without it, ids could only be laid beside shuffled images by writing the images anew. A public accessor would
+    replace it.
+    """
+    mapping = rows._indices
+    return None if mapping is None else mapping.column(0).to_numpy().astype(np.int64)
+
+
+def fingerprint(rows: Dataset) -> str:
+    """What ``datasets`` tells one content from another by. A public accessor would replace it."""
+    return rows._fingerprint
+
+
+def hashed_by(key: Callable[[Any], str]) -> Callable[[Class], Class]:
+    """Lets ``datasets`` hash objects of a class by a key instead of by their pickle.
+
+    It hashes the transform of a dataset whenever rows are selected or shuffled: with a corpus in memory that pickled
+    every image. A public way to say how an object is hashed would replace it.
+    """
+
+    def register(cls: Class) -> Class:
+        pklregister(cls)(lambda pickler, value: pickler.save_reduce(str, (key(value),), obj=value))
+        return cls
+
+    return register
+
+
+def own_transform(rows: Dataset) -> Any:
+    """The caller's own transform of some rows, or ``None``.
+
+    With prompts or a loss for each dataset the host's trainer sets a transform of its own, also on rows without one. A
+    trainer that leaves the caller's objects alone would replace the loop.
+    """
+    if rows.format["type"] != "custom":
+        return None
+    transform = rows.format["format_kwargs"].get("transform")
+    while isinstance(transform, partial) and transform.func.__name__ == "add_dataset_name_transform":
+        transform = transform.keywords.get("transform")
+    return transform
+
+
+# sentence-transformers
+
+
+def let_read_typed_texts(model: Any) -> None:
+    """Let the static embeddings of a model read ``{"text": ...}``; nothing else changes.
+
+    The host's ``StaticEmbedding`` takes strings only, and a string may be the path of an image to a Router around it. A
+    ``StaticEmbedding`` that takes the host's own dictionaries would replace it.
+
+    Args:
+        model: Any ``torch.nn.Module``, changed in place.
+    """
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+    for module in model.modules():
+        if isinstance(module, StaticEmbedding):
+            module.preprocess = MethodType(_preprocess_typed, module)
+
+
+def _preprocess_typed(module: Any, inputs: Sequence[Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    texts = [value["text"] if isinstance(value, dict) else value for value in inputs]
+    return type(module).preprocess(module, texts, *args, **kwargs)
+
+
+def declare_modalities(encoder: Any, modality_config: dict[Any, Any]) -> None:
+    """Tell an encoder what it takes, its formatter of inputs too, which reads it once when it is built.
+
+    Args:
+        encoder: The host's ``Transformer`` module, changed in place.
+        modality_config: As the host's, by modality.
+    """
+    encoder.modality_config = modality_config
+    encoder.input_formatter.supported_modalities = list(modality_config)
+
+
+class WithoutWeights:
+    """For the host's ``Transformer`` module: laid out on the ``meta`` device, which holds no numbers.
+
+    The host infers modalities from a model that is loaded. A public way to ask for those of a checkpoint would replace
+    this class.
+    """
+
+    def _load_model(self, name: str, task: str, config: Any, *args: Any, **kwargs: Any) -> Any:
+        import torch
+        from transformers import AutoModel
+
+        with torch.device("meta"):
+            return AutoModel.from_config(config, trust_remote_code=kwargs.get("trust_remote_code", False))
+
+
+class ReadsCheckpoints:
+    """For the host's trainers: ``read_checkpoint`` in place of the private hook by which they load one.
+
+    The host builds the whole model again for it, which fails for adapters in a Router. A public hook would replace this
+    class.
+    """
+
+    def read_checkpoint(self, folder: str) -> None:
+        """Loads the weights of a checkpoint into the model that is trained, as the host does."""
+        super()._load_from_checkpoint(folder)  # type: ignore[misc] - of the trainer beside this class
+
+    def _load_from_checkpoint(self, checkpoint_path: str) -> None:
+        self.read_checkpoint(checkpoint_path)
+
+
+# transformers, peft, torch
+
+
+def attention_of(config: Any) -> str | None:
+    """The attention that a transformers config chose. A public accessor would replace it."""
+    return getattr(config, "_attn_implementation", None)
+
+
+def supports_flash_attention(model_class: Any) -> bool:
+    """Whether a class of transformers runs with flash attention. A public accessor would replace it."""
+    return getattr(model_class, "_supports_flash_attn", False)
+
+
+def forget_conversions(model: Any) -> None:
+    """Save the weights of a model under the names that it has.
+
+    Loading adapters leaves a renaming behind that is for their files: merged weights would be saved under names that no
+    model has, and load as random numbers with no more than a log entry. A ``delete_adapter`` that takes it along would
+    replace it.
+    """
+    vars(model).pop("_weight_conversions", None)
+
+
+def forget_adapter(model: Any) -> None:
+    """Let an adapter be attached after an attempt that failed: the mark is set before anything is attached."""
+    model._hf_peft_config_loaded = False
+
+
+def uncompiled(model: Any) -> Any:
+    """The model behind ``torch.compile``."""
+    return getattr(model, "_orig_mod", model)
+
+
+def innermost_sampler(loader: Any) -> Any:
+    """The batch sampler of a data loader, behind the wrappers of accelerate."""
+    sampler = loader
+    while getattr(sampler, "batch_sampler", None) is not None:
+        sampler = sampler.batch_sampler
+    return sampler
