@@ -16,10 +16,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+# Before the host is imported: one thread, no network, and torchvision beside a CPU torch.
+import conftest  # noqa: F401
+
+# isort: split
+
 import torch
 from sentence_transformers.base.sampler import BatchSamplers, MultiDatasetBatchSamplers
 
-import conftest  # noqa: F401 - one thread, no network, and torchvision beside a CPU torch; before the host is imported
 from mmtune import (
     RetrievalDataset,
     build_late_interaction,
