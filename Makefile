@@ -20,6 +20,9 @@ TORCHVISION_FOR_TESTS := $(VENV)/test-only
 # One thread: two threads on two busy cores ran up to ten times slower. The tests never reach for the Hub.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 MMTUNE_TEST_TORCHVISION="$(CURDIR)/$(TORCHVISION_FOR_TESTS)"
 
+# A process for each core, a file of tests at a time: a file builds its models and runs once.
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test slow check format docs build clean
 
@@ -30,10 +33,10 @@ demo: $(INSTALLED)  ## train a small model on drawn pages; leaves the model and 
 	$(BIN)/python examples/demo.py --output demo-output $(ARGS)
 
 test: $(INSTALLED_DEV)  ## run the tests, without those marked slow
-	$(TEST_ENV) $(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 slow: $(INSTALLED_DEV)  ## run the tests marked slow
-	$(TEST_ENV) $(BIN)/python -m pytest -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 check: $(INSTALLED_DEV)  ## lint, formatting and types
 	$(BIN)/ruff check .

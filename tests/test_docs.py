@@ -1,11 +1,11 @@
 """The code in README and docs runs, and so do the examples in docstrings.
 
-Each file's Python blocks run in order in one namespace, in a folder that holds what their reader would have:
+Each file's Python blocks run in order in one namespace: those of the pages that a newcomer reads first in an empty
+folder, the others in one that holds what their reader would have:
 
     my-model         a checkpoint (here a tiny random CLIP)
     my-vlm           a VLM that was not made for embeddings (here a tiny random LLaVA)
     pages.parquet    one row per page: id, query, image, negatives
-    pairs.parquet    one row per query: query, image, negative_0, negative_1
     page.png         a page as a file
 
 A block that needs the Hub or a GPU is fenced as ``python no-run``.
@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from datasets import Dataset, Image
 
 import mmtune
 from mmtune.testing import generated_pages, tiny_clip, tiny_llava
@@ -27,7 +26,9 @@ from mmtune.testing import generated_pages, tiny_clip, tiny_llava
 PROJECT = Path(__file__).parent.parent
 PACKAGE = Path(mmtune.__file__).parent
 BLOCK = re.compile(r"^```python(?P<options>[^\n]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
-PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").rglob("*.md"))]
+AS_THEY_STAND = ("README.md", "index.md", "quickstart.md", "layouts.md")
+"""Their code makes what it needs."""
 NO_RUN_AT_MOST = 2
 """How many blocks of all pages may stay unrun: code that is not run goes stale."""
 
@@ -41,26 +42,11 @@ def blocks(page: Path) -> list[tuple[int, str, str]]:
     ]
 
 
-def pairs(rows: Dataset, num_negatives: int) -> Dataset:
-    """The same pages with the images in the rows instead of ids."""
-    encoded = rows.cast_column("image", Image(decode=False))
-    image_by_id = dict(zip(encoded["id"], encoded["image"], strict=True))
-    asked = [row for row in encoded if row["query"] and len(row["negatives"]) >= num_negatives]
-    columns = {"query": [row["query"] for row in asked], "image": [row["image"] for row in asked]}
-    for k in range(num_negatives):
-        columns[f"negative_{k}"] = [image_by_id[row["negatives"][k]] for row in asked]
-    table = Dataset.from_dict(columns)
-    for name in table.column_names[1:]:
-        table = table.cast_column(name, Image())
-    return table
-
-
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
     rows = generated_pages(48)
     rows.to_parquet(folder / "pages.parquet")
-    pairs(rows, num_negatives=2).to_parquet(folder / "pairs.parquet")
     rows[0]["image"].save(folder / "page.png")
     tiny_clip(folder / "my-model")
     tiny_llava(folder / "my-vlm")
@@ -76,8 +62,14 @@ def workplace(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return folder
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
-def test_code_blocks_run(page: Path, workplace: Path) -> None:
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page)], ids=lambda page: page.relative_to(PROJECT).as_posix()
+)
+def test_code_blocks_run(
+    page: Path, workplace: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if page.name in AS_THEY_STAND:
+        monkeypatch.chdir(tmp_path_factory.mktemp("empty"))
     namespace = {"__name__": "__docs__"}
     for line, options, code in blocks(page):
         if options == "no-run":
