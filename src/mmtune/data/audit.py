@@ -31,12 +31,7 @@ class _Count(NamedTuple):
 
 
 def examine(relevance: Relevance, *, num_examples: int = 5) -> AuditReport:
-    """What is odd about a dataset; see ``RetrievalDataset.audit``.
-
-    Args:
-        relevance: The data.
-        num_examples: Examples a finding, and ids an example, at most.
-    """
+    """What is odd about a dataset, with ``num_examples`` a finding at most; see ``RetrievalDataset.audit``."""
     tables = relevance.tables
     examiner = _Examiner(relevance, num_examples)
     queries_by_length: dict[int, int] = {}

@@ -305,8 +305,7 @@ class RetrievalDataset:
         document_columns(self.corpus, documents)
         wanted = num_negatives if self.negatives is not None else 0
         judgements = Judgements.of(self.relevance, "text_to_image")
-        options = {"on_short": on_short, "max_pixels": max_pixels}
-        return training_rows(judgements, wanted, documents, seed, **options)
+        return training_rows(judgements, wanted, documents, seed, on_short=on_short, max_pixels=max_pixels)
 
     def labeled_pairs(
         self,
@@ -421,8 +420,7 @@ class RetrievalDataset:
             ConfigError: ``eval_queries`` is no positive whole number.
         """
         eval_queries = require_whole("eval_queries", eval_queries)
-        options = {"seed": seed, "group_column": group_column}
-        train, evaluation = split_tables(self.relevance, eval_queries, **options)
+        train, evaluation = split_tables(self.relevance, eval_queries, seed=seed, group_column=group_column)
         return self.from_tables(train), self.from_tables(evaluation)
 
     def save(self, folder: str | os.PathLike[str]) -> None:

@@ -44,14 +44,7 @@ def identical_documents(corpus: Dataset) -> np.ndarray:
 def match_documents(
     one: Dataset, other: Dataset, rows_of_one: np.ndarray, rows_of_other: np.ndarray
 ) -> list[tuple[int, int]]:
-    """Pairs of rows, one of each corpus, with the same content: image bytes, or texts where both have no images.
-
-    Args:
-        one: A corpus.
-        other: Another corpus.
-        rows_of_one: The rows of ``one`` to compare.
-        rows_of_other: The rows of ``other`` to compare.
-    """
+    """Pairs of rows, one of each corpus, with the same content: image bytes, or texts where both have no images."""
     sides = ((one, rows_of_one), (other, rows_of_other))
     have_images = ["image" in corpus.column_names for corpus, _ in sides]
     if have_images[0] != have_images[1]:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Image, IterableDataset, concatenate_datasets
 
+from mmtune.arguments import listed
 from mmtune.data.arrow import (
     column,
     id_column,
@@ -120,8 +121,9 @@ def build_from_columns(
         matches = {name: re.fullmatch(r"negative(?:_(\d+))?", name) for name in rows.column_names}
         number_by_name = {name: int(match.group(1) or -1) for name, match in matches.items() if match}
         negative_names = sorted(number_by_name, key=lambda name: number_by_name[name])
-    require_columns(rows, negative_names, "The table of rows")
     image_names = [image_name, *negative_names]
+    negative_names = image_names[1:]
+    require_columns(rows, negative_names, "The table of rows")
     for name in image_names:
         rows = with_encoded_images(rows, name)
     # Of row i the page is document i, and negative k of n rows document n * (k + 1) + i; a null is no document.
@@ -139,9 +141,9 @@ def build_from_columns(
     query_ids = _as_ids(np.flatnonzero(is_asking))
     negatives = None
     if negative_names:
-        listed = has_image[is_asking, 1:]
-        offsets = np.r_[0, np.cumsum(listed.sum(axis=1))]
-        items = lists(offsets, _as_ids(numbers[is_asking, 1:][listed]))
+        is_listed = has_image[is_asking, 1:]
+        offsets = np.r_[0, np.cumsum(is_listed.sum(axis=1))]
+        items = lists(offsets, _as_ids(numbers[is_asking, 1:][is_listed]))
         negatives = table_dataset({"query_id": query_ids, "document_ids": items})
     return check_tables(
         with_columns(concatenate_datasets(pages), {"document_id": document_ids}),
@@ -164,7 +166,7 @@ def build_from_beir(corpus: Dataset, queries: Dataset, qrels: Dataset | None) ->
     corpus = _rename_columns(corpus, {"document_id": _find_column(corpus, _DOCUMENT_ID, "corpus")})
     query_id = _find_column(queries, _QUERY_ID, "table of queries")
     ids = id_column(queries, query_id)
-    judged = _read_judgements(require_table(qrels)) if qrels is not None else _read_listed_judgements(queries, ids)
+    judged = _read_judgements(queries, ids, qrels)
     negatives = None
     if _NEGATIVES in queries.column_names:
         rows, items = id_lists(queries, _NEGATIVES)
@@ -288,7 +290,7 @@ def _find_column(table: Dataset, spellings: Sequence[str], what: str) -> str:
         if name in table.column_names:
             return name
     raise DatasetError(
-        f"The {what} has none of the columns {', '.join(map(repr, spellings))}; it has {table.column_names}. "
+        f"The {what} has none of the columns {listed(spellings)}; it has {table.column_names}. "
         "Rename the column that holds it."
     )
 
@@ -300,21 +302,18 @@ def _rename_columns(table: Dataset, old_by_new: Mapping[str, str]) -> Dataset:
     return table.remove_columns([new for new in renamed.values() if new in table.column_names]).rename_columns(renamed)
 
 
-def _read_judgements(qrels: Dataset) -> dict[str, pa.Array]:
-    """Query ids, document ids and scores; integers, also where the table has them as floats."""
-    what = "table of relevance judgements (qrels)"
-    scores = column(qrels, _find_column(qrels, _SCORE, what))
-    if not is_number(scores.type):
-        raise DatasetError(f"The scores of the qrels are {scores.type}, expected numbers.")
-    return {
-        "query_id": id_column(qrels, _find_column(qrels, _QUERY_ID[:2], what)),
-        "document_id": id_column(qrels, _find_column(qrels, _DOCUMENT_ID[:4], what)),
-        "score": pc.fill_null(scores, 0),
-    }
-
-
-def _read_listed_judgements(queries: Dataset, ids: pa.Array) -> dict[str, pa.Array]:
-    """What the queries list as their positives, with the score 1 each."""
+def _read_judgements(queries: Dataset, ids: pa.Array, qrels: Dataset | None) -> dict[str, pa.Array]:
+    """Query ids, document ids and scores: of the qrels, or 1 each for what the queries list as their positives."""
+    if qrels is not None:
+        qrels, what = require_table(qrels), "table of relevance judgements (qrels)"
+        scores = column(qrels, _find_column(qrels, _SCORE, what))
+        if not is_number(scores.type):
+            raise DatasetError(f"The scores of the qrels are {scores.type}, expected numbers.")
+        return {
+            "query_id": id_column(qrels, _find_column(qrels, _QUERY_ID[:2], what)),
+            "document_id": id_column(qrels, _find_column(qrels, _DOCUMENT_ID[:4], what)),
+            "score": pc.fill_null(scores, 0),
+        }
     if _POSITIVES not in queries.column_names:
         raise DatasetError(
             f"There are no qrels, and the table of queries has no column {_POSITIVES!r}; it has "

@@ -43,7 +43,7 @@ def draw_evaluation_queries(
         relevance: The judgements.
         eval_queries: Upper bound; met as closely as the sizes of the tied sets allow.
         seed: Of the draw.
-        groups: For each document its group, such as the PDF it is a page of; a null ties nothing.
+        groups: For each document its group; a null ties nothing.
 
     Raises:
         DatasetError: Every set of tied queries is larger than ``eval_queries``, or nothing would be left to train on.
@@ -134,9 +134,9 @@ def _find_ties(relevance: Relevance, queries: np.ndarray, groups: pa.Array | Non
     documents = relevance.judged_document[judged]
     pairs = np.unique(np.stack([relevance.judged_query[judged], relevance.page[documents]]), axis=1)[1]
     shared = {
-        "document": relevance.document_ids.take(pa.array(pairs)),
-        "text": relevance.query_texts.take(pa.array(queries)),
-        "group": groups.take(pa.array(documents)) if groups is not None else pa.array([], type=pa.string()),
+        "document": relevance.document_ids.take(pairs),
+        "text": relevance.query_texts.take(queries),
+        "group": groups.take(documents) if groups is not None else pa.array([], type=pa.string()),
     }
     most = {kind: Counter(values.drop_null().to_pylist()).most_common(1) for kind, values in shared.items()}
     found = [f"the {kind} {top[0][0]!r}" for kind, top in most.items() if top and top[0][1] > 1]

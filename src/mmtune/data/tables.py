@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Value
 
+from mmtune.arguments import listed
 from mmtune.data.arrow import (
     as_id_strings,
     column,
@@ -112,7 +113,7 @@ def require_columns(dataset: Dataset, names: Sequence[str], what: str) -> None:
     if missing:
         raise DatasetError(
             f"{what} has no column {missing[0]!r}; it has {dataset.column_names}. "
-            f"Expected: {', '.join(map(repr, names))}. Rename a column, or name it in the call."
+            f"Expected: {listed(names)}. Rename a column, or name it in the call."
         )
 
 
