@@ -1,6 +1,6 @@
 """Columns of a ``datasets.Dataset`` as Arrow and NumPy arrays, without touching the images beside them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,17 +74,6 @@ def positions(values: pa.Array, keys: pa.Array) -> np.ndarray:
     return pc.fill_null(pc.index_in(values, value_set=keys), -1).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
-def first_repeated(values: pa.Array) -> tuple[str, list[int]] | None:
-    """The first value that stands in more than one row, with its rows; ``None`` where all differ."""
-    codes = values.dictionary_encode().indices.to_numpy(zero_copy_only=False)
-    counts = np.bincount(codes) if len(codes) else np.array([], dtype=int)
-    repeated = np.flatnonzero(counts > 1)
-    if not len(repeated):
-        return None
-    rows = np.flatnonzero(codes == repeated[0])
-    return values[int(rows[0])].as_py(), rows.tolist()
-
-
 def table_dataset(columns: Mapping[str, pa.Array]) -> Dataset:
     """A small in-memory ``datasets.Dataset`` over Arrow arrays."""
     return new_dataset(pa.table(dict(columns)))
@@ -108,6 +97,14 @@ class IntLists:
         order = np.argsort(keys, kind="stable")
         return cls(np.r_[0, np.cumsum(np.bincount(keys, minlength=count))], values[order])
 
+    @classmethod
+    def of_rows(cls, values: np.ndarray) -> "IntLists":
+        """The rows of a matrix as lists of one length."""
+        return cls(np.arange(len(values) + 1) * values.shape[1], values.reshape(-1))
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
     @property
     def lengths(self) -> np.ndarray:
         """The length of each list, int64."""
@@ -125,6 +122,10 @@ class IntLists:
         within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
         return IntLists(offsets, self.values[np.repeat(self.offsets[:-1][rows], lengths) + within])
 
+    def ids(self, keys: pa.Array) -> pa.Array:
+        """Arrow lists of the ids that stand in ``keys`` at these positions."""
+        return lists(self.offsets, keys.take(self.values))
+
 
 def lists(offsets: np.ndarray, values: pa.Array) -> pa.Array:
     """Arrow lists: list i holds ``values[offsets[i]:offsets[i + 1]]``."""
@@ -138,6 +139,11 @@ def flat_lists(values: pa.Array) -> tuple[np.ndarray, pa.Array]:
     # Not list_parent_indices: it also counts what a null list holds underneath, which list_flatten leaves out.
     lengths = pc.fill_null(pc.list_value_length(values), 0).to_numpy(zero_copy_only=False)
     return np.repeat(np.arange(len(values)), lengths), pc.list_flatten(values)
+
+
+def lists_of_rows(rows: np.ndarray, values: pa.Array, count: int) -> pa.Array:
+    """What ``flat_lists`` took apart, as ``count`` Arrow lists; ``rows`` rises."""
+    return lists(np.r_[0, np.cumsum(np.bincount(rows, minlength=count))], values)
 
 
 def with_columns(rows: Dataset, new: Mapping[str, pa.Array]) -> Dataset:
@@ -154,44 +160,33 @@ def with_columns(rows: Dataset, new: Mapping[str, pa.Array]) -> Dataset:
     stored_rows = stored_positions(rows)
     if stored_rows is None:
         return concatenate_datasets([table_dataset(new), rows], axis=1)
-    parts, order = _laid_out(rows, stored_rows)
-    source = np.full(sum(map(len, parts)), -1, dtype=np.int64)
-    source[order] = np.arange(len(rows))
-    take = pa.array(source, mask=source < 0)
-    laid_out = {name: values.take(take) for name, values in new.items()}
-    return concatenate_datasets([table_dataset(laid_out), concatenate_datasets(parts)], axis=1).select(order)
-
-
-def _laid_out(rows: Dataset, stored_rows: np.ndarray) -> tuple[list[Dataset], np.ndarray]:
-    """Slices of the stored rows, by reference, in which each row of ``rows`` has a place of its own.
-
-    A stored row that was selected k times needs k different new values. The first slice serves the first time that
-    each row was selected, the second slice the second time, and so on.
-
-    Returns:
-        The slices, and for each row its place in their concatenation.
-    """
-    time = _occurrence(stored_rows)
+    # A stored row that was selected k times needs k different new values. So slices of the stored rows are laid under
+    # each other, by reference: the first serves the first time that each row was selected, the second the second time.
+    time = _count_equal_before(stored_rows)
     parts: list[Dataset] = []
-    order = np.empty(len(stored_rows), dtype=np.int64)
+    place = np.empty(len(stored_rows), dtype=np.int64)
     start = 0
     for at in np.split(np.argsort(time, kind="stable"), np.cumsum(np.bincount(time))[:-1]):
         first, last = stored_rows[at].min(), stored_rows[at].max()
         parts.append(new_dataset(rows.data.slice(first, last - first + 1), rows.info))
-        order[at] = start + stored_rows[at] - first
+        place[at] = start + stored_rows[at] - first
         start += last - first + 1
-    return parts, order
+    # The new values go where their rows lie now; rows of a slice that nobody selected get nulls.
+    source = np.full(start, -1, dtype=np.int64)
+    source[place] = np.arange(len(rows))
+    take = pa.array(source, mask=source < 0)
+    beside = table_dataset({name: values.take(take) for name, values in new.items()})
+    return concatenate_datasets([beside, concatenate_datasets(parts)], axis=1).select(place)
 
 
-def _occurrence(values: np.ndarray) -> np.ndarray:
-    """For each item the number of equal items before it."""
+def _count_equal_before(values: np.ndarray) -> np.ndarray:
     order = np.argsort(values, kind="stable")
-    ordered = values[order]
-    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]]) if len(values) else np.array([], dtype=np.int64)
-    counts = np.diff(np.r_[starts, len(values)])
-    occurrence = np.empty(len(values), dtype=np.int64)
-    occurrence[order] = np.arange(len(values)) - np.repeat(starts, counts)
-    return occurrence
+    ordered, place = values[order], np.arange(len(values))
+    is_first = np.ones(len(values), dtype=bool)
+    is_first[1:] = ordered[1:] != ordered[:-1]
+    counts = np.empty_like(place)
+    counts[order] = place - np.maximum.accumulate(np.where(is_first, place, 0))
+    return counts
 
 
 def stored_image_column(rows: Dataset, name: str) -> tuple[pa.ChunkedArray, np.ndarray | None]:
@@ -214,30 +209,21 @@ def with_encoded_images(rows: Dataset, name: str) -> Dataset:
     kind = rows.data.table.column(name).type
     if pa.types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}:
         return rows.cast_column(name, ENCODED_IMAGE)
-    if not (is_text(kind) or any(check(kind) for check in _BYTES)):
+    if not (is_text(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_null(kind)):
         raise DatasetError(
             f"Column {name!r} holds {kind}, which can't be images. Expected datasets.Image, a struct of bytes and "
             "path, encoded bytes, or paths. Name the right column, or cast this one to datasets.Image()."
         )
-    return _wrap_in_structs(rows, name)
-
-
-_BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_null)
-
-
-def _wrap_in_structs(rows: Dataset, name: str) -> Dataset:
-    chunks = [_image_struct(chunk) for chunk in rows.data.table.column(name).chunks]
-    structs = pa.table({name: pa.chunked_array(chunks, type=ENCODED_IMAGE.pa_type)})
-    wrapped = new_dataset(structs).cast_column(name, ENCODED_IMAGE)
+    structs = []
+    for chunk in rows.data.table.column(name).chunks:
+        paths = chunk if is_text(kind) else pa.nulls(len(chunk))
+        content = pa.nulls(len(chunk)) if is_text(kind) else chunk
+        fields = [content.cast(pa.binary()), paths.cast(pa.string())]
+        structs.append(pa.StructArray.from_arrays(fields, names=["bytes", "path"], mask=chunk.is_null()))
+    column_of_structs = pa.table({name: pa.chunked_array(structs, type=ENCODED_IMAGE.pa_type)})
+    wrapped = new_dataset(column_of_structs).cast_column(name, ENCODED_IMAGE)
+    # Beside the other columns as they are stored, and then in the order of the rows: no image moves.
     others = new_dataset(rows.data, rows.info).remove_columns([name])
     joined = concatenate_datasets([others, wrapped], axis=1) if others.column_names else wrapped
     order = stored_positions(rows)
     return joined if order is None else joined.select(order)
-
-
-def _image_struct(chunk: pa.Array) -> pa.Array:
-    if is_text(chunk.type):
-        fields: Sequence[pa.Array] = [pa.nulls(len(chunk), pa.binary()), chunk.cast(pa.string())]
-    else:
-        fields = [chunk.cast(pa.binary()), pa.nulls(len(chunk), pa.string())]
-    return pa.StructArray.from_arrays(fields, names=["bytes", "path"], mask=chunk.is_null())

@@ -1,22 +1,20 @@
 """What may be wrong with a dataset: counted, with examples by id, before it is trained on. No image is decoded."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 
 from mmtune.data.arrow import column
-from mmtune.data.encoded import EncodedImages
 from mmtune.data.findings import GOOD_TO_KNOW, PROBLEMS, AuditReport, Example, Finding, most_common
+from mmtune.data.images import EncodedImages
 from mmtune.data.relevance import Relevance
-from mmtune.data.tables import BuildNotes, Tables, is_blank
+from mmtune.data.tables import is_blank
 
 _Positions: TypeAlias = Sequence[int] | np.ndarray
 
 _COUNTED_BY_BUILDERS = (
-    "unknown_negatives",
     "null_negatives",
     "held_out_negatives",
     "blank_queries",
@@ -27,59 +25,56 @@ _COUNTED_BY_BUILDERS = (
 """The kinds that are gone from the tables, and stand in their notes under the same name."""
 
 
-def audit(tables: Tables, relevance: Relevance, *, num_examples: int = 5) -> AuditReport:
-    """What is odd about a dataset; see ``RetrievalDataset.audit``.
+class _Count(NamedTuple):
+    number: int
+    examples: tuple[Example, ...] = ()
 
-    Args:
-        tables: The data.
-        relevance: Its judgements.
-        num_examples: Examples a finding, and ids an example, at most.
-    """
-    examiner = _Examiner(tables, relevance, num_examples)
-    listed = _Listed(relevance)
-    usable = np.bincount(listed.queries[listed.is_first & ~listed.is_relevant], minlength=len(relevance.query_ids))
-    per_query = _histogram(usable) if tables.negatives is not None else {}
-    found = {
-        **_noted(tables.notes, num_examples),
-        **examiner.relevant_negatives(listed),
-        **examiner.lists(listed, usable, per_query),
-        **examiner.texts(),
-        **examiner.pages(listed),
-        **examiner.contents(),
+
+def examine(relevance: Relevance, *, num_examples: int = 5) -> AuditReport:
+    """What is odd about a dataset, with ``num_examples`` a finding at most; see ``RetrievalDataset.audit``."""
+    tables = relevance.tables
+    examiner = _Examiner(relevance, num_examples)
+    queries_by_length: dict[int, int] = {}
+    if tables.negatives is not None:
+        lengths, queries = np.unique(examiner.usable, return_counts=True)
+        queries_by_length = dict(zip(lengths.tolist(), queries.tolist(), strict=True))
+    unknown = [Example((query_id,), (document_id,)) for query_id, document_id in tables.notes.unknown_examples]
+    count_by_key = {
+        **{key: _Count(getattr(tables.notes, key)) for key in _COUNTED_BY_BUILDERS},
+        "unknown_negatives": _Count(tables.notes.unknown_negatives, tuple(unknown[:num_examples])),
+        **examiner.count_relevant_negatives(),
+        **examiner.count_lists(most_common(queries_by_length) if queries_by_length else None),
+        **examiner.count_texts(),
+        **examiner.count_pages(),
+        **examiner.count_missing_content(),
     }
     sizes = {
         "documents": len(tables.corpus),
         "queries": len(tables.queries),
         "judgements": len(tables.qrels),
-        "negatives": len(listed.documents),
+        "negatives": len(examiner.documents),
     }
-    return AuditReport(
-        sizes,
-        per_query,
-        tuple(
-            Finding(key, found[key].count, key in PROBLEMS, title, meaning, found[key].examples)
-            for key, (title, meaning) in (PROBLEMS | GOOD_TO_KNOW).items()
-        ),
+    findings = (
+        Finding(key, count_by_key[key].number, key in PROBLEMS, title, meaning, count_by_key[key].examples)
+        for key, (title, meaning) in (PROBLEMS | GOOD_TO_KNOW).items()
     )
+    return AuditReport(sizes, queries_by_length, tuple(findings))
 
 
-@dataclass(frozen=True)
-class _Found:
-    count: int
-    examples: tuple[Example, ...] = ()
-
-
-class _Listed:
-    """The entries of all lists of negatives, end to end.
+class _Examiner:
+    """Looks for each kind of finding; positions inside, ids in the examples.
 
     Attributes:
-        queries: Positions of the queries, rising.
-        documents: Positions of the documents.
+        queries: Of each entry of the lists of negatives, end to end, the query.
+        documents: And the document.
         is_relevant: Whether the document is relevant to the query's text.
         is_first: Whether its page stands nowhere before in the same list.
+        usable: For each query the entries that are neither relevant nor repeated.
     """
 
-    def __init__(self, relevance: Relevance) -> None:
+    def __init__(self, relevance: Relevance, limit: int) -> None:
+        self._relevance = relevance
+        self._limit = limit
         listed = relevance.listed_negatives
         self.queries, self.documents = listed.rows, listed.values
         self.is_relevant = relevance.is_relevant(self.queries, self.documents)
@@ -87,74 +82,93 @@ class _Listed:
         self.is_first = np.zeros(len(pages), dtype=bool)
         # With the index numpy sorts, which takes a twentieth of the time of its hash table (numpy 2.3).
         self.is_first[np.unique(pages, return_index=True)[1]] = True
+        is_usable = self.is_first & ~self.is_relevant
+        self.usable = np.bincount(self.queries[is_usable], minlength=len(relevance.query_ids))
 
-
-class _Examiner:
-    """Looks for each kind of finding; positions inside, ids in the examples."""
-
-    def __init__(self, tables: Tables, relevance: Relevance, limit: int) -> None:
-        self._tables = tables
-        self._relevance = relevance
-        self._limit = limit
-
-    def relevant_negatives(self, listed: _Listed) -> dict[str, _Found]:
+    def count_relevant_negatives(self) -> dict[str, _Count]:
         """Each relevant entry in one of three kinds: by id, else by text, else by bytes."""
         relevance, num_documents = self._relevance, len(self._relevance.document_ids)
-        queries, documents = listed.queries[listed.is_relevant], listed.documents[listed.is_relevant]
-        judged, text = (relevance.judged_query, relevance.judged_document), relevance.text
-        by_id = _isin_pairs((queries, documents), judged, num_documents)
-        by_text = _isin_pairs((text[queries], documents), (text[judged[0]], judged[1]), num_documents)
-        kinds = {"by_id": by_id, "by_text": by_text & ~by_id, "by_bytes": ~by_text}
-        return {
-            f"relevant_negatives_{how}": self._found(
-                np.flatnonzero(mask), lambda row: self._contradiction(queries[row], documents[row])
-            )
-            for how, mask in kinds.items()
-        }
+        queries, documents = self.queries[self.is_relevant], self.documents[self.is_relevant]
+        judged, text = relevance.judged_query, relevance.text
+        by_id = np.isin(queries * num_documents + documents, judged * num_documents + relevance.judged_document)
+        judged_texts = text[judged] * num_documents + relevance.judged_document
+        by_text = np.isin(text[queries] * num_documents + documents, judged_texts)
 
-    def lists(self, listed: _Listed, usable: np.ndarray, per_query: Mapping[int, int]) -> dict[str, _Found]:
+        def contradict(entry: int) -> Example:
+            """The entry, and the judgement that makes it relevant where its ids differ."""
+            query, document = queries[entry], documents[entry]
+            same_page = relevance.page[relevance.judged_document] == relevance.page[document]
+            rows = np.flatnonzero((text[judged] == text[query]) & same_page)
+            others, copies = judged[rows], relevance.judged_document[rows]
+            closest = np.lexsort((others != query, copies != document))[0]
+            return self._example([query, others[closest]], [document, copies[closest]])
+
+        kinds = {"by_id": by_id, "by_text": by_text & ~by_id, "by_bytes": ~by_text}
+        return {f"relevant_negatives_{how}": self._count(mask, contradict) for how, mask in kinds.items()}
+
+    def count_lists(self, usual_length: int | None) -> dict[str, _Count]:
         """Lists that are short or empty, as they are used, and pages that stand in one twice."""
-        usual = most_common(per_query) if per_query else 0
-        is_without = usable == 0 if per_query else np.zeros(len(usable), dtype=bool)
+        has_lists = usual_length is not None
         return {
-            "queries_without_negatives": self._queries(is_without),
-            "short_negative_lists": self._queries(usable < usual),
-            "repeated_negatives": self._found(
-                np.flatnonzero(~listed.is_first),
-                lambda entry: self._example([listed.queries[entry]], [listed.documents[entry]]),
+            "queries_without_negatives": self._count_queries((self.usable == 0) & has_lists),
+            "short_negative_lists": self._count_queries(self.usable < (usual_length or 0)),
+            "repeated_negatives": self._count(
+                ~self.is_first, lambda entry: self._example([self.queries[entry]], [self.documents[entry]])
             ),
         }
 
-    def texts(self) -> dict[str, _Found]:
+    def count_texts(self) -> dict[str, _Count]:
         """Texts under several query ids, and those of them with different judgements."""
-        text = self._relevance.text
+        relevance, text = self._relevance, self._relevance.text
+        num_queries = np.bincount(text)
+        # A judgement is a page with a score. A text is judged differently where not all of its queries share each.
+        levels, level = np.unique(relevance.judged_score, return_inverse=True)
+        num_judgements = len(relevance.page) * len(levels)
+        judgement = relevance.page[relevance.judged_document] * len(levels) + level
+        distinct = np.unique(relevance.judged_query * num_judgements + judgement, return_index=True)[0]
+        query, judgement = np.divmod(distinct, num_judgements)
+        keys, queries = np.unique(text[query] * num_judgements + judgement, return_counts=True)
+        judged_text = keys // num_judgements
+        differs = np.zeros(len(num_queries), dtype=bool)
+        differs[judged_text[queries != num_queries[judged_text]]] = True
+        masks = {"repeated_texts": num_queries > 1, "differing_judgements": differs}
         return {
-            key: self._found(texts, lambda number: self._example(np.flatnonzero(text == number)))
-            for key, texts in {
-                "repeated_texts": np.flatnonzero(np.bincount(text) > 1),
-                "differing_judgements": self._texts_judged_differently(),
-            }.items()
+            key: self._count(mask, lambda number: self._example(np.flatnonzero(text == number)))
+            for key, mask in masks.items()
         }
 
-    def pages(self, listed: _Listed) -> dict[str, _Found]:
+    def count_pages(self) -> dict[str, _Count]:
         """Copies of a page, those that evaluation would count as wrong, and pages that nothing refers to."""
-        page = self._relevance.page
-        referred = np.zeros(len(page), dtype=bool)
-        referred[self._relevance.judged_document] = True
-        referred[listed.documents] = True
-        groups = np.flatnonzero(np.bincount(page) > 1)
-        copies = self._found(groups, lambda number: self._example((), np.flatnonzero(page == number)))
+        relevance, page = self._relevance, self._relevance.page
+        is_unreferenced = np.ones(len(page), dtype=bool)
+        is_unreferenced[relevance.judged_document] = False
+        is_unreferenced[self.documents] = False
+        num_copies = np.bincount(page, minlength=len(page))
+        groups = self._count(num_copies > 1, lambda number: self._example((), np.flatnonzero(page == number)))
+
+        # For each query and page the copies of the page that are not judged, where one is.
+        pairs = relevance.judged_query * len(page) + page[relevance.judged_document]
+        keys, first, num_judged = np.unique(pairs, return_index=True, return_counts=True)
+        num_unjudged = num_copies[keys % len(page)] - num_judged
+        has_unjudged = np.zeros(len(pairs), dtype=bool)
+        has_unjudged[first[num_unjudged > 0]] = True
+
+        def show_unjudged(judgement: int) -> Example:
+            query, document = relevance.judged_query[judgement], relevance.judged_document[judgement]
+            judged = relevance.judged_document[relevance.judged_query == query]
+            copies = np.setdiff1d(np.flatnonzero(page == page[document]), judged)
+            return self._example([query], [copies[0], document])
+
         return {
-            "identical_pages": _Found(self._relevance.num_copies, copies.examples),
-            "unjudged_copies": self._unjudged_copies(),
-            "unreferenced_pages": self._documents(~referred),
+            "identical_pages": _Count(relevance.num_copies, groups.examples),
+            "unjudged_copies": _Count(int(num_unjudged.sum()), self._count(has_unjudged, show_unjudged).examples),
+            "unreferenced_pages": self._count_documents(is_unreferenced),
         }
 
-    def contents(self) -> dict[str, _Found]:
+    def count_missing_content(self) -> dict[str, _Count]:
         """Documents without what they are made of: images where the corpus has them, else texts."""
-        corpus = self._tables.corpus
-        nothing = np.zeros(len(corpus), dtype=bool)
-        no_image, unreadable, no_text = nothing.copy(), nothing.copy(), nothing
+        corpus = self._relevance.tables.corpus
+        no_image, unreadable, no_text = (np.zeros(len(corpus), dtype=bool) for _ in range(3))
         if "image" in corpus.column_names:
             images = EncodedImages(corpus)
             for row in np.flatnonzero(images.lengths <= 0):
@@ -163,85 +177,26 @@ class _Examiner:
         else:
             no_text = is_blank(column(corpus, "text"))
         return {
-            "documents_without_image": self._documents(no_image),
-            "unreadable_images": self._documents(unreadable),
-            "documents_without_text": self._documents(no_text),
+            "documents_without_image": self._count_documents(no_image),
+            "unreadable_images": self._count_documents(unreadable),
+            "documents_without_text": self._count_documents(no_text),
         }
 
-    def _texts_judged_differently(self) -> np.ndarray:
-        """The texts with a judgement, of a page with a score, that not all of their queries share."""
-        relevance = self._relevance
-        scores = column(self._tables.qrels, "score").to_numpy(zero_copy_only=False)
-        levels, level = np.unique(scores, return_inverse=True)
-        judgement = relevance.page[relevance.judged_document] * len(levels) + level
-        num_judgements = len(relevance.page) * len(levels)
-        distinct = np.unique(relevance.judged_query * num_judgements + judgement, return_index=True)[0]
-        query, judgement = np.divmod(distinct, num_judgements)
-        keys, queries = np.unique(relevance.text[query] * num_judgements + judgement, return_counts=True)
-        text = keys // num_judgements
-        is_shared = queries == np.bincount(relevance.text)[text]
-        return np.unique(text[~is_shared], return_index=True)[0]
+    def _count_queries(self, mask: np.ndarray) -> _Count:
+        return self._count(mask, lambda row: self._example([row]))
 
-    def _unjudged_copies(self) -> _Found:
-        """Pairs of a query and a document that has the bytes of a relevant page and is not judged for the query."""
-        relevance = self._relevance
-        page = relevance.page
-        pairs = relevance.judged_query * len(page) + page[relevance.judged_document]
-        keys, first, judged = np.unique(pairs, return_index=True, return_counts=True)
-        missing = np.bincount(page, minlength=len(page))[keys % len(page)] - judged
-        with_missing = self._found(np.sort(first[missing > 0]), self._unjudged_copy)
-        return _Found(int(missing.sum()), with_missing.examples)
+    def _count_documents(self, mask: np.ndarray) -> _Count:
+        return self._count(mask, lambda row: self._example((), [row]))
 
-    def _unjudged_copy(self, judgement: int) -> Example:
-        relevance = self._relevance
-        query, document = relevance.judged_query[judgement], relevance.judged_document[judgement]
-        judged = relevance.judged_document[relevance.judged_query == query]
-        copies = np.setdiff1d(np.flatnonzero(relevance.page == relevance.page[document]), judged)
-        return self._example([query], [copies[0], document])
-
-    def _contradiction(self, query: int, document: int) -> Example:
-        """The entry, and the judgement that makes it relevant where its ids differ."""
-        relevance = self._relevance
-        same_text = relevance.text[relevance.judged_query] == relevance.text[query]
-        same_page = relevance.page[relevance.judged_document] == relevance.page[document]
-        rows = np.flatnonzero(same_text & same_page)
-        queries, documents = relevance.judged_query[rows], relevance.judged_document[rows]
-        closest = np.lexsort((queries != query, documents != document))[0]
-        return self._example([query, queries[closest]], [document, documents[closest]])
-
-    def _queries(self, mask: np.ndarray) -> _Found:
-        return self._found(np.flatnonzero(mask), lambda row: self._example([row]))
-
-    def _documents(self, mask: np.ndarray) -> _Found:
-        return self._found(np.flatnonzero(mask), lambda row: self._example((), [row]))
-
-    def _found(self, rows: np.ndarray, example: Callable[[int], Example]) -> _Found:
-        return _Found(len(rows), tuple(example(row) for row in rows[: self._limit]))
+    def _count(self, mask: np.ndarray, example: Callable[[int], Example]) -> _Count:
+        rows = np.flatnonzero(mask)
+        return _Count(len(rows), tuple(example(row) for row in rows[: self._limit]))
 
     def _example(self, queries: _Positions, documents: _Positions = ()) -> Example:
         return Example(
-            self._ids(self._relevance.query_ids, queries), self._ids(self._relevance.document_ids, documents)
+            self._take_ids(self._relevance.query_ids, queries), self._take_ids(self._relevance.document_ids, documents)
         )
 
-    def _ids(self, ids: pa.Array, rows: _Positions) -> tuple[str, ...]:
+    def _take_ids(self, ids: pa.Array, rows: _Positions) -> tuple[str, ...]:
         # An entry and what it contradicts are two, however few examples are asked for.
         return tuple(ids[row].as_py() for row in dict.fromkeys(map(int, rows[: max(2, self._limit)])))
-
-
-def _noted(notes: BuildNotes, limit: int) -> dict[str, _Found]:
-    found = {key: _Found(getattr(notes, key)) for key in _COUNTED_BY_BUILDERS}
-    unknown = (Example((query_id,), (document_id,)) for query_id, document_id in notes.unknown_examples[:limit])
-    return found | {"unknown_negatives": _Found(notes.unknown_negatives, tuple(unknown))}
-
-
-def _isin_pairs(
-    pairs: tuple[np.ndarray, np.ndarray], known: tuple[np.ndarray, np.ndarray], num_seconds: int
-) -> np.ndarray:
-    """Whether each pair of positions is one of the known pairs; seconds are below ``num_seconds``."""
-    return np.isin(pairs[0] * num_seconds + pairs[1], known[0] * num_seconds + known[1])
-
-
-def _histogram(lengths: np.ndarray) -> dict[int, int]:
-    """How many queries have each length, by rising length."""
-    values, counts = np.unique(lengths, return_counts=True)
-    return dict(zip(values.tolist(), counts.tolist(), strict=True))

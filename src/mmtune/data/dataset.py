@@ -6,23 +6,20 @@ from functools import cached_property
 from typing import get_args
 
 import numpy as np
-import pyarrow as pa
-from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import Dataset
 
+from mmtune.arguments import require_one_of, require_whole
 from mmtune.data import files, layouts
-from mmtune.data.arrow import column, positions
-from mmtune.data.audit import AuditReport, audit
-from mmtune.data.beir import tables_from_beir
-from mmtune.data.combining import concatenated, deduplicated
+from mmtune.data.audit import AuditReport, examine
+from mmtune.data.combining import concatenate_tables, merge_copies
 from mmtune.data.documents import DocumentKind, document_columns
-from mmtune.data.encoded import check_pages
-from mmtune.data.negatives import Candidates, OnShort, choose_negatives
-from mmtune.data.pairs import Direction, labeled_lists, labeled_pairs
-from mmtune.data.relevance import Relevance
-from mmtune.data.rows import training_rows
-from mmtune.data.splitting import evaluation_queries
-from mmtune.data.tables import BuildNotes, Tables, checked_tables, require_columns
-from mmtune.errors import ConfigError, DatasetError
+from mmtune.data.images import check_pages
+from mmtune.data.judgements import Judgements
+from mmtune.data.negatives import OnShort
+from mmtune.data.relevance import Direction, Relevance
+from mmtune.data.rows import labeled_lists, labeled_pairs, training_rows
+from mmtune.data.splitting import split_tables
+from mmtune.data.tables import BuildNotes, Tables, check_tables
 
 
 class RetrievalDataset:
@@ -67,12 +64,16 @@ class RetrievalDataset:
     """
 
     def __init__(self, corpus: Dataset, queries: Dataset, qrels: Dataset, negatives: Dataset | None = None) -> None:
-        self._tables = checked_tables(corpus, queries, qrels, negatives)
+        self.tables = check_tables(corpus, queries, qrels, negatives)
 
     @classmethod
-    def _of(cls, tables: Tables) -> "RetrievalDataset":
+    def from_tables(cls, tables: Tables) -> "RetrievalDataset":
+        """A dataset of tables that are checked already, with what their builder noted.
+
+        :meta private:
+        """
         dataset = cls.__new__(cls)
-        dataset._tables = tables
+        dataset.tables = tables
         return dataset
 
     @classmethod
@@ -114,19 +115,17 @@ class RetrievalDataset:
                 has no image, there are no rows, or no row has a query.
             MissingDocumentError: A negative is the id of no row, and ``on_missing="error"``.
         """
-        _require_one_of("on_missing", on_missing, ("error", "drop"))
-        rows = _as_table(rows)
-        if negatives_column == "negatives" and not any("neg" in name.lower() for name in rows.column_names):
-            negatives_column = None
-        tables = layouts.tables_from_id_rows(
-            rows,
-            id_column_name=id_column,
-            query_column=query_column,
-            image_column=image_column,
-            negatives_column=negatives_column,
-            on_missing=on_missing,
+        require_one_of("on_missing", on_missing, ("error", "drop"))
+        return cls.from_tables(
+            layouts.build_from_id_rows(
+                rows,
+                id_name=id_column,
+                query_name=query_column,
+                image_name=image_column,
+                negatives_name=negatives_column,
+                on_missing=on_missing,
+            )
         )
-        return cls._of(tables)
 
     @classmethod
     def from_columns(
@@ -156,17 +155,14 @@ class RetrievalDataset:
             DatasetError: A column is missing or of the wrong type, or no row has both a query and an image.
             ConfigError: ``negative_columns`` is one name rather than a list of names.
         """
-        if isinstance(negative_columns, str):
-            raise ConfigError(
-                f"negative_columns={negative_columns!r} is one name. Pass a list, [{negative_columns!r}]."
+        return cls.from_tables(
+            layouts.build_from_columns(
+                rows,
+                query_name=query_column,
+                image_name=image_column,
+                negative_names=negative_columns,
             )
-        tables = layouts.tables_from_columns(
-            _as_table(rows),
-            query_column=query_column,
-            image_column=image_column,
-            negative_columns=negative_columns if negative_columns is None else tuple(negative_columns),
         )
-        return cls._of(tables)
 
     @classmethod
     def from_beir(cls, corpus: Dataset, queries: Dataset, qrels: Dataset | None) -> "RetrievalDataset":
@@ -194,8 +190,7 @@ class RetrievalDataset:
             DatasetError: A table lacks a column or holds the wrong type, or no query has a relevant document.
             MissingDocumentError: A judgement or a negative refers to an id that is not there.
         """
-        tables = (_as_table(corpus), _as_table(queries), None if qrels is None else _as_table(qrels))
-        return cls._of(tables_from_beir(*tables))
+        return cls.from_tables(layouts.build_from_beir(corpus, queries, qrels))
 
     @classmethod
     def concatenate(
@@ -213,10 +208,8 @@ class RetrievalDataset:
         Raises:
             DatasetError: There are no parts, or columns of one name have different types.
         """
-        parts = datasets if isinstance(datasets, Mapping) else {str(at): part for at, part in enumerate(datasets)}
-        if not parts:
-            raise DatasetError("There are no datasets to concatenate. Pass at least one.")
-        return cls._of(concatenated({str(name): part._tables for name, part in parts.items()}))
+        parts = datasets if isinstance(datasets, Mapping) else dict(enumerate(datasets))
+        return cls.from_tables(concatenate_tables({str(name): part.tables for name, part in parts.items()}))
 
     @classmethod
     def load(
@@ -239,52 +232,37 @@ class RetrievalDataset:
         Raises:
             DatasetError: It can't be read, has several splits, or its columns are no known layout.
         """
-        if files.is_saved(name_or_path):
-            if config or split or revision:
-                raise ConfigError(
-                    f"{str(name_or_path)!r} was written by save() and has no configurations, splits or revisions. "
-                    "Leave config, split and revision out."
-                )
-            return cls._of(files.load_tables(name_or_path))
-        loaded = files.load(name_or_path, config, split=split, revision=revision)
-        return cls._from_known_layout(loaded) if isinstance(loaded, Dataset) else cls.from_beir(**loaded)
-
-    @classmethod
-    def _from_known_layout(cls, rows: Dataset) -> "RetrievalDataset":
-        rows = _as_table(rows)
-        if layouts.known_layout(rows) == "from_columns":
-            return cls.from_columns(rows)
-        return cls.from_id_rows(rows)
+        return cls.from_tables(files.load_tables(name_or_path, config, split=split, revision=revision))
 
     @property
     def corpus(self) -> Dataset:
         """The documents: ``document_id``, ``image`` (encoded) and/or ``text``, and what else the rows held."""
-        return self._tables.corpus
+        return self.tables.corpus
 
     @property
     def queries(self) -> Dataset:
         """The queries: ``query_id``, ``text``, and what else the rows held."""
-        return self._tables.queries
+        return self.tables.queries
 
     @property
     def qrels(self) -> Dataset:
         """The judgements: ``query_id``, ``document_id``, ``score``."""
-        return self._tables.qrels
+        return self.tables.qrels
 
     @property
     def negatives(self) -> Dataset | None:
         """The hard negatives: ``query_id``, ``document_ids``; ``None`` where there are none."""
-        return self._tables.negatives
+        return self.tables.negatives
 
     @property
     def notes(self) -> BuildNotes:
         """What the builder met and left out."""
-        return self._tables.notes
+        return self.tables.notes
 
     @cached_property
     def relevance(self) -> Relevance:
         """The judgements by position, with equal texts and byte-identical pages as one; computed once."""
-        return Relevance(self._tables)
+        return Relevance(self.tables)
 
     def training_rows(
         self,
@@ -320,19 +298,14 @@ class RetrievalDataset:
             ConfigError: An argument has a value it can't have.
             DatasetError: A query has too few negatives and ``on_short="error"``, or the corpus can't fill a row.
         """
-        _require_one_of("on_short", on_short, ("random", "drop", "error"))
-        _require_count("num_negatives", num_negatives, at_least=0)
+        require_one_of("on_short", on_short, get_args(OnShort))
+        num_negatives = require_whole("num_negatives", num_negatives, at_least=0)
         if max_pixels is not None:
-            _require_count("max_pixels", max_pixels, at_least=1)
+            max_pixels = require_whole("max_pixels", max_pixels)
         document_columns(self.corpus, documents)
         wanted = num_negatives if self.negatives is not None else 0
-        chosen = choose_negatives(Candidates.documents_of_queries(self.relevance), wanted, on_short, seed)
-        if not len(chosen.rows):
-            raise DatasetError(
-                f'No query has {num_negatives} usable negatives, and on_short="drop" leaves all of them out. '
-                'Lower num_negatives, or pass on_short="random".'
-            )
-        return training_rows(self._tables, self.relevance, chosen, documents, max_pixels)
+        judgements = Judgements.of(self.relevance, "text_to_image")
+        return training_rows(judgements, wanted, documents, seed, on_short=on_short, max_pixels=max_pixels)
 
     def labeled_pairs(
         self,
@@ -358,9 +331,10 @@ class RetrievalDataset:
             ConfigError: An argument has a value it can't have.
             DatasetError: There are too few documents, or texts, to fill a row.
         """
-        self._check_reranking(num_negatives, direction, documents)
-        options = {"documents": documents, "direction": direction, "seed": seed}
-        return labeled_pairs(self._tables, self.relevance, num_negatives, **options)
+        num_negatives = require_whole("num_negatives", num_negatives, at_least=0)
+        document_columns(self.corpus, documents)
+        judgements = Judgements.of(self.relevance, direction, each_copy=True)
+        return labeled_pairs(judgements, num_negatives, documents, seed)
 
     def labeled_lists(
         self,
@@ -385,18 +359,14 @@ class RetrievalDataset:
             ConfigError: An argument has a value it can't have.
             DatasetError: There are too few documents, or texts, to fill a list.
         """
-        self._check_reranking(num_negatives, direction, documents)
-        options = {"documents": documents, "direction": direction, "seed": seed}
-        return labeled_lists(self._tables, self.relevance, num_negatives, **options)
-
-    def _check_reranking(self, num_negatives: int, direction: Direction, documents: DocumentKind) -> None:
-        _require_one_of("direction", direction, get_args(Direction))
-        _require_count("num_negatives", num_negatives, at_least=0)
+        num_negatives = require_whole("num_negatives", num_negatives, at_least=0)
         document_columns(self.corpus, documents)
+        judgements = Judgements.of(self.relevance, direction, each_copy=True)
+        return labeled_lists(judgements, num_negatives, documents, seed)
 
     def audit(self) -> AuditReport:
         """What is odd about the data: counts and examples of everything that can hurt training or scores."""
-        return audit(self._tables, self.relevance)
+        return examine(self.relevance)
 
     def select_queries(self, n_or_ids: int | Sequence[str]) -> "RetrievalDataset":
         """The dataset with some of its queries, in its order; the corpus stays.
@@ -409,30 +379,17 @@ class RetrievalDataset:
             ConfigError: ``n_or_ids`` is a number below 1, or no id was given.
         """
         if isinstance(n_or_ids, (int, np.integer)):
-            _require_count("n_or_ids", n_or_ids, at_least=1)
-            rows = np.arange(min(int(n_or_ids), len(self)))
+            rows = np.arange(min(require_whole("n_or_ids", n_or_ids), len(self)))
         else:
-            rows = self._rows_of_queries(n_or_ids)
-        return self._of(self.relevance.subset(rows, np.arange(len(self.corpus))))
-
-    def _rows_of_queries(self, ids: Sequence[str]) -> np.ndarray:
-        wanted = pa.array([str(query_id) for query_id in ids], type=pa.string())
-        rows = positions(wanted, self.relevance.query_ids)
-        if not len(rows):
-            raise ConfigError("n_or_ids holds no id. Name at least one query.")
-        if (rows < 0).any():
-            raise DatasetError(
-                f"{int((rows < 0).sum())} of the ids are of no query, e.g. {wanted[int(np.argmin(rows))].as_py()!r}. "
-                f"There are {len(self)} queries, e.g. {self.relevance.query_ids[0].as_py()!r}."
-            )
-        return np.unique(rows)
+            rows = self.relevance.find_queries(n_or_ids)
+        return self.from_tables(self.relevance.subset(rows, np.arange(len(self.corpus))))
 
     def deduplicate(self) -> "RetrievalDataset":
         """The dataset with one document for each page: the first of its byte-identical copies.
 
         Judgements and negatives follow. Of several scores for one page, the highest is kept.
         """
-        return self._of(deduplicated(self._tables, self.relevance))
+        return self.from_tables(merge_copies(self.relevance))
 
     def check_pages(self, *, show_progress_bar: bool = True) -> None:
         """Make sure that every page can be decoded, from its header and its end rather than in full.
@@ -462,20 +419,9 @@ class RetrievalDataset:
             DatasetError: The pages that queries share allow no split, or the corpus lacks the column.
             ConfigError: ``eval_queries`` is no positive whole number.
         """
-        _require_count("eval_queries", eval_queries, at_least=1)
-        groups = None
-        if group_column is not None:
-            require_columns(self.corpus, (group_column,), "The corpus")
-            groups = column(self.corpus, group_column)
-            if pa.types.is_nested(groups.type):
-                raise DatasetError(f"Column {group_column!r} holds {groups.type}, expected one value a document.")
-        relevance = self.relevance
-        chosen = evaluation_queries(relevance, eval_queries, seed=seed, groups=groups)
-        rest = np.setdiff1d(np.arange(len(self)), chosen)
-        answers = relevance.judged_document[np.isin(relevance.judged_query, chosen)]
-        needed = np.union1d(answers, relevance.listed_negatives.take(chosen).values)
-        others = np.flatnonzero(~np.isin(relevance.page, relevance.page[answers]))
-        return self._of(relevance.subset(rest, others)), self._of(relevance.subset(chosen, needed))
+        eval_queries = require_whole("eval_queries", eval_queries)
+        train, evaluation = split_tables(self.relevance, eval_queries, seed=seed, group_column=group_column)
+        return self.from_tables(train), self.from_tables(evaluation)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the dataset to a new folder, which ``load`` reads; images are stored as they are encoded.
@@ -483,48 +429,22 @@ class RetrievalDataset:
         Raises:
             DatasetError: The folder is not empty.
         """
-        files.save_tables(self._tables, folder)
+        files.save_tables(self.tables, folder)
 
     def __len__(self) -> int:
         return len(self.queries)
 
     def __repr__(self) -> str:
         kinds = "+".join(name for name in ("text", "image") if name in self.corpus.column_names)
+        negatives = "none"
+        if self.negatives is not None:
+            lengths = self.relevance.listed_negatives.lengths
+            negatives = f"{lengths.min()} to {lengths.max()} a query, {lengths.mean():.1f} on average"
         lines = [
             "RetrievalDataset",
             f"  corpus     {len(self.corpus):,} documents ({kinds})",
             f"  queries    {len(self):,}",
             f"  qrels      {len(self.qrels):,} judgements, {len(self.qrels) / len(self):.1f} a query",
-            f"  negatives  {self._describe_negatives()}",
+            f"  negatives  {negatives}",
         ]
         return "\n".join(lines)
-
-    def _describe_negatives(self) -> str:
-        if self.negatives is None:
-            return "none"
-        lengths = self.relevance.listed_negatives.lengths
-        return f"{lengths.min()} to {lengths.max()} a query, {lengths.mean():.1f} on average"
-
-
-def _as_table(rows: object) -> Dataset:
-    if isinstance(rows, Dataset):
-        return rows
-    if isinstance(rows, DatasetDict):
-        raise DatasetError(
-            f"Expected one table, got the splits {list(rows)}. Pick one, e.g. rows[{next(iter(rows))!r}]."
-        )
-    if isinstance(rows, IterableDataset):
-        raise DatasetError("A streamed dataset has no rows to resolve ids against. Load it without streaming=True.")
-    raise DatasetError(
-        f"Expected a datasets.Dataset, got {type(rows).__name__}. Build one, e.g. with Dataset.from_dict."
-    )
-
-
-def _require_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ConfigError(f"{name}={value!r} is unknown. Expected one of {', '.join(map(repr, known))}.")
-
-
-def _require_count(name: str, value: object, *, at_least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < at_least:
-        raise ConfigError(f"{name}={value!r}: expected a whole number of {at_least} or more.")

@@ -7,6 +7,7 @@ import numpy as np
 from datasets import Dataset
 
 from mmtune import host
+from mmtune.arguments import require_one_of
 from mmtune.data.arrow import column
 from mmtune.data.images import decode_page
 from mmtune.errors import ConfigError, DatasetError, MissingDocumentError
@@ -104,8 +105,7 @@ def document_columns(corpus: Dataset, documents: DocumentKind) -> list[str]:
     Raises:
         ConfigError: ``documents`` is unknown, or the corpus lacks a column of it.
     """
-    if documents not in get_args(DocumentKind):
-        raise ConfigError(f"documents={documents!r} is unknown. Expected one of {', '.join(get_args(DocumentKind))}.")
+    require_one_of("documents", documents, get_args(DocumentKind))
     columns = [str(name) for name in documents.split("+")]
     missing = [name for name in columns if name not in corpus.column_names]
     if missing:

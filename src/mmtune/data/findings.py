@@ -118,7 +118,7 @@ class Example:
     def __str__(self) -> str:
         shown = 1 if self.query_ids and self.document_ids else 2
         parts = [("query", self.query_ids), ("document", self.document_ids)]
-        return ", ".join(f"{what} {', '.join(map(_short_id, ids[:shown]))}" for what, ids in parts if ids)
+        return ", ".join(f"{what} {', '.join(map(_shorten_id, ids[:shown]))}" for what, ids in parts if ids)
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,10 @@ class AuditReport:
         return {
             "tables": dict(self.tables),
             "negatives_per_query": {str(length): queries for length, queries in self.negatives_per_query.items()},
-            "findings": [_plain(finding) for finding in self.findings],
+            "findings": [
+                {**asdict(finding), "examples": [_list_ids(example) for example in finding.examples]}
+                for finding in self.findings
+            ],
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -203,11 +206,11 @@ class AuditReport:
             f"  negatives  {self._describe_negatives()}",
             "",
             "Problems" if self.problems else "No problem was found." if known else "Nothing was found.",
-            *(line for finding in self.problems for line in (_line(finding), f"{'':11}{finding.meaning}")),
+            *(line for finding in self.problems for line in (_describe(finding), f"{'':11}{finding.meaning}")),
         ]
         if known:
-            lines += ["", "Good to know", *map(_line, known)]
-        return "\n".join(_cut(line, _LINE_WIDTH) for line in lines)
+            lines += ["", "Good to know", *map(_describe, known)]
+        return "\n".join(line if len(line) <= _LINE_WIDTH else f"{line[: _LINE_WIDTH - 3]}..." for line in lines)
 
     __repr__ = __str__
 
@@ -217,14 +220,14 @@ class AuditReport:
             return "none"
         listed = f"{self.tables['negatives']:,} listed"
         if len(lengths) <= 3:
-            each = ", ".join(f"{length} ({_queries(queries)})" for length, queries in lengths.items())
+            each = ", ".join(f"{length} ({_count_queries(queries)})" for length, queries in lengths.items())
             return f"{listed}; usable a query: {each}"
         usual = most_common(lengths)
-        spread = f"{min(lengths)} to {max(lengths)}, most often {usual} ({_queries(lengths[usual])})"
+        spread = f"{min(lengths)} to {max(lengths)}, most often {usual} ({_count_queries(lengths[usual])})"
         return f"{listed}; usable a query: {spread}"
 
 
-def _queries(count: int) -> str:
+def _count_queries(count: int) -> str:
     return f"{count:,} {'query' if count == 1 else 'queries'}"
 
 
@@ -233,21 +236,16 @@ def most_common(queries_by_length: Mapping[int, int]) -> int:
     return max(queries_by_length, key=lambda length: (queries_by_length[length], length))
 
 
-def _plain(finding: Finding) -> dict[str, Any]:
-    examples = [{name: list(ids) for name, ids in asdict(example).items()} for example in finding.examples]
-    return {**asdict(finding), "examples": examples}
+def _list_ids(example: Example) -> dict[str, list[str]]:
+    return {name: list(ids) for name, ids in asdict(example).items()}
 
 
-def _line(finding: Finding) -> str:
+def _describe(finding: Finding) -> str:
     example = f" ({finding.examples[0]})" if finding.examples else ""
     return f"{finding.count:>9,}  {finding.title}{example}"
 
 
-def _short_id(value: str) -> str:
+def _shorten_id(value: str) -> str:
     """An id in quotes; of a long one the two ends, where ids differ."""
     half = (_ID_WIDTH - 3) // 2
     return repr(value if len(value) <= _ID_WIDTH else f"{value[:half]}...{value[-half:]}")
-
-
-def _cut(line: str, width: int) -> str:
-    return line if len(line) <= width else f"{line[: width - 3]}..."

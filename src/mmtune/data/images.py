@@ -1,14 +1,20 @@
-"""The one place where encoded images become pixels."""
+"""Encoded images: read where they lie, checked, and in one place made into pixels."""
 
 import io
 import math
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
 from PIL import Image, ImageOps
+from tqdm.auto import tqdm
 
+from mmtune.data.arrow import column, stored_image_column
 from mmtune.errors import ImageDecodeError
 
 MAX_DECODED_PIXELS = 2 * 89_478_485
@@ -44,36 +50,41 @@ def decode_page(
         ImageDecodeError: There is nothing to read, it is no image, it is damaged, or it has more than
             ``MAX_DECODED_PIXELS`` pixels.
     """
-    source = _source(encoded, document_id)
+    encoded = encoded or {}
+    content = encoded.get("bytes")
+    if content is None and not encoded.get("path"):
+        raise ImageDecodeError(
+            f"Document {document_id!r} has no image: neither bytes nor a path. Give it one, or leave the document out."
+        )
     try:
-        with Image.open(source) as image:
+        with Image.open(io.BytesIO(content) if content is not None else str(encoded["path"])) as image:
             _check_size(image, document_id)
-            _warn_of_frames(image, document_id)
+            frames = getattr(image, "n_frames", 1)
+            if frames > 1:
+                warnings.warn(
+                    f"Document {document_id!r} holds {frames} frames; only the first is used. "
+                    "Give each page a row of its own to use all of them.",
+                    stacklevel=2,
+                )
             # Of the file's own size: a draft rounds, and rounding twice would change the aspect of small pages.
-            size = _size_within(image.size, max_pixels) if max_pixels is not None else image.size
+            size = _fit_within(image.size, max_pixels) if max_pixels is not None else image.size
             size = size[::-1] if image.getexif().get(_ORIENTATION, 1) in _ON_ITS_SIDE else size
             wanted = max_pixels or enough_pixels
             if wanted is not None:
-                image.draft(image.mode, _size_within(image.size, wanted))
+                image.draft(image.mode, _fit_within(image.size, wanted))
             ImageOps.exif_transpose(image, in_place=True)
-            page = _to_rgb(image)
+            page = _convert_to_rgb(image)
     except ImageDecodeError:
         raise
     except Exception as error:  # a damaged file can raise nearly anything from inside a codec
-        raise ImageDecodeError(_message(encoded, document_id, error)) from error
+        found = f"file {encoded['path']!r}" if content is None else f"{len(content)} bytes, starting {content[:8]!r}"
+        raise ImageDecodeError(
+            f"Document {document_id!r} can't be decoded as an image ({found}): {error}. "
+            "Replace the file, or leave the document out."
+        ) from error
     if max_pixels is None or page.width * page.height <= max_pixels:
         return page
     return page.resize(size, Image.Resampling.BICUBIC)
-
-
-def _source(encoded: Mapping[str, Any] | None, document_id: str) -> io.BytesIO | str:
-    if encoded is not None and encoded.get("bytes") is not None:
-        return io.BytesIO(encoded["bytes"])
-    if encoded is not None and encoded.get("path"):
-        return str(encoded["path"])
-    raise ImageDecodeError(
-        f"Document {document_id!r} has no image: neither bytes nor a path. Give it one, or leave the document out."
-    )
 
 
 def _check_size(image: Image.Image, document_id: str) -> None:
@@ -85,19 +96,14 @@ def _check_size(image: Image.Image, document_id: str) -> None:
     )
 
 
-def _warn_of_frames(image: Image.Image, document_id: str) -> None:
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1:
-        warnings.warn(
-            f"Document {document_id!r} holds {frames} frames; only the first is used. "
-            "Give each page a row of its own to use all of them.",
-            stacklevel=2,
-        )
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _convert_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
-        return _from_integers(np.asarray(image, dtype=np.int64), bits=16 if "16" in image.mode else None)
+        # Pillow would clip grey values of 16 bits at 255 instead of scaling them.
+        values = np.asarray(image, dtype=np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("32-bit pixels have no defined range; convert the file to 8 or 16 bits")
+        has_16_bits = "16" in image.mode or values.max() > 255
+        return Image.fromarray((values // 257 if has_16_bits else values).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined range; convert the file to 8 or 16 bits")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
@@ -109,35 +115,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _from_integers(values: np.ndarray, bits: int | None) -> Image.Image:
-    """Grey values of 8 or 16 bits as RGB; Pillow would clip them at 255 instead of scaling them.
-
-    Args:
-        values: Grey values, shape ``(height, width)``.
-        bits: How many they have; ``None`` takes 8 where all values fit, else 16.
-    """
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError("32-bit pixels have no defined range; convert the file to 8 or 16 bits")
-    is_short = bits == 16 or values.max() > 255
-    return Image.fromarray((values // 257 if is_short else values).astype(np.uint8)).convert("RGB")
-
-
-def _size_within(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:
+def _fit_within(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:
     scale = min(1.0, math.sqrt(max_pixels / (size[0] * size[1])))
     width, height = (max(1, int(side * scale)) for side in size)
     # A strip a pixel wide keeps that pixel and must be shortened more than the scale says.
     width = min(width, max(1, max_pixels // height))
     return width, min(height, max(1, max_pixels // width))
-
-
-def _message(encoded: Mapping[str, Any] | None, document_id: str, error: Exception) -> str:
-    encoded = encoded or {}
-    content = encoded.get("bytes")
-    what = f"{len(content)} bytes, starting {content[:8]!r}" if content is not None else f"file {encoded.get('path')!r}"
-    return (
-        f"Document {document_id!r} can't be decoded as an image ({what}): {error}. "
-        "Replace the file, or leave the document out."
-    )
 
 
 def check_page(content: memoryview | bytes, document_id: str) -> None:
@@ -158,3 +141,59 @@ def check_page(content: memoryview | bytes, document_id: str) -> None:
         looks_whole = False
     if not looks_whole:
         decode_page({"bytes": bytes(content), "path": None}, document_id)
+
+
+class EncodedImages:
+    """Length and bytes of each image of a corpus, without copying or decoding.
+
+    Args:
+        corpus: A table with an ``Image(decode=False)`` column ``image``.
+
+    Attributes:
+        lengths: Bytes of each image, int64; a different negative number for each image that can't be found.
+    """
+
+    def __init__(self, corpus: Dataset) -> None:
+        stored, order = stored_image_column(corpus, "image")
+        self._corpus = corpus
+        self._bytes = pc.struct_field(stored, "bytes")
+        self._paths = pc.struct_field(stored, "path")
+        self._order = np.arange(len(corpus)) if order is None else order
+        lengths = pc.fill_null(pc.cast(pc.binary_length(self._bytes), pa.int64()), -1).to_numpy()[self._order].copy()
+        for row in np.flatnonzero(lengths < 0):
+            path = Path(self.path(int(row)) or "")
+            lengths[row] = path.stat().st_size if path.is_file() else -1 - row
+        self.lengths = lengths
+
+    def path(self, row: int) -> str | None:
+        """The file of an image that is not in memory."""
+        stored = int(self._order[row])
+        return None if self._bytes[stored].is_valid else self._paths[stored].as_py()
+
+    def read(self, row: int) -> memoryview | bytes:
+        """The bytes of the image in this row.
+
+        Raises:
+            ImageDecodeError: Its file can't be read; the message names the document.
+        """
+        content = self._bytes[int(self._order[row])].as_buffer()
+        if content is not None:
+            return memoryview(content)
+        try:
+            return Path(self.path(row) or "").read_bytes()
+        except OSError as error:
+            raise ImageDecodeError(
+                f"The file of document {self._corpus[row]['document_id']!r} can't be read: {error}. "
+                "Restore the file, or leave the document out."
+            ) from error
+
+
+def check_pages(corpus: Dataset, *, show_progress_bar: bool = True) -> None:
+    """Make sure that every page of a corpus can be decoded; see ``check_page``.
+
+    Raises:
+        ImageDecodeError: A page is missing, damaged, or no image; the message names the document.
+    """
+    images, document_ids = EncodedImages(corpus), column(corpus, "document_id")
+    for row in tqdm(range(len(corpus)), desc="Checking pages", disable=not show_progress_bar, leave=False):
+        check_page(images.read(row), document_ids[row].as_py())

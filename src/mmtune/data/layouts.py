@@ -1,108 +1,59 @@
 """A builder per layout: from the rows that users have to the four tables. No builder decodes or copies an image."""
 
 import re
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Image, concatenate_datasets
+from datasets import Dataset, DatasetDict, Image, IterableDataset, concatenate_datasets
 
+from mmtune.arguments import listed
 from mmtune.data.arrow import (
-    as_id_strings,
     column,
-    first_repeated,
-    flat_lists,
     id_column,
-    is_lists,
     lists,
+    lists_of_rows,
     positions,
     stored_image_column,
     table_dataset,
     with_columns,
     with_encoded_images,
 )
-from mmtune.data.tables import BuildNotes, Tables, checked_tables, is_blank, require_columns, text_column
-from mmtune.errors import DatasetError, MissingDocumentError
+from mmtune.data.tables import (
+    BuildNotes,
+    Tables,
+    check_tables,
+    id_lists,
+    is_blank,
+    is_number,
+    require_columns,
+    require_unique,
+    text_column,
+)
+from mmtune.errors import ConfigError, DatasetError, MissingDocumentError
+
+# The spellings of BEIR, ViDoRe, JinaVDR and Tevatron.
+_DOCUMENT_ID = ("document_id", "corpus-id", "corpus_id", "docid", "_id", "id")
+_QUERY_ID = ("query_id", "query-id", "_id", "id")
+_QUERY_TEXT = ("query", "query_text", "text")
+_SCORE = ("score", "relevance", "label")
+_POSITIVES, _NEGATIVES = "positive_document_ids", "negative_document_ids"
 
 
-def tables_from_id_rows(
-    rows: Dataset,
-    *,
-    id_column_name: str,
-    query_column: str,
-    image_column: str,
-    negatives_column: str | None,
-    on_missing: str,
-) -> Tables:
-    """One row per page, its negatives as ids of other rows; see ``RetrievalDataset.from_id_rows``."""
-    rows = _checked_rows(rows, (id_column_name, query_column, image_column), negatives_column)
-    ids = id_column(rows, id_column_name)
-    _require_unique_ids(ids, id_column_name)
-    blank = is_blank(text_column(rows, query_column))
-    asking = np.flatnonzero(~blank)
-    notes = BuildNotes(blank_queries=int(blank.sum()))
-    negatives = None
-    if negatives_column is not None:
-        negatives, notes = _negatives_by_id(
-            rows.select(asking), negatives_column, ids, ids.take(asking), on_missing, notes
-        )
-    others = [name for name in rows.column_names if name not in (id_column_name, query_column, negatives_column)]
-    pages = with_encoded_images(rows.select_columns(others), image_column)
-    _require_images(pages, image_column, ids)
-    return checked_tables(
-        with_columns(_renamed(pages, image_column), {"document_id": ids}),
-        _queries(rows.select(asking), ids.take(asking), query_column, {id_column_name, negatives_column, image_column}),
-        _one_to_one(ids.take(asking), ids.take(asking)),
-        negatives,
-        notes=notes,
-    )
-
-
-def tables_from_columns(
-    rows: Dataset, *, query_column: str, image_column: str, negative_columns: tuple[str, ...] | None
-) -> Tables:
-    """One row per query with the images in it; see ``RetrievalDataset.from_columns``."""
-    rows = _checked_rows(rows, (query_column, image_column))
-    negative_columns = _negative_columns(rows) if negative_columns is None else negative_columns
-    require_columns(rows, negative_columns, "The table of rows")
-    image_columns = [image_column, *negative_columns]
-    for name in image_columns:
-        rows = with_encoded_images(rows, name)
-    present = [_has_image(rows, name) for name in image_columns]
-    document_ids = [_numbered(len(rows) * k, len(rows)).filter(pa.array(mask)) for k, mask in enumerate(present)]
-    blank = is_blank(text_column(rows, query_column))
-    asking = ~blank & present[0]
-    query_ids = _numbered(0, len(rows)).filter(pa.array(asking))
-    notes = BuildNotes(
-        blank_queries=int(blank.sum()),
-        null_documents=int((~present[0]).sum()),
-        null_negatives=int(sum((~mask).sum() for mask in present[1:])),
-        queries_without_document=int((~blank & ~present[0]).sum()),
-        ids_are_row_numbers=True,
-    )
-    others = [name for name in rows.column_names if name not in (*negative_columns, query_column, image_column)]
-    pages = [
-        _renamed(rows.select_columns([name, *(others if k == 0 else ())]).select(np.flatnonzero(present[k])), name)
-        for k, name in enumerate(image_columns)
-    ]
-    corpus = with_columns(concatenate_datasets(pages), {"document_id": pa.concat_arrays(document_ids)})
-    negatives = _negatives_in_columns(present[1:], asking, query_ids) if negative_columns else None
-    queries = _queries(rows.select(np.flatnonzero(asking)), query_ids, query_column, set())
-    return checked_tables(corpus, queries, _one_to_one(query_ids, query_ids), negatives, notes=notes)
-
-
-def known_layout(rows: Dataset) -> str:
-    """The builder whose columns these rows have: ``"from_id_rows"`` or ``"from_columns"``.
+def build_from_known_layout(rows: Dataset) -> Tables:
+    """The tables of rows in a layout that their columns tell.
 
     Raises:
-        DatasetError: Neither fits; the message lists what was found and what is known.
+        DatasetError: They are no table, or none of a known layout; the message lists what was found and what is known.
     """
+    rows = require_table(rows)
     found = set(rows.column_names)
     if {"id", "query", "image"} <= found:
-        return "from_id_rows"
+        return build_from_id_rows(rows)
     if {"query", "image"} <= found:
-        return "from_columns"
+        return build_from_columns(rows)
     raise DatasetError(
         f"The columns {rows.column_names} are no layout that is known. Known are: "
         "'id', 'query', 'image' and optionally 'negatives' (from_id_rows); "
@@ -111,107 +62,204 @@ def known_layout(rows: Dataset) -> str:
     )
 
 
-def _checked_rows(rows: Dataset, required: tuple[str, ...], optional: str | None = None) -> Dataset:
-    rows = rows.with_format(None)
+def build_from_id_rows(
+    rows: Dataset,
+    *,
+    id_name: str = "id",
+    query_name: str = "query",
+    image_name: str = "image",
+    negatives_name: str | None = "negatives",
+    on_missing: str = "error",
+) -> Tables:
+    """One row per page, its negatives as ids of other rows; see ``RetrievalDataset.from_id_rows``."""
+    rows = _check_rows(rows, (id_name, query_name, image_name))
+    if negatives_name == "negatives" and not any("neg" in name.lower() for name in rows.column_names):
+        negatives_name = None
+    if negatives_name is not None and negatives_name not in rows.column_names:
+        raise DatasetError(
+            f"The table of rows has no column {negatives_name!r} for the negatives; it has {rows.column_names}. "
+            "Name the column, or pass negatives_column=None where the rows list no negatives."
+        )
+    ids = id_column(rows, id_name)
+    advice = "Each row needs an id of its own: drop the repeated rows, or name another id column."
+    require_unique(ids, "id", f" of column {id_name!r}", advice)
+    blank = is_blank(text_column(rows, query_name))
+    asking, query_ids = rows.select(np.flatnonzero(~blank)), ids.filter(~blank)
+    negatives, counts = None, {}
+    if negatives_name is not None:
+        negatives, counts = _resolve_negatives(asking, negatives_name, query_ids, ids, on_missing)
+
+    others = [name for name in rows.column_names if name not in (id_name, query_name, negatives_name)]
+    pages = with_encoded_images(rows.select_columns(others), image_name)
+    empty = np.flatnonzero(~_has_image(pages, image_name))
+    if len(empty):
+        raise DatasetError(
+            f"{len(empty)} rows have no image: column {image_name!r} is null there, e.g. in the row with id "
+            f"{ids[int(empty[0])].as_py()!r}. Every row is a page; leave such rows out, and their ids too."
+        )
+    return check_tables(
+        with_columns(_name_pages(pages, image_name), {"document_id": ids}),
+        _select_asking(asking, query_ids, query_name, {id_name, negatives_name, image_name}),
+        _judge_one_to_one(query_ids),
+        negatives,
+        notes=BuildNotes(blank_queries=int(blank.sum()), **counts),
+    )
+
+
+def build_from_columns(
+    rows: Dataset,
+    *,
+    query_name: str = "query",
+    image_name: str = "image",
+    negative_names: Sequence[str] | None = None,
+) -> Tables:
+    """One row per query with the images in it; see ``RetrievalDataset.from_columns``."""
+    if isinstance(negative_names, str):
+        raise ConfigError(f"negative_columns={negative_names!r} is one name. Pass a list, [{negative_names!r}].")
+    rows = _check_rows(rows, (query_name, image_name))
+    if negative_names is None:
+        matches = {name: re.fullmatch(r"negative(?:_(\d+))?", name) for name in rows.column_names}
+        number_by_name = {name: int(match.group(1) or -1) for name, match in matches.items() if match}
+        negative_names = sorted(number_by_name, key=lambda name: number_by_name[name])
+    image_names = [image_name, *negative_names]
+    negative_names = image_names[1:]
+    require_columns(rows, negative_names, "The table of rows")
+    for name in image_names:
+        rows = with_encoded_images(rows, name)
+    # Of row i the page is document i, and negative k of n rows document n * (k + 1) + i; a null is no document.
+    has_image = np.stack([_has_image(rows, name) for name in image_names], axis=1)
+    numbers = np.arange(len(rows))[:, None] + len(rows) * np.arange(len(image_names))
+    others = [name for name in rows.column_names if name not in (*negative_names, query_name, image_name)]
+    pages = []
+    for k, name in enumerate(image_names):
+        columns = rows.select_columns([name, *(others if k == 0 else ())])
+        pages.append(_name_pages(columns.select(np.flatnonzero(has_image[:, k])), name))
+    document_ids = _as_ids(numbers.T[has_image.T])
+
+    blank = is_blank(text_column(rows, query_name))
+    is_asking = ~blank & has_image[:, 0]
+    query_ids = _as_ids(np.flatnonzero(is_asking))
+    negatives = None
+    if negative_names:
+        is_listed = has_image[is_asking, 1:]
+        offsets = np.r_[0, np.cumsum(is_listed.sum(axis=1))]
+        items = lists(offsets, _as_ids(numbers[is_asking, 1:][is_listed]))
+        negatives = table_dataset({"query_id": query_ids, "document_ids": items})
+    return check_tables(
+        with_columns(concatenate_datasets(pages), {"document_id": document_ids}),
+        _select_asking(rows.select(np.flatnonzero(is_asking)), query_ids, query_name, set()),
+        _judge_one_to_one(query_ids),
+        negatives,
+        notes=BuildNotes(
+            blank_queries=int(blank.sum()),
+            null_documents=int((~has_image[:, 0]).sum()),
+            null_negatives=int((~has_image[:, 1:]).sum()),
+            queries_without_document=int((~blank & ~has_image[:, 0]).sum()),
+            ids_are_row_numbers=True,
+        ),
+    )
+
+
+def build_from_beir(corpus: Dataset, queries: Dataset, qrels: Dataset | None) -> Tables:
+    """Three tables in any known spelling; see ``RetrievalDataset.from_beir``."""
+    corpus, queries = require_table(corpus), require_table(queries)
+    corpus = _rename_columns(corpus, {"document_id": _find_column(corpus, _DOCUMENT_ID, "corpus")})
+    query_id = _find_column(queries, _QUERY_ID, "table of queries")
+    ids = id_column(queries, query_id)
+    judged = _read_judgements(queries, ids, qrels)
+    negatives = None
+    if _NEGATIVES in queries.column_names:
+        rows, items = id_lists(queries, _NEGATIVES)
+        negatives = table_dataset({"query_id": ids, "document_ids": lists_of_rows(rows, items, len(ids))})
+
+    lists_of_ids = [name for name in (_POSITIVES, _NEGATIVES) if name in queries.column_names]
+    names = {"query_id": query_id, "text": _find_column(queries, _QUERY_TEXT, "table of queries")}
+    queries = _rename_columns(queries.remove_columns(lists_of_ids), names)
+    blank = is_blank(text_column(queries, "text"))
+    is_asked = ~pc.is_in(judged["query_id"], value_set=ids.filter(blank)).to_numpy(zero_copy_only=False)
+    is_relevant = pc.greater(judged["score"], 0).to_numpy(zero_copy_only=False)
+    return check_tables(
+        corpus,
+        queries.select(np.flatnonzero(~blank)),
+        table_dataset({name: values.filter(is_relevant & is_asked) for name, values in judged.items()}),
+        None if negatives is None else negatives.select(np.flatnonzero(~blank)),
+        notes=BuildNotes(blank_queries=int(blank.sum()), judged_not_relevant=int((~is_relevant).sum())),
+    )
+
+
+def require_table(rows: object) -> Dataset:
+    """``rows`` itself, a single table in memory or on disk.
+
+    Raises:
+        DatasetError: It is something else.
+    """
+    if isinstance(rows, Dataset):
+        return rows
+    if isinstance(rows, DatasetDict):
+        raise DatasetError(
+            f"Expected one table, got the splits {list(rows)}. Pick one, e.g. rows[{next(iter(rows))!r}]."
+        )
+    if isinstance(rows, IterableDataset):
+        raise DatasetError("A streamed dataset has no rows to resolve ids against. Load it without streaming=True.")
+    raise DatasetError(
+        f"Expected a datasets.Dataset, got {type(rows).__name__}. Build one, e.g. with Dataset.from_dict."
+    )
+
+
+def _check_rows(rows: Dataset, required: Sequence[str]) -> Dataset:
+    rows = require_table(rows).with_format(None)
     if not len(rows):
         raise DatasetError(
             f"The table of rows has zero rows (columns: {rows.column_names}). Nothing can be built from it."
         )
     require_columns(rows, required, "The table of rows")
-    if optional is not None and optional not in rows.column_names:
-        raise DatasetError(
-            f"The table of rows has no column {optional!r} for the negatives; it has {rows.column_names}. "
-            "Name the column, or pass negatives_column=None where the rows list no negatives."
-        )
     return rows
 
 
-def _require_unique_ids(ids: pa.Array, name: str) -> None:
-    repeated = first_repeated(ids)
-    if repeated is not None:
-        value, at = repeated
+def _resolve_negatives(
+    asking: Dataset, name: str, query_ids: pa.Array, ids: pa.Array, on_missing: str
+) -> tuple[Dataset, dict[str, Any]]:
+    """The table of negatives whose ids some row has, and what was left out, for the notes."""
+    rows, items = id_lists(asking, name)
+    present = items.is_valid().to_numpy(zero_copy_only=False)
+    rows, items = rows[present], items.filter(present)
+    own = np.flatnonzero(pc.equal(items, query_ids.take(rows)).to_numpy(zero_copy_only=False))
+    if len(own):
         raise DatasetError(
-            f"The id {value!r} stands in {len(at)} rows ({', '.join(map(str, at[:5]))}) of column {name!r}. "
-            "Each row needs an id of its own: drop the repeated rows, or name another id column."
+            f"{len(own)} rows list their own id among their negatives, e.g. {items[int(own[0])].as_py()!r}. A page "
+            "can't be a hard negative of the query it answers: take it out of the list."
         )
+    known = positions(items, ids) >= 0
+    unknown = np.flatnonzero(~known)
+    examples = [(query_ids[int(rows[at])].as_py(), items[int(at)].as_py()) for at in unknown[:10]]
+    if examples and on_missing == "error":
+        shown = ", ".join(f"{negative!r} (query {query!r})" for query, negative in examples[:3])
+        raise MissingDocumentError(
+            f"{len(unknown)} negatives point to documents that are not in the corpus, e.g. {shown}. Every negative "
+            'must be the id of a row. Fix the ids, or pass on_missing="drop".'
+        )
+    counts = {
+        "null_negatives": int((~present).sum()),
+        "unknown_negatives": len(unknown),
+        "unknown_examples": tuple(examples),
+    }
+    kept = lists_of_rows(rows[known], items.filter(known), len(query_ids))
+    return table_dataset({"query_id": query_ids, "document_ids": kept}), counts
 
 
-def _queries(rows: Dataset, ids: pa.Array, query_column: str, hidden: set[str | None]) -> Dataset:
+def _select_asking(rows: Dataset, ids: pa.Array, query_name: str, hidden: set[str | None]) -> Dataset:
     """The table of queries: id, text, and the other columns of the rows that are no images."""
-    texts = text_column(rows, query_column)
-    reserved = {"query_id", "text", query_column, *hidden}
+    reserved = {"query_id", "text", query_name, *hidden}
     others = [
         name for name, feature in rows.features.items() if name not in reserved and not isinstance(feature, Image)
     ]
-    new = {"query_id": ids, "text": texts}
+    new = {"query_id": ids, "text": text_column(rows, query_name)}
     return with_columns(rows.select_columns(others), new) if others else table_dataset(new)
 
 
-def _one_to_one(query_ids: pa.Array, document_ids: pa.Array) -> Dataset:
-    scores = pa.array(np.ones(len(query_ids), dtype=np.int64))
-    return table_dataset({"query_id": query_ids, "document_id": document_ids, "score": scores})
-
-
-def _negatives_by_id(
-    asking: Dataset, name: str, ids: pa.Array, query_ids: pa.Array, on_missing: str, notes: BuildNotes
-) -> tuple[Dataset, BuildNotes]:
-    rows, items = flat_lists(_list_column(asking, name))
-    present = items.is_valid().to_numpy(zero_copy_only=False)
-    rows, items = rows[present], as_id_strings(items.filter(pa.array(present)), name)
-    _refuse_own_ids(rows, items, query_ids)
-    known = positions(items, ids) >= 0
-    examples = _unknown_examples(rows, items, query_ids, ~known)
-    if examples and on_missing == "error":
-        raise MissingDocumentError(_unknown_message(int((~known).sum()), examples))
-    kept_rows, kept_items = rows[known], items.filter(pa.array(known))
-    counts = np.bincount(kept_rows, minlength=len(query_ids))
-    table = {"query_id": query_ids, "document_ids": lists(np.r_[0, np.cumsum(counts)], kept_items)}
-    return table_dataset(table), replace(
-        notes,
-        null_negatives=int((~present).sum()),
-        unknown_negatives=int((~known).sum()),
-        unknown_examples=tuple(examples),
-    )
-
-
-def _list_column(rows: Dataset, name: str) -> pa.Array:
-    values = column(rows, name)
-    if is_lists(values.type):
-        return values
-    raise DatasetError(
-        f"Column {name!r} holds {values.type}, expected lists of ids. It is among {rows.column_names}; "
-        "name another column, or turn its values into lists."
-    )
-
-
-def _refuse_own_ids(rows: np.ndarray, items: pa.Array, query_ids: pa.Array) -> None:
-    own = pc.equal(items, query_ids.take(pa.array(rows))).to_numpy(zero_copy_only=False)
-    if own.any():
-        value = items[int(np.flatnonzero(own)[0])].as_py()
-        raise DatasetError(
-            f"{int(own.sum())} rows list their own id among their negatives, e.g. {value!r}. A page can't be a hard "
-            "negative of the query it answers: take it out of the list."
-        )
-
-
-def _unknown_examples(
-    rows: np.ndarray, items: pa.Array, query_ids: pa.Array, unknown: np.ndarray
-) -> list[tuple[str, str]]:
-    return [(query_ids[int(rows[at])].as_py(), items[int(at)].as_py()) for at in np.flatnonzero(unknown)[:10]]
-
-
-def _unknown_message(count: int, examples: list[tuple[str, str]]) -> str:
-    shown = ", ".join(f"{negative!r} (query {query!r})" for query, negative in examples[:3])
-    return (
-        f"{count} negatives point to documents that are not in the corpus, e.g. {shown}. Every negative must be the "
-        'id of a row. Fix the ids, or pass on_missing="drop".'
-    )
-
-
-def _negative_columns(rows: Dataset) -> tuple[str, ...]:
-    """Every column named ``negative`` or ``negative_<k>``, by number."""
-    numbered = {name: match for name in rows.column_names if (match := re.fullmatch(r"negative(?:_(\d+))?", name))}
-    return tuple(sorted(numbered, key=lambda name: int(numbered[name].group(1) or -1)))
+def _judge_one_to_one(ids: pa.Array) -> Dataset:
+    """Each query with the document that has its id."""
+    return table_dataset({"query_id": ids, "document_id": ids, "score": pa.array(np.ones(len(ids), dtype=np.int64))})
 
 
 def _has_image(rows: Dataset, name: str) -> np.ndarray:
@@ -221,31 +269,55 @@ def _has_image(rows: Dataset, name: str) -> np.ndarray:
     return present if order is None else present[order]
 
 
-def _renamed(pages: Dataset, image_column: str) -> Dataset:
-    clashing = {"document_id", "image"} & (set(pages.column_names) - {image_column})
+def _name_pages(pages: Dataset, image_name: str) -> Dataset:
+    """Pages with their image column as the corpus names it."""
+    clashing = {"document_id", "image"} & (set(pages.column_names) - {image_name})
     if clashing:
         raise DatasetError(
-            f"The rows have a column {clashing.pop()!r} beside {image_column!r}, and the corpus has one of its own of "
+            f"The rows have a column {clashing.pop()!r} beside {image_name!r}, and the corpus has one of its own of "
             "that name. Rename the column, or remove it."
         )
-    return pages if image_column == "image" else pages.rename_column(image_column, "image")
+    return pages if image_name == "image" else pages.rename_column(image_name, "image")
 
 
-def _require_images(pages: Dataset, image_column: str, ids: pa.Array) -> None:
-    empty = np.flatnonzero(~_has_image(pages, image_column))
-    if len(empty):
+def _as_ids(numbers: np.ndarray) -> pa.Array:
+    return pa.array(numbers).cast(pa.string())
+
+
+def _find_column(table: Dataset, spellings: Sequence[str], what: str) -> str:
+    """The first of the spellings that the table has."""
+    for name in spellings:
+        if name in table.column_names:
+            return name
+    raise DatasetError(
+        f"The {what} has none of the columns {listed(spellings)}; it has {table.column_names}. "
+        "Rename the column that holds it."
+    )
+
+
+def _rename_columns(table: Dataset, old_by_new: Mapping[str, str]) -> Dataset:
+    """The table with columns under our names, and without columns that have these names and mean something else."""
+    table = table.with_format(None)
+    renamed = {old: new for new, old in old_by_new.items() if new != old}
+    return table.remove_columns([new for new in renamed.values() if new in table.column_names]).rename_columns(renamed)
+
+
+def _read_judgements(queries: Dataset, ids: pa.Array, qrels: Dataset | None) -> dict[str, pa.Array]:
+    """Query ids, document ids and scores: of the qrels, or 1 each for what the queries list as their positives."""
+    if qrels is not None:
+        qrels, what = require_table(qrels), "table of relevance judgements (qrels)"
+        scores = column(qrels, _find_column(qrels, _SCORE, what))
+        if not is_number(scores.type):
+            raise DatasetError(f"The scores of the qrels are {scores.type}, expected numbers.")
+        return {
+            "query_id": id_column(qrels, _find_column(qrels, _QUERY_ID[:2], what)),
+            "document_id": id_column(qrels, _find_column(qrels, _DOCUMENT_ID[:4], what)),
+            "score": pc.fill_null(scores, 0),
+        }
+    if _POSITIVES not in queries.column_names:
         raise DatasetError(
-            f"{len(empty)} rows have no image: column {image_column!r} is null there, e.g. in the row with id "
-            f"{ids[int(empty[0])].as_py()!r}. Every row is a page; leave such rows out, and their ids too."
+            f"There are no qrels, and the table of queries has no column {_POSITIVES!r}; it has "
+            f"{queries.column_names}. Pass the qrels, or queries that list their positives."
         )
-
-
-def _numbered(start: int, count: int) -> pa.Array:
-    return pa.array(np.arange(start, start + count)).cast(pa.string())
-
-
-def _negatives_in_columns(present: list[np.ndarray], asking: np.ndarray, query_ids: pa.Array) -> Dataset:
-    mask = np.stack(present, axis=1)[asking]
-    numbers = np.flatnonzero(asking)[:, None] + len(asking) * np.arange(1, len(present) + 1)
-    items = pa.array(numbers[mask]).cast(pa.string())
-    return table_dataset({"query_id": query_ids, "document_ids": lists(np.r_[0, np.cumsum(mask.sum(axis=1))], items)})
+    rows, items = id_lists(queries, _POSITIVES)
+    return {"query_id": ids.take(rows), "document_id": items, "score": pa.array(np.ones(len(items), dtype=np.int64))}

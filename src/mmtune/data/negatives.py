@@ -1,14 +1,13 @@
 """Which negatives each row gets, from lists and at random."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 
 from mmtune.data.arrow import IntLists
-from mmtune.data.relevance import Relevance
 from mmtune.errors import DatasetError
 
 OnShort = Literal["random", "drop", "error"]
@@ -32,33 +31,18 @@ class Candidates:
     is_relevant: Callable[[np.ndarray, np.ndarray], np.ndarray]
     what: tuple[str, str]
 
-    @classmethod
-    def documents_of_queries(cls, relevance: Relevance) -> "Candidates":
-        """The listed negatives of each query, and all documents."""
-        return cls(
-            relevance.query_ids,
-            relevance.listed_negatives,
-            relevance.page,
-            relevance.is_relevant,
-            ("Query", "documents"),
-        )
+    @property
+    def distinct(self) -> np.ndarray:
+        """The first item of each content."""
+        return np.unique(self.same, return_index=True)[1]
 
-    @classmethod
-    def texts_of_pages(cls, relevance: Relevance, documents: np.ndarray) -> "Candidates":
-        """The queries that list each of ``documents`` as a negative, and all queries.
-
-        Args:
-            relevance: The judgements.
-            documents: Positions of pages; they are the rows.
-        """
-        listed = relevance.listed_negatives
-        asking = IntLists.grouped(relevance.page[listed.values], listed.rows, len(relevance.page))
-        return cls(
-            relevance.document_ids.take(pa.array(documents)),
-            asking.take(relevance.page[documents]),
-            relevance.text,
-            lambda rows, queries: relevance.is_relevant(queries, documents[rows]),
-            ("Page", "query texts"),
+    def take(self, rows: np.ndarray) -> "Candidates":
+        """Those of some rows."""
+        return replace(
+            self,
+            row_ids=self.row_ids.take(rows),
+            lists=self.lists.take(rows),
+            is_relevant=lambda at, items: self.is_relevant(rows[at], items),
         )
 
 
@@ -92,7 +76,14 @@ def choose_negatives(candidates: Candidates, num_negatives: int, on_short: OnSho
     Raises:
         DatasetError: A list is short and ``on_short="error"``, or there are too few items to fill it.
     """
-    usable, refused = _usable(candidates)
+    # Relevant items and copies within a list go first.
+    listed = candidates.lists
+    relevant = candidates.is_relevant(listed.rows, listed.values)
+    rows, values = listed.rows[~relevant], listed.values[~relevant]
+    _, first = np.unique(rows * len(candidates.same) + candidates.same[values], return_index=True)
+    first.sort()
+    usable = IntLists.grouped(rows[first], values[first], len(candidates.row_ids))
+
     taken = np.minimum(usable.lengths, num_negatives)
     items = np.full((len(taken), num_negatives), -1, dtype=np.int64)
     mask = np.arange(num_negatives) < taken[:, None]
@@ -100,7 +91,13 @@ def choose_negatives(candidates: Candidates, num_negatives: int, on_short: OnSho
     rows = np.arange(len(taken))
     short = taken < num_negatives
     if short.any() and on_short == "error":
-        raise DatasetError(_short_message(candidates, taken, num_negatives))
+        at = np.flatnonzero(short)
+        examples = ", ".join(f"{candidates.row_ids[int(row)].as_py()!r} ({taken[row]})" for row in at[:3])
+        raise DatasetError(
+            f"{len(at)} queries have fewer than {num_negatives} usable negatives, e.g. {examples}. Lower "
+            'num_negatives, add negatives, or pass on_short="random" to fill at random or on_short="drop" to leave '
+            "these queries out."
+        )
     if on_short == "drop":
         rows, items = rows[~short], items[~short]
     elif short.any():
@@ -110,20 +107,9 @@ def choose_negatives(candidates: Candidates, num_negatives: int, on_short: OnSho
         items=items,
         listed=int(taken[rows].sum()),
         filled=int((num_negatives - taken)[short].sum()) if on_short == "random" else 0,
-        refused=refused,
+        refused=int(relevant.sum()),
         dropped=int(short.sum()) if on_short == "drop" else 0,
     )
-
-
-def _usable(candidates: Candidates) -> tuple[IntLists, int]:
-    """The lists without relevant items and without repeats of equal content, and how many were relevant."""
-    listed = candidates.lists
-    rows = listed.rows
-    relevant = candidates.is_relevant(rows, listed.values)
-    rows, values = rows[~relevant], listed.values[~relevant]
-    _, first = np.unique(rows * len(candidates.same) + candidates.same[values], return_index=True)
-    first.sort()
-    return IntLists.grouped(rows[first], values[first], len(candidates.row_ids)), int(relevant.sum())
 
 
 def _fill(candidates: Candidates, items: np.ndarray, rng: np.random.Generator) -> None:
@@ -136,43 +122,26 @@ def _fill(candidates: Candidates, items: np.ndarray, rng: np.random.Generator) -
         holes = rows < 0
         rows[holes] = rng.integers(len(candidates.same), size=int(holes.sum()))
         relevant = candidates.is_relevant(np.broadcast_to(short[:, None], rows.shape), rows)
-        rows[holes & (relevant | _repeats(candidates.same[rows]))] = -1
+        contents = candidates.same[rows]
+        repeats = (contents[:, :, None] == contents[:, None, :]) & ~np.eye(contents.shape[1], dtype=bool)
+        rows[holes & (relevant | repeats.any(axis=2))] = -1
         items[short] = rows
     _fill_exactly(candidates, items, rng)
 
 
-def _repeats(contents: np.ndarray) -> np.ndarray:
-    """Which entries have the content of another entry of their row."""
-    same = contents[:, :, None] == contents[:, None, :]
-    return (same & ~np.eye(contents.shape[1], dtype=bool)).any(axis=2)
-
-
 def _fill_exactly(candidates: Candidates, items: np.ndarray, rng: np.random.Generator) -> None:
     """As ``_fill``, by listing what is left for a row: for rows to which nearly everything is relevant."""
-    _, distinct = np.unique(candidates.same, return_index=True)
+    distinct = candidates.distinct
     for row in np.flatnonzero((items < 0).any(axis=1)):
         holes = np.flatnonzero(items[row] < 0)
         taken = candidates.same[items[row][items[row] >= 0]]
         free = distinct[~candidates.is_relevant(np.full(len(distinct), row), distinct)]
         free = free[~np.isin(candidates.same[free], taken)]
         if len(free) < len(holes):
-            raise DatasetError(_exhausted_message(candidates, int(row), items.shape[1], len(free) + len(taken)))
+            kind, what = candidates.what
+            raise DatasetError(
+                f"{kind} {candidates.row_ids[int(row)].as_py()!r} can't get {items.shape[1]} negatives: only "
+                f"{len(free) + len(taken)} of the {len(candidates.same)} {what} are neither relevant to it nor copies "
+                f"of each other. Lower num_negatives, or add {what}."
+            )
         items[row, holes] = rng.choice(free, size=len(holes), replace=False)
-
-
-def _exhausted_message(candidates: Candidates, row: int, num_negatives: int, available: int) -> str:
-    kind, items = candidates.what
-    return (
-        f"{kind} {candidates.row_ids[row].as_py()!r} can't get {num_negatives} negatives: only {available} of the "
-        f"{len(candidates.same)} {items} are neither relevant to it nor copies of each other. Lower num_negatives, or "
-        f"add {items}."
-    )
-
-
-def _short_message(candidates: Candidates, taken: np.ndarray, num_negatives: int) -> str:
-    short = np.flatnonzero(taken < num_negatives)
-    examples = ", ".join(f"{candidates.row_ids[int(at)].as_py()!r} ({taken[at]})" for at in short[:3])
-    return (
-        f"{len(short)} queries have fewer than {num_negatives} usable negatives, e.g. {examples}. Lower num_negatives, "
-        'add negatives, or pass on_short="random" to fill at random or on_short="drop" to leave these queries out.'
-    )

@@ -1,15 +1,17 @@
 """What is relevant to what, as integers: the one place that knows equal query texts and byte-identical pages."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 
-from mmtune.data.arrow import IntLists, column, flat_lists, lists, positions, table_dataset
+from mmtune.data.arrow import IntLists, column, flat_lists, positions, table_dataset
 from mmtune.data.identity import identical_documents
 from mmtune.data.tables import Tables
+from mmtune.errors import ConfigError, DatasetError
 
 Direction = Literal["text_to_image", "image_to_text"]
 """What asks: a text for pages, or a page for texts."""
@@ -22,7 +24,7 @@ class Relevance:
     """
 
     def __init__(self, tables: Tables) -> None:
-        self._tables = tables
+        self.tables = tables
         self.document_ids: pa.Array = column(tables.corpus, "document_id")
         self.query_ids: pa.Array = column(tables.queries, "query_id")
         self.judged_query = positions(column(tables.qrels, "query_id"), self.query_ids)
@@ -32,25 +34,39 @@ class Relevance:
     @cached_property
     def page(self) -> np.ndarray:
         """The page of each document, int64 of the length of the corpus."""
-        return identical_documents(self._tables.corpus)
+        return identical_documents(self.tables.corpus)
 
     @property
     def query_texts(self) -> pa.Array:
         """The text of each query, as large strings."""
-        return column(self._tables.queries, "text").cast(pa.large_string())
+        return column(self.tables.queries, "text").cast(pa.large_string())
 
     @cached_property
     def text(self) -> np.ndarray:
         """The text of each query, int64 of the length of the queries."""
         return self.query_texts.dictionary_encode().indices.to_numpy(zero_copy_only=False).astype(np.int64)
 
-    @cached_property
-    def _relevant_pairs(self) -> np.ndarray:
-        """Sorted codes of all (text, page) that are relevant."""
-        return np.unique(self._pair(self.text[self.judged_query], self.page[self.judged_document]))
+    def _encode(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
+        """A number for each pair of a query's text and a document's page."""
+        return self.text[queries] * len(self.document_ids) + self.page[documents]
 
-    def _pair(self, texts: np.ndarray, pages: np.ndarray) -> np.ndarray:
-        return texts * len(self.document_ids) + pages
+    @cached_property
+    def _relevant_codes(self) -> np.ndarray:
+        return np.unique(self._encode(self.judged_query, self.judged_document))
+
+    @property
+    def relevant_pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """The texts and the pages of all pairs that are relevant, each once; rising by text and then by page."""
+        texts, pages = np.divmod(self._relevant_codes, len(self.document_ids))
+        return texts, pages
+
+    @property
+    def highest_scores(self) -> np.ndarray:
+        """The highest score of each of ``relevant_pairs``, int64."""
+        scores = np.zeros(len(self._relevant_codes), dtype=np.int64)
+        at = np.searchsorted(self._relevant_codes, self._encode(self.judged_query, self.judged_document))
+        np.maximum.at(scores, at, self.judged_score)
+        return scores
 
     def is_relevant(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
         """Whether each document is relevant to the text of the query beside it, under any id.
@@ -59,26 +75,44 @@ class Relevance:
             queries: Positions of queries, int64.
             documents: Positions of documents, of the same shape.
         """
-        pairs = self._pair(self.text[queries], self.page[documents])
-        at = np.minimum(np.searchsorted(self._relevant_pairs, pairs), len(self._relevant_pairs) - 1)
-        return self._relevant_pairs[at] == pairs
+        codes = self._encode(queries, documents)
+        at = np.minimum(np.searchsorted(self._relevant_codes, codes), len(self._relevant_codes) - 1)
+        return self._relevant_codes[at] == codes
 
     @cached_property
     def documents_of_text(self) -> IntLists:
         """For each text all documents that are relevant to it, copies of a page included."""
-        texts, pages = np.divmod(self._relevant_pairs, len(self.document_ids))
+        texts, pages = self.relevant_pairs
         documents_of_page = IntLists.grouped(self.page, np.arange(len(self.page)), len(self.page)).take(pages)
         return IntLists.grouped(texts[documents_of_page.rows], documents_of_page.values, int(self.text.max()) + 1)
 
     @cached_property
     def listed_negatives(self) -> IntLists:
         """For each query the documents listed as its negatives, best first."""
-        negatives = self._tables.negatives
+        negatives = self.tables.negatives
         if negatives is None:
             return IntLists(np.zeros(len(self.query_ids) + 1, dtype=np.int64), np.array([], dtype=np.int64))
         rows, items = flat_lists(column(negatives, "document_ids"))
         query = positions(column(negatives, "query_id"), self.query_ids)[rows]
         return IntLists.grouped(query, positions(items, self.document_ids), len(self.query_ids))
+
+    def find_queries(self, ids: Iterable[object]) -> np.ndarray:
+        """The positions of the queries with these ids, each once, ascending.
+
+        Raises:
+            DatasetError: An id is of no query.
+            ConfigError: There is no id.
+        """
+        wanted = pa.array([str(query_id) for query_id in ids], type=pa.string())
+        rows = positions(wanted, self.query_ids)
+        if not len(rows):
+            raise ConfigError("n_or_ids holds no id. Name at least one query.")
+        if (rows < 0).any():
+            raise DatasetError(
+                f"{int((rows < 0).sum())} of the ids are of no query, e.g. {wanted[int(np.argmin(rows))].as_py()!r}. "
+                f"There are {len(self.query_ids)} queries, e.g. {self.query_ids[0].as_py()!r}."
+            )
+        return np.unique(rows)
 
     @property
     def num_copies(self) -> int:
@@ -94,25 +128,18 @@ class Relevance:
             queries: Positions, ascending.
             documents: Positions, ascending; everything judged relevant to one of the queries must be among them.
         """
-        tables = self._tables
-        return replace(
-            tables,
-            corpus=tables.corpus.select(documents),
-            queries=tables.queries.select(queries),
-            qrels=tables.qrels.select(np.flatnonzero(np.isin(self.judged_query, queries))),
-            **self._negatives_within(queries, documents),
+        tables = replace(
+            self.tables,
+            corpus=self.tables.corpus.select(documents),
+            queries=self.tables.queries.select(queries),
+            qrels=self.tables.qrels.select(np.flatnonzero(np.isin(self.judged_query, queries))),
         )
-
-    def _negatives_within(self, queries: np.ndarray, documents: np.ndarray) -> dict[str, Any]:
-        if self._tables.negatives is None:
-            return {}
+        if tables.negatives is None:
+            return tables
         listed = self.listed_negatives.take(queries)
         kept = np.isin(listed.values, documents)
         within = IntLists.grouped(listed.rows[kept], listed.values[kept], len(queries))
-        ids = {
-            "query_id": self.query_ids.take(pa.array(queries)),
-            "document_ids": lists(within.offsets, self.document_ids.take(pa.array(within.values))),
-        }
-        notes = self._tables.notes
-        held_out = notes.held_out_negatives + int((~kept).sum())
-        return {"negatives": table_dataset(ids), "notes": replace(notes, held_out_negatives=held_out)}
+        ids = {"query_id": self.query_ids.take(queries), "document_ids": within.ids(self.document_ids)}
+        held_out = tables.notes.held_out_negatives + int((~kept).sum())
+        notes = replace(tables.notes, held_out_negatives=held_out)
+        return replace(tables, negatives=table_dataset(ids), notes=notes)

@@ -1,5 +1,8 @@
 """Rows for the host's trainers: ids in Arrow, texts and pages when a row is read."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -9,71 +12,180 @@ from datasets import Dataset
 from mmtune import host
 from mmtune.data.arrow import IntLists, lists, table_dataset
 from mmtune.data.documents import DocumentKind, DocumentReader, KeyedTable
-from mmtune.data.negatives import ChosenNegatives
-from mmtune.data.relevance import Direction, Relevance
+from mmtune.data.judgements import Judgements
+from mmtune.data.negatives import ChosenNegatives, OnShort, choose_negatives
+from mmtune.data.relevance import Direction
 from mmtune.data.tables import Tables
+from mmtune.errors import DatasetError
 
 ID_COLUMNS = ("query_id", "document_id", "negative_document_ids", "relevant_document_ids")
 """The columns of training rows under ``rows.with_format(None)``."""
 
 
-@host.hashed_by(lambda view: view.fingerprint)
-class TrainingView:
-    """Turns rows of ids into ``query, image, negative_0, ...``; the transform of the training rows."""
+@dataclass(frozen=True)
+class RowSource:
+    """What rows of ids were made from, and what reads them; shared by all views of the rows.
 
-    direction: Direction = "text_to_image"
+    Attributes:
+        tables: The data; ``None`` in worker processes, which read rows and nothing else.
+        documents: What a document is made of.
+        num_negatives: Negatives a row.
+        chosen: How many negatives were ``listed``, ``filled`` and ``refused``, and how many rows ``dropped``.
+        queries: The texts.
+        reader: The documents.
+    """
 
-    def __init__(
-        self,
-        tables: Tables,
-        documents: DocumentKind,
-        *,
-        chosen: ChosenNegatives,
-        max_pixels: int | None = None,
-    ) -> None:
-        self.tables: Tables | None = tables
-        self.documents = documents
-        self.num_negatives = chosen.items.shape[1]
-        self.chosen = {name: getattr(chosen, name) for name in ("listed", "filled", "refused", "dropped")}
-        self.columns = ["query", "image", *(f"negative_{k}" for k in range(self.num_negatives))]
-        self._queries = KeyedTable(tables.queries, "query_id", ["text"])
-        self._documents = DocumentReader(tables.corpus, documents, max_pixels=max_pixels)
-        self.fingerprint = f"{self._queries.fingerprint}, {self._documents.fingerprint}, {self.num_negatives}"
+    tables: Tables | None
+    documents: DocumentKind
+    num_negatives: int
+    chosen: Mapping[str, int]
+    queries: KeyedTable
+    reader: DocumentReader
+
+    @classmethod
+    def of(
+        cls, tables: Tables, documents: DocumentKind, chosen: ChosenNegatives, max_pixels: int | None = None
+    ) -> "RowSource":
+        """What reads the texts and documents of some tables."""
+        return cls(
+            tables,
+            documents,
+            chosen.items.shape[1],
+            {name: getattr(chosen, name) for name in ("listed", "filled", "refused", "dropped")},
+            KeyedTable(tables.queries, "query_id", ["text"]),
+            DocumentReader(tables.corpus, documents, max_pixels=max_pixels),
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        # Worker processes read rows; the tables are for the process that starts the training.
         return {**self.__dict__, "tables": None}
 
-    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """The batch as the host's losses read it, positives and negatives of one batch decoded once.
+    def read(self, query_ids: Sequence[str], document_ids: Sequence[str]) -> tuple[list[str], list[Any]]:
+        """The texts and the documents with these ids; a document that occurs twice is decoded once."""
+        return [row["text"] for row in self.queries.get(query_ids)], self.reader.read(document_ids)
 
-        With only some of the id columns, as ``filter(..., input_columns=["query_id"])`` asks for, they stay ids.
-        """
-        if not {"query_id", "document_id", "negative_document_ids"} <= set(batch):
-            return batch
-        ids = [batch["document_id"], *zip(*batch["negative_document_ids"], strict=True)]
-        documents = self._documents.read([document_id for column in ids for document_id in column])
-        size = len(batch["document_id"])
-        names = self.columns[1:]
-        columns = {name: documents[k * size : (k + 1) * size] for k, name in enumerate(names)}
-        return {"query": [row["text"] for row in self._queries.get(batch["query_id"])], **columns}
+
+class View:
+    """The transform of some rows: turns a batch of ids into what the host's losses read.
+
+    Args:
+        source: What the rows were made from.
+        direction: What asks.
+
+    Attributes:
+        columns: What the model is given.
+        id_columns: What is read. A batch with only some of these, as ``filter(..., input_columns=["query_id"])`` asks
+            for, stays as it is.
+    """
+
+    columns: Sequence[str]
+    id_columns: Sequence[str] = ID_COLUMNS[:3]
+
+    def __init__(self, source: RowSource, direction: Direction = "text_to_image") -> None:
+        self.source = source
+        self.direction: Direction = direction
+
+    @property
+    def tables(self) -> Tables | None:
+        """The data; ``None`` in worker processes."""
+        return self.source.tables
+
+    @property
+    def documents(self) -> DocumentKind:
+        """What a document is made of."""
+        return self.source.documents
+
+    @property
+    def num_negatives(self) -> int:
+        """Negatives a row."""
+        return self.source.num_negatives
+
+    @property
+    def chosen(self) -> Mapping[str, int]:
+        """How many negatives were ``listed``, ``filled`` and ``refused``, and how many rows ``dropped``."""
+        return self.source.chosen
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells the rows that it reads from others."""
+        parts = (self.source.queries.fingerprint, self.source.reader.fingerprint, self.num_negatives, self.direction)
+        return ", ".join(map(str, (type(self).__name__, *parts)))
+
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """The batch as the host reads it; ids where only some of the columns are asked for."""
+        return self.read(batch) if set(self.id_columns) <= set(batch) else batch
+
+    def read(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """The batch with texts and documents in place of ids."""
+        raise NotImplementedError
+
+    def _read_sides(self, query_ids: Sequence[str], document_ids: Sequence[str]) -> tuple[list[Any], list[Any]]:
+        """What asks and what is asked for."""
+        texts, documents = self.source.read(query_ids, document_ids)
+        return (texts, documents) if self.direction == "text_to_image" else (documents, texts)
 
 
 @host.hashed_by(lambda view: view.fingerprint)
-class AskingPages(TrainingView):
+class TrainingView(View):
+    """Turns rows of ids into ``query, image, negative_0, ...``; the transform of the training rows."""
+
+    def __init__(self, source: RowSource) -> None:
+        super().__init__(source)
+        self.columns = ["query", "image", *(f"negative_{k}" for k in range(source.num_negatives))]
+
+    def read(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """The batch with the positives and negatives of all its rows decoded once."""
+        ids = [batch["document_id"], *zip(*batch["negative_document_ids"], strict=True)]
+        texts, documents = self.source.read(batch["query_id"], [document_id for part in ids for document_id in part])
+        size = len(texts)
+        columns = {name: documents[k * size : (k + 1) * size] for k, name in enumerate(self.columns[1:])}
+        return {"query": texts, **columns}
+
+
+@host.hashed_by(lambda view: view.fingerprint)
+class AskingPages(View):
     """Training rows read the other way round: ``query`` is the page and ``document`` its text, without negatives."""
 
-    direction: Direction = "image_to_text"
+    columns = ("query", "document")
 
     def __init__(self, view: TrainingView) -> None:
-        self.__dict__.update(view.__dict__)
-        self.columns = ["query", "document"]
-        self.fingerprint = f"{view.fingerprint}, asked by the page"
+        super().__init__(view.source, "image_to_text")
 
-    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    def read(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """The batch as contrastive losses of rerankers read it."""
-        row = super().__call__(batch)
-        return {"query": row["image"], "document": row["query"]} if "image" in row else row
+        asking, asked = self._read_sides(batch["query_id"], batch["document_id"])
+        return {"query": asking, "document": asked}
+
+
+@host.hashed_by(lambda view: view.fingerprint)
+class PairView(View):
+    """Turns rows of ids into ``query, document, label``; the transform of labeled pairs."""
+
+    columns = ("query", "document", "label")
+    id_columns = ("query_id", "document_id", "label")
+
+    def read(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """The batch as the host's rerankers read it."""
+        asking, asked = self._read_sides(batch["query_id"], batch["document_id"])
+        return {"query": asking, "document": asked, "label": batch["label"]}
+
+
+@host.hashed_by(lambda view: view.fingerprint)
+class ListView(View):
+    """Turns rows of ids into ``query, documents, labels``; the transform of labeled lists."""
+
+    columns = ("query", "documents", "labels")
+    id_columns = ("query_ids", "document_ids", "labels")
+
+    def read(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """The batch as the host's listwise losses read it."""
+        ids = ([value for part in batch[name] for value in part] for name in ("query_ids", "document_ids"))
+        asking, asked = self._read_sides(*ids)
+        starts = np.cumsum([0, *map(len, batch["labels"])])
+        return {
+            "query": [asking[start] for start in starts[:-1]],
+            "documents": [asked[start:end] for start, end in pairwise(starts)],
+            "labels": batch["labels"],
+        }
 
 
 def view_of(rows: Dataset) -> Any:
@@ -85,28 +197,64 @@ def view_of(rows: Dataset) -> Any:
 
 
 def training_rows(
-    tables: Tables, relevance: Relevance, chosen: ChosenNegatives, documents: DocumentKind, max_pixels: int | None
+    judgements: Judgements,
+    num_negatives: int,
+    documents: DocumentKind,
+    seed: int,
+    *,
+    on_short: OnShort,
+    max_pixels: int | None,
 ) -> Dataset:
     """One row per (query, relevant document); see ``RetrievalDataset.training_rows``."""
+    chosen = choose_negatives(judgements.candidates, num_negatives, on_short, seed)
+    if not len(chosen.rows):
+        raise DatasetError(
+            f'No query has {num_negatives} usable negatives, and on_short="drop" leaves all of them out. '
+            'Lower num_negatives, or pass on_short="random".'
+        )
+    relevance = judgements.relevance
     row_of_query = np.full(len(relevance.query_ids), -1)
     row_of_query[chosen.rows] = np.arange(len(chosen.rows))
     order = np.argsort(relevance.judged_query, kind="stable")
     order = order[row_of_query[relevance.judged_query[order]] >= 0]
-    queries, positives = relevance.judged_query[order], relevance.judged_document[order]
+    queries = relevance.judged_query[order]
+    negatives = IntLists.of_rows(chosen.items[row_of_query[queries]])
     relevant = relevance.documents_of_text.take(relevance.text[queries])
     ids = {
-        "query_id": relevance.query_ids.take(pa.array(queries)),
-        "document_id": relevance.document_ids.take(pa.array(positives)),
-        "negative_document_ids": _id_lists(_rectangle(chosen.items[row_of_query[queries]]), relevance),
-        "relevant_document_ids": _id_lists(relevant, relevance),
+        "query_id": relevance.query_ids.take(queries),
+        "document_id": relevance.document_ids.take(relevance.judged_document[order]),
+        "negative_document_ids": negatives.ids(relevance.document_ids),
+        "relevant_document_ids": relevant.ids(relevance.document_ids),
     }
-    view = TrainingView(tables, documents, chosen=chosen, max_pixels=max_pixels)
+    view = TrainingView(RowSource.of(relevance.tables, documents, chosen, max_pixels))
     return table_dataset(ids).with_transform(view)
 
 
-def _rectangle(values: np.ndarray) -> IntLists:
-    return IntLists(np.arange(len(values) + 1) * values.shape[1], values.reshape(-1))
+def labeled_pairs(judgements: Judgements, num_negatives: int, documents: DocumentKind, seed: int) -> Dataset:
+    """Each relevant pair with its negatives after it; see ``RetrievalDataset.labeled_pairs``."""
+    chosen = choose_negatives(judgements.candidates, num_negatives, "random", seed)
+    rows = judgements.judged_rows
+    items = np.concatenate([judgements.judged_items[:, None], chosen.items[rows]], axis=1)
+    query_ids, document_ids = judgements.ids(np.repeat(rows, items.shape[1]), items.reshape(-1))
+    labels = np.zeros(items.shape, dtype=np.int64)
+    labels[:, 0] = 1
+    ids = {"query_id": query_ids, "document_id": document_ids, "label": pa.array(labels.reshape(-1))}
+    view = PairView(RowSource.of(judgements.relevance.tables, documents, chosen), judgements.direction)
+    return table_dataset(ids).with_transform(view)
 
 
-def _id_lists(documents: IntLists, relevance: Relevance) -> pa.Array:
-    return lists(documents.offsets, relevance.document_ids.take(pa.array(documents.values)))
+def labeled_lists(judgements: Judgements, num_negatives: int, documents: DocumentKind, seed: int) -> Dataset:
+    """Everything that is relevant to a query, then its negatives; see ``RetrievalDataset.labeled_lists``."""
+    chosen = choose_negatives(judgements.candidates, num_negatives, "random", seed)
+    count = len(judgements.asking)
+    row = np.r_[judgements.judged_rows, np.repeat(np.arange(count), num_negatives)]
+    grade = np.r_[judgements.relevance.judged_score, np.zeros(count * num_negatives, dtype=np.int64)]
+    items = IntLists.grouped(row, np.r_[judgements.judged_items, chosen.items.reshape(-1)], count)
+    query_ids, document_ids = judgements.ids(items.rows, items.values)
+    ids = {
+        "query_ids": lists(items.offsets, query_ids),
+        "document_ids": lists(items.offsets, document_ids),
+        "labels": lists(items.offsets, pa.array(IntLists.grouped(row, grade, count).values)),
+    }
+    view = ListView(RowSource.of(judgements.relevance.tables, documents, chosen), judgements.direction)
+    return table_dataset(ids).with_transform(view)

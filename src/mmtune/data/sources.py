@@ -8,9 +8,10 @@ from typing import TypeAlias
 import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset
 
+from mmtune.data import layouts
 from mmtune.data.arrow import positions
 from mmtune.data.dataset import RetrievalDataset
-from mmtune.data.identity import same_documents
+from mmtune.data.identity import match_documents
 from mmtune.errors import ConfigError, DatasetError
 
 
@@ -21,7 +22,7 @@ def relevant_on_both_sides(train: RetrievalDataset, evaluation: RetrievalDataset
     of a side from row numbers.
     """
     left, right = (np.unique(side.relevance.judged_document) for side in (train, evaluation))
-    pairs = same_documents(train.corpus, evaluation.corpus, left, right)
+    pairs = match_documents(train.corpus, evaluation.corpus, left, right)
     if not (train.notes.ids_are_row_numbers or evaluation.notes.ids_are_row_numbers):
         same_id = positions(evaluation.relevance.document_ids.take(right), train.relevance.document_ids)
         shared = np.isin(same_id, left)
@@ -50,7 +51,7 @@ def as_retrieval_dataset(dataset: DatasetLike) -> RetrievalDataset:
             f"{dataset!r:.80} is no dataset. Expected a RetrievalDataset, a datasets.Dataset in a known layout, the "
             "path or Hub name of one, or a mapping of names to these."
         )
-    return RetrievalDataset._from_known_layout(dataset)
+    return RetrievalDataset.from_tables(layouts.build_from_known_layout(dataset))
 
 
 DatasetsLike: TypeAlias = DatasetLike | Mapping[str, DatasetLike]

@@ -7,11 +7,31 @@ import pyarrow as pa
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from mmtune.data.arrow import column
 from mmtune.data.relevance import Relevance
+from mmtune.data.tables import Tables, require_columns
 from mmtune.errors import DatasetError
 
 
-def evaluation_queries(
+def split_tables(
+    relevance: Relevance, eval_queries: int, *, seed: int, group_column: str | None
+) -> tuple[Tables, Tables]:
+    """The tables for training and for evaluation; see ``RetrievalDataset.split``."""
+    corpus, groups = relevance.tables.corpus, None
+    if group_column is not None:
+        require_columns(corpus, (group_column,), "The corpus")
+        groups = column(corpus, group_column)
+        if pa.types.is_nested(groups.type):
+            raise DatasetError(f"Column {group_column!r} holds {groups.type}, expected one value a document.")
+    chosen = draw_evaluation_queries(relevance, eval_queries, seed=seed, groups=groups)
+    rest = np.setdiff1d(np.arange(len(relevance.query_ids)), chosen)
+    answers = relevance.judged_document[np.isin(relevance.judged_query, chosen)]
+    needed = np.union1d(answers, relevance.listed_negatives.take(chosen).values)
+    others = np.flatnonzero(~np.isin(relevance.page, relevance.page[answers]))
+    return relevance.subset(rest, others), relevance.subset(chosen, needed)
+
+
+def draw_evaluation_queries(
     relevance: Relevance, eval_queries: int, *, seed: int, groups: pa.Array | None = None
 ) -> np.ndarray:
     """Positions of at most ``eval_queries`` queries that share no page, text or group with the others.
@@ -23,22 +43,29 @@ def evaluation_queries(
         relevance: The judgements.
         eval_queries: Upper bound; met as closely as the sizes of the tied sets allow.
         seed: Of the draw.
-        groups: For each document its group, such as the PDF it is a page of; a null ties nothing.
+        groups: For each document its group; a null ties nothing.
 
     Raises:
         DatasetError: Every set of tied queries is larger than ``eval_queries``, or nothing would be left to train on.
     """
-    set_of_query = _tied_sets(relevance, groups)
+    set_of_query = _find_tied_sets(relevance, groups)
     sizes = np.bincount(set_of_query)
     order = np.random.default_rng(seed).permutation(len(sizes))
     # Something must be left to train on, at the least the smallest set.
-    chosen = _fitting(order, sizes, min(eval_queries, int(sizes.sum() - sizes.min())))
+    chosen = _draw_sets(order, sizes, min(eval_queries, int(sizes.sum() - sizes.min())))
     if not len(chosen):
-        raise DatasetError(_impossible(relevance, set_of_query, sizes, eval_queries, groups))
+        largest = np.flatnonzero(set_of_query == int(sizes.argmax()))
+        examples = ", ".join(repr(relevance.query_ids[int(query)].as_py()) for query in largest[:3])
+        raise DatasetError(
+            f"No split of {len(set_of_query)} queries leaves 1 to {eval_queries} of them for evaluation and the others "
+            f"for training: they are tied into {len(sizes)} sets of {sizes.min()} to {sizes.max()} queries. The "
+            f"largest holds {examples} and is tied by {_find_ties(relevance, largest, groups)}. Raise eval_queries, "
+            "add data, or name a finer group_column."
+        )
     return np.flatnonzero(np.isin(set_of_query, chosen))
 
 
-def _tied_sets(relevance: Relevance, groups: pa.Array | None) -> np.ndarray:
+def _find_tied_sets(relevance: Relevance, groups: pa.Array | None) -> np.ndarray:
     """The number of the tied set of each query: components of the graph of queries, texts, pages and groups."""
     num_queries, num_documents = len(relevance.query_ids), len(relevance.document_ids)
     first_page, first_text = num_queries, num_queries + num_documents
@@ -62,7 +89,7 @@ def _tied_sets(relevance: Relevance, groups: pa.Array | None) -> np.ndarray:
     return np.unique(labels, return_inverse=True)[1]
 
 
-def _fitting(order: np.ndarray, sizes: np.ndarray, limit: int) -> np.ndarray:
+def _draw_sets(order: np.ndarray, sizes: np.ndarray, limit: int) -> np.ndarray:
     """The sets to take so that their sizes add up to ``limit`` or as near below it as can be.
 
     Random sets come first; only the gap at the end is closed by an exact search over the sizes.
@@ -75,11 +102,11 @@ def _fitting(order: np.ndarray, sizes: np.ndarray, limit: int) -> np.ndarray:
             total += int(sizes[at])
     if total == limit:
         return np.array(taken, dtype=np.int64)
-    closest = _closest_subset(order, sizes, limit)
+    closest = _find_closest_subset(order, sizes, limit)
     return closest if sizes[closest].sum() > total else np.array(taken, dtype=np.int64)
 
 
-def _closest_subset(order: np.ndarray, sizes: np.ndarray, limit: int) -> np.ndarray:
+def _find_closest_subset(order: np.ndarray, sizes: np.ndarray, limit: int) -> np.ndarray:
     """Sets whose sizes add up to as much as can be without passing ``limit``: subset sum over the distinct sizes."""
     distinct, counts = np.unique(sizes[sizes <= limit], return_counts=True)
     reachable = np.zeros(limit + 1, dtype=bool)
@@ -101,28 +128,15 @@ def _closest_subset(order: np.ndarray, sizes: np.ndarray, limit: int) -> np.ndar
     return np.array(taken, dtype=np.int64)
 
 
-def _impossible(
-    relevance: Relevance, set_of_query: np.ndarray, sizes: np.ndarray, eval_queries: int, groups: pa.Array | None
-) -> str:
-    largest = np.flatnonzero(set_of_query == int(sizes.argmax()))
-    examples = ", ".join(repr(relevance.query_ids[int(query)].as_py()) for query in largest[:3])
-    return (
-        f"No split of {len(set_of_query)} queries leaves 1 to {eval_queries} of them for evaluation and the others for "
-        f"training: they are tied into {len(sizes)} sets of {sizes.min()} to {sizes.max()} queries. The largest holds "
-        f"{examples} and is tied by {_ties(relevance, largest, groups)}. Raise eval_queries, add data, or name a finer "
-        "group_column."
-    )
-
-
-def _ties(relevance: Relevance, queries: np.ndarray, groups: pa.Array | None) -> str:
+def _find_ties(relevance: Relevance, queries: np.ndarray, groups: pa.Array | None) -> str:
     """What most queries of a tied set have in common: a document, a text, a group."""
     judged = np.isin(relevance.judged_query, queries)
     documents = relevance.judged_document[judged]
     pairs = np.unique(np.stack([relevance.judged_query[judged], relevance.page[documents]]), axis=1)[1]
     shared = {
-        "document": relevance.document_ids.take(pa.array(pairs)),
-        "text": relevance.query_texts.take(pa.array(queries)),
-        "group": groups.take(pa.array(documents)) if groups is not None else pa.array([], type=pa.string()),
+        "document": relevance.document_ids.take(pairs),
+        "text": relevance.query_texts.take(queries),
+        "group": groups.take(documents) if groups is not None else pa.array([], type=pa.string()),
     }
     most = {kind: Counter(values.drop_null().to_pylist()).most_common(1) for kind, values in shared.items()}
     found = [f"the {kind} {top[0][0]!r}" for kind, top in most.items() if top and top[0][1] > 1]

@@ -1,5 +1,6 @@
 """The four tables behind a ``RetrievalDataset``: their columns, and the checks every builder ends in."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -7,15 +8,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Value
 
+from mmtune.arguments import listed
 from mmtune.data.arrow import (
     as_id_strings,
     column,
-    first_repeated,
     flat_lists,
     id_column,
     is_lists,
     is_text,
-    lists,
+    lists_of_rows,
     positions,
     table_dataset,
     with_columns,
@@ -62,7 +63,7 @@ class Tables:
     notes: BuildNotes = BuildNotes()
 
 
-def checked_tables(
+def check_tables(
     corpus: Dataset,
     queries: Dataset,
     qrels: Dataset,
@@ -84,18 +85,16 @@ def checked_tables(
                 f"Expected a datasets.Dataset, got {type(table).__name__}, for {what}. "
                 "Build one, e.g. with Dataset.from_dict."
             )
-    corpus = _checked_corpus(corpus)
-    queries = _checked_queries(queries)
-    qrels = _checked_qrels(qrels, corpus, queries)
-    kept = np.isin(np.arange(len(queries)), positions(column(qrels, "query_id"), column(queries, "query_id")))
+    corpus = _check_corpus(corpus)
+    queries = _check_queries(queries)
+    qrels = _check_qrels(qrels, corpus, queries)
     if negatives is not None:
-        negatives = _checked_negatives(negatives, corpus, queries)
+        negatives = _check_negatives(negatives, corpus, queries)
     tables = Tables(corpus, queries, qrels, negatives, notes or BuildNotes())
-    if not kept.all():
-        tables = replace(
-            with_queries(tables, np.flatnonzero(kept)),
-            notes=replace(tables.notes, queries_without_document=int((~kept).sum())),
-        )
+    judged = positions(column(qrels, "query_id"), column(queries, "query_id"))
+    is_judged = np.isin(np.arange(len(queries)), judged)
+    if not is_judged.all():
+        tables = _select_queries(tables, np.flatnonzero(is_judged))
     if not len(tables.queries):
         raise DatasetError(
             f"No query is left: {len(queries)} queries, {len(qrels)} relevance judgements, {len(corpus)} documents. "
@@ -104,18 +103,7 @@ def checked_tables(
     return tables
 
 
-def with_queries(tables: Tables, rows: np.ndarray) -> Tables:
-    """The tables reduced to some queries, by their rows, with their judgements and negatives; the corpus stays."""
-    queries = tables.queries.select(rows)
-    ids = column(queries, "query_id")
-    negatives = tables.negatives
-    if negatives is not None:
-        negatives = negatives.select(np.flatnonzero(positions(column(negatives, "query_id"), ids) >= 0))
-    qrels = tables.qrels.select(np.flatnonzero(positions(column(tables.qrels, "query_id"), ids) >= 0))
-    return replace(tables, queries=queries, qrels=qrels, negatives=negatives)
-
-
-def require_columns(dataset: Dataset, names: tuple[str, ...], what: str) -> None:
+def require_columns(dataset: Dataset, names: Sequence[str], what: str) -> None:
     """Make sure that the columns are there.
 
     Raises:
@@ -125,7 +113,28 @@ def require_columns(dataset: Dataset, names: tuple[str, ...], what: str) -> None
     if missing:
         raise DatasetError(
             f"{what} has no column {missing[0]!r}; it has {dataset.column_names}. "
-            f"Expected: {', '.join(map(repr, names))}. Rename a column, or name it in the call."
+            f"Expected: {listed(names)}. Rename a column, or name it in the call."
+        )
+
+
+def require_unique(
+    ids: pa.Array,
+    what: str,
+    where: str = "",
+    advice: str = "Each id names one row: drop the repeated rows, or give them ids of their own.",
+) -> None:
+    """Make sure that no id stands twice.
+
+    Raises:
+        DatasetError: One does; the message names it and its rows.
+    """
+    codes = ids.dictionary_encode().indices.to_numpy(zero_copy_only=False)
+    repeated = np.flatnonzero(np.bincount(codes) > 1)
+    if len(repeated):
+        rows = np.flatnonzero(codes == repeated[0]).tolist()
+        raise DatasetError(
+            f"The {what} {ids[rows[0]].as_py()!r} stands in {len(rows)} rows ({', '.join(map(str, rows[:5]))}){where}. "
+            f"{advice}"
         )
 
 
@@ -144,7 +153,44 @@ def text_column(dataset: Dataset, name: str) -> pa.Array:
     return values.cast(pa.string())
 
 
-def _checked_corpus(corpus: Dataset) -> Dataset:
+def id_lists(dataset: Dataset, name: str) -> tuple[np.ndarray, pa.Array]:
+    """A column of lists of ids taken apart: the row of each id (int64, rising) and the ids, nulls among them.
+
+    Raises:
+        DatasetError: The column holds something else.
+    """
+    values = column(dataset, name)
+    if not is_lists(values.type):
+        raise DatasetError(
+            f"Column {name!r} holds {values.type}, expected lists of ids. It is among {dataset.column_names}; "
+            "name another column, or turn its values into lists."
+        )
+    rows, items = flat_lists(values)
+    return rows, as_id_strings(items, name)
+
+
+def is_blank(texts: pa.Array) -> np.ndarray:
+    """Which texts are null, empty or white space."""
+    return pc.fill_null(pc.equal(pc.utf8_trim_whitespace(texts), ""), True).to_numpy(zero_copy_only=False)
+
+
+def is_number(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds integers or floats."""
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
+
+
+def _select_queries(tables: Tables, rows: np.ndarray) -> Tables:
+    """Some of the queries, with their judgements and negatives, the others counted; the corpus stays."""
+    queries = tables.queries.select(rows)
+    ids = column(queries, "query_id")
+    negatives = tables.negatives
+    if negatives is not None:
+        negatives = negatives.select(np.flatnonzero(positions(column(negatives, "query_id"), ids) >= 0))
+    notes = replace(tables.notes, queries_without_document=len(tables.queries) - len(rows))
+    return replace(tables, queries=queries, negatives=negatives, notes=notes)
+
+
+def _check_corpus(corpus: Dataset) -> Dataset:
     require_columns(corpus, ("document_id",), "The corpus")
     if not {"image", "text"} & set(corpus.column_names):
         raise DatasetError(
@@ -153,37 +199,29 @@ def _checked_corpus(corpus: Dataset) -> Dataset:
         )
     if not len(corpus):
         raise DatasetError("The corpus has zero rows. At least one document is needed.")
-    corpus = _with_string_ids(corpus.with_format(None), "document_id")
-    _require_unique(column(corpus, "document_id"), "document")
+    corpus = _with_unique_ids(corpus, "document")
     return with_encoded_images(corpus, "image") if "image" in corpus.column_names else corpus
 
 
-def _checked_queries(queries: Dataset) -> Dataset:
+def _check_queries(queries: Dataset) -> Dataset:
     require_columns(queries, ("query_id", "text"), "The table of queries")
-    queries = _with_string_ids(queries.with_format(None), "query_id")
-    _require_unique(column(queries, "query_id"), "query")
-    texts = text_column(queries, "text")
-    blank = is_blank(texts)
-    if blank.any():
-        query_id = column(queries, "query_id")[int(np.flatnonzero(blank)[0])].as_py()
+    queries = _with_unique_ids(queries, "query")
+    blank = np.flatnonzero(is_blank(text_column(queries, "text")))
+    if len(blank):
+        query_id = column(queries, "query_id")[int(blank[0])].as_py()
         raise DatasetError(
             f"Query {query_id!r} has no text (null or blank). Give it one, or leave the query out of the table."
         )
     return queries
 
 
-def is_blank(texts: pa.Array) -> np.ndarray:
-    """Which texts are null, empty or white space."""
-    return pc.fill_null(pc.equal(pc.utf8_trim_whitespace(texts), ""), True).to_numpy(zero_copy_only=False)
-
-
-def _checked_qrels(qrels: Dataset, corpus: Dataset, queries: Dataset) -> Dataset:
+def _check_qrels(qrels: Dataset, corpus: Dataset, queries: Dataset) -> Dataset:
     require_columns(qrels, ("query_id", "document_id", "score"), "The table of relevance judgements (qrels)")
     query_ids, document_ids = id_column(qrels, "query_id"), id_column(qrels, "document_id")
     _require_known(query_ids, column(queries, "query_id"), "relevance judgements", "queries")
     _require_known(document_ids, column(corpus, "document_id"), "relevance judgements", "corpus", query_ids)
     scores = column(qrels, "score")
-    if not (pa.types.is_integer(scores.type) or pa.types.is_floating(scores.type)):
+    if not is_number(scores.type):
         raise DatasetError(f"The scores of the qrels are {scores.type}, expected integers of 1 and above.")
     values = pc.fill_null(scores, 0).to_numpy(zero_copy_only=False)
     wrong = np.flatnonzero((values < 1) | (values != np.floor(values)))
@@ -193,61 +231,44 @@ def _checked_qrels(qrels: Dataset, corpus: Dataset, queries: Dataset) -> Dataset
             f"{len(wrong)} scores of the qrels are no integers of 1 and above, e.g. {values[row]} for query "
             f"{query_ids[row].as_py()!r}, document {document_ids[row].as_py()!r}. Leave judgements of 0 out."
         )
-    first = _first_judgements(query_ids, document_ids, values)
-    judgements = {"query_id": query_ids, "document_id": document_ids, "score": pa.array(values.astype(np.int64))}
-    return table_dataset({name: column_values.take(pa.array(first)) for name, column_values in judgements.items()})
 
-
-def _first_judgements(query_ids: pa.Array, document_ids: pa.Array, scores: np.ndarray) -> np.ndarray:
-    """The rows of the qrels without those that say the same again.
-
-    Raises:
-        DatasetError: A query and a document are judged twice, differently.
-    """
+    # The same judgement again is left out; another one for the same pair is an error.
     codes = [ids.dictionary_encode().indices.to_numpy(zero_copy_only=False) for ids in (query_ids, document_ids)]
     pairs = codes[0].astype(np.int64) * len(document_ids) + codes[1]
     _, first, inverse = np.unique(pairs, return_index=True, return_inverse=True)
-    differing = np.flatnonzero(scores != scores[first][inverse])
+    differing = np.flatnonzero(values != values[first][inverse])
     if len(differing):
         row = int(differing[0])
         raise DatasetError(
             f"Query {query_ids[row].as_py()!r} and document {document_ids[row].as_py()!r} are judged twice, with the "
-            f"scores {int(scores[first[inverse[row]]])} and {int(scores[row])}. Keep one of the judgements."
+            f"scores {int(values[first[inverse[row]]])} and {int(values[row])}. Keep one of the judgements."
         )
-    return np.sort(first)
+    judgements = {"query_id": query_ids, "document_id": document_ids, "score": pa.array(values.astype(np.int64))}
+    return table_dataset({name: part.take(np.sort(first)) for name, part in judgements.items()})
 
 
-def _checked_negatives(negatives: Dataset, corpus: Dataset, queries: Dataset) -> Dataset:
+def _check_negatives(negatives: Dataset, corpus: Dataset, queries: Dataset) -> Dataset:
     require_columns(negatives, ("query_id", "document_ids"), "The table of negatives")
     query_ids = id_column(negatives, "query_id")
     _require_known(query_ids, column(queries, "query_id"), "rows of negatives", "queries")
-    _require_unique(query_ids, "query (in the table of negatives)")
-    values = column(negatives, "document_ids")
-    if not is_lists(values.type):
-        raise DatasetError(f"Column 'document_ids' of the negatives holds {values.type}, expected lists of ids.")
-    rows, items = flat_lists(values)
-    items = as_id_strings(items, "document_ids")
-    _require_known(items, column(corpus, "document_id"), "negatives", "corpus", query_ids.take(pa.array(rows)))
-    counts = np.bincount(rows, minlength=len(query_ids))
-    return table_dataset({"query_id": query_ids, "document_ids": lists(np.r_[0, np.cumsum(counts)], items)})
+    require_unique(query_ids, "query (in the table of negatives) id")
+    rows, items = id_lists(negatives, "document_ids")
+    _require_known(items, column(corpus, "document_id"), "negatives", "corpus", query_ids.take(rows))
+    return table_dataset({"query_id": query_ids, "document_ids": lists_of_rows(rows, items, len(query_ids))})
 
 
-def _with_string_ids(dataset: Dataset, name: str) -> Dataset:
-    ids = id_column(dataset, name)
-    if dataset.features[name] == Value("string"):
-        return dataset
-    others = dataset.remove_columns([name])
+def _with_unique_ids(table: Dataset, what: str) -> Dataset:
+    name = f"{what}_id"
+    table = table.with_format(None)
+    ids = id_column(table, name)
+    require_unique(ids, f"{what} id")
+    return table if table.features[name] == Value("string") else with_ids(table, name, ids)
+
+
+def with_ids(table: Dataset, name: str, ids: pa.Array) -> Dataset:
+    """The table with other ids in a column that it has."""
+    others = table.remove_columns([name])
     return with_columns(others, {name: ids}) if others.column_names else table_dataset({name: ids})
-
-
-def _require_unique(ids: pa.Array, what: str) -> None:
-    repeated = first_repeated(ids)
-    if repeated is not None:
-        value, rows = repeated
-        raise DatasetError(
-            f"The {what} id {value!r} stands in {len(rows)} rows ({', '.join(map(str, rows[:5]))}). "
-            "Each id names one row: drop the repeated rows, or give them ids of their own."
-        )
 
 
 def _require_known(values: pa.Array, keys: pa.Array, what: str, where: str, query_ids: pa.Array | None = None) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from sentence_transformers import CrossEncoder
 
-from mmtune.data.candidates import CandidateList, Judgements
 from mmtune.data.documents import DocumentKind
+from mmtune.data.judgements import CandidateList, Judgements
 from mmtune.data.sources import DatasetLike, as_retrieval_dataset
 from mmtune.errors import ConfigError
 from mmtune.evaluation.corpus import ndcg

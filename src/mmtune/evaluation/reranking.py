@@ -11,9 +11,9 @@ import numpy as np
 from sentence_transformers import CrossEncoder
 from sentence_transformers.base.evaluation import BaseEvaluator
 
-from mmtune.data.candidates import CandidateList, Judgements
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
+from mmtune.data.judgements import CandidateList, Judgements
 from mmtune.data.relevance import Direction
 from mmtune.data.sources import DatasetsLike
 from mmtune.errors import ConfigError

@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from mmtune.data.candidates import Judgements
 from mmtune.data.documents import as_host_input
+from mmtune.data.judgements import Judgements
 from mmtune.errors import ConfigError
 from mmtune.inference.encoder import Embeddings, Encoder, EncodingTask, encoded_shards, joined
 from mmtune.inference.pairs import PairReader

@@ -339,11 +339,11 @@ def _relevant_pages(relevance: Relevance, pages: np.ndarray) -> IntLists:
 
 def _with_negatives(data: RetrievalDataset, mined: IntLists) -> RetrievalDataset:
     """The dataset with other negatives, and without the notes on those that it had."""
-    relevance, tables = data.relevance, data._tables
+    relevance, tables = data.relevance, data.tables
     document_ids = relevance.document_ids.take(pa.array(mined.values))
     negatives = table_dataset({"query_id": relevance.query_ids, "document_ids": lists(mined.offsets, document_ids)})
     notes = replace(tables.notes, null_negatives=0, unknown_negatives=0, unknown_examples=(), held_out_negatives=0)
-    return RetrievalDataset._of(replace(tables, negatives=negatives, notes=notes))
+    return RetrievalDataset.from_tables(replace(tables, negatives=negatives, notes=notes))
 
 
 def _report_short(lengths: np.ndarray, relevance: Relevance, rule: MiningRule) -> None:

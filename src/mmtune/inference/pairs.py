@@ -8,9 +8,9 @@ import numpy as np
 from sentence_transformers import CrossEncoder
 from tqdm.auto import tqdm
 
-from mmtune.data.candidates import CandidateList
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind, DocumentReader
+from mmtune.data.judgements import CandidateList
 from mmtune.data.relevance import Direction
 from mmtune.inference.encoder import ENOUGH_PIXELS, portions_of, read_ahead
 from mmtune.inference.reranker import pair_scores, require_reranker

@@ -208,21 +208,22 @@ class LabelledView(TrainingView):
     """
 
     def __init__(self, view: TrainingView, scores: KeyedTable) -> None:
-        self.__dict__.update(view.__dict__)
+        super().__init__(view.source)
         self._scores = scores
-        self.fingerprint = f"{view.fingerprint}, {self._scores.fingerprint}"
 
-    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """The batch as the host's losses read it; ids where only some of the columns are asked for."""
-        read = super().__call__(batch)
-        if read is batch:
-            return batch
+    @property
+    def fingerprint(self) -> str:
+        """That of the view, and of the scores."""
+        return f"{super().fingerprint}, {self._scores.fingerprint}"
+
+    def read(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """The batch as the host's losses read it."""
         documents = zip(batch["document_id"], batch["negative_document_ids"], strict=True)
         ids_by_row = [[positive, *negatives] for positive, negatives in documents]
         queries = zip(batch["query_id"], ids_by_row, strict=True)
         keys = [pair_key(query_id, document_id) for query_id, ids in queries for document_id in ids]
         scores = iter([row["score"] for row in self._scores.get(keys)])
-        return {**read, "label": [[next(scores) for _ in ids] for ids in ids_by_row]}
+        return {**super().read(batch), "label": [[next(scores) for _ in ids] for ids in ids_by_row]}
 
 
 def score_rows(

@@ -12,9 +12,8 @@ from datasets import Dataset, DatasetDict
 
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind, check_texts, document_columns
-from mmtune.data.pairs import ListView, PairView
 from mmtune.data.relevance import Direction
-from mmtune.data.rows import ID_COLUMNS, AskingPages, TrainingView, view_of
+from mmtune.data.rows import ID_COLUMNS, AskingPages, ListView, PairView, TrainingView, view_of
 from mmtune.data.sources import (
     DatasetLike,
     DatasetsLike,
@@ -205,9 +204,9 @@ def _given_rows(rows: Dataset, documents: DocumentKind, num_negatives: int) -> T
         raise ConfigError(
             f"documents={documents!r}, and the rows were made with documents={view.documents!r}. Make them agree."
         )
-    data = RetrievalDataset._of(view.tables)
-    queries = data._rows_of_queries(rows.with_format(None)["query_id"][:])
-    data = RetrievalDataset._of(data.relevance.subset(queries, np.arange(len(data.corpus))))
+    data = RetrievalDataset.from_tables(view.tables)
+    queries = data.relevance.find_queries(rows.with_format(None)["query_id"][:])
+    data = RetrievalDataset.from_tables(data.relevance.subset(queries, np.arange(len(data.corpus))))
     if view.num_negatives != num_negatives != DEFAULT_NEGATIVES:
         warnings.warn(
             f"num_negatives={num_negatives} is not used: the rows were made with {view.num_negatives}.", stacklevel=2

@@ -9,9 +9,9 @@ from sentence_transformers import CrossEncoder, CrossEncoderTrainingArguments
 from sentence_transformers.base.training_args import BaseTrainingArguments
 from torch import nn
 
-from mmtune.data.candidates import Judgements
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
+from mmtune.data.judgements import Judgements
 from mmtune.data.relevance import Direction
 from mmtune.errors import ConfigError
 from mmtune.evaluation.mean import MeanEvaluator
