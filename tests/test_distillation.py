@@ -12,7 +12,6 @@ from sentence_transformers.cross_encoder.modules import LogitScore
 from sentence_transformers.sentence_transformer.losses import DistillKLDivLoss, MarginMSELoss
 
 from mmtune import ConfigError, ConflictFreeBatchSampler, DatasetError, MissingDocumentError, RetrievalDataset, finetune
-from mmtune.inference import teacher as scoring
 from mmtune.inference.teacher import TeacherScores, pair_key, score_rows
 
 
@@ -104,15 +103,30 @@ def test_a_folder_keeps_the_scores(rows, teacher, tmp_path):
     assert not [path for path in (tmp_path / "scores").iterdir() if path.name.endswith(".partial")]
 
 
-def test_an_interrupted_call_goes_on(rows, text_encoder_path, tmp_path, monkeypatch):
-    monkeypatch.setattr(scoring, "_PAIRS_A_FILE", 10)
+def test_an_interrupted_call_goes_on(text_encoder_path, tmp_path):
+    # More pairs than a file holds: files of 1,020, which are whole batches.
+    ids = [str(at) for at in range(400)]
+    negatives = [[str((at + k) % 400) for k in (1, 2)] for at in range(400)]
+    dataset = RetrievalDataset(
+        Dataset.from_dict({"document_id": ids, "text": [f"page {at}" for at in ids]}),
+        Dataset.from_dict({"query_id": ids, "text": [f"query {at}" for at in ids]}),
+        Dataset.from_dict({"query_id": ids, "document_id": ids, "score": [1] * 400}),
+        Dataset.from_dict({"query_id": ids, "document_ids": negatives}),
+    )
+    rows = dataset.training_rows(2, documents="text")
+
+    def teacher(**options):
+        built = Teacher(text_encoder_path, **options)
+        built.score = lambda query, page: float(sum(map(ord, f"{query}|{page}")))
+        return built
+
     with pytest.raises(RuntimeError, match="the power went out"):
-        scores_of(rows, Teacher(text_encoder_path, works_for=25), folder=tmp_path, batch_size=5)
-    assert len(TeacherScores.load(tmp_path)) == 20
-    teacher = Teacher(text_encoder_path)
-    scores = scores_of(rows, teacher, folder=tmp_path)
-    assert teacher.count == len(scores) - 20
-    assert by_id(scores) == by_id(scores_of(rows, teacher))
+        scores_of(rows, teacher(works_for=1100), folder=tmp_path, batch_size=5)
+    assert len(TeacherScores.load(tmp_path)) == 1020
+    second = teacher()
+    scores = scores_of(rows, second, folder=tmp_path)
+    assert second.count == len(scores) - 1020 == 180
+    assert by_id(scores) == by_id(scores_of(rows, teacher()))
 
 
 def test_more_rows_score_only_what_is_new(dataset, teacher, tmp_path):

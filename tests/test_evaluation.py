@@ -10,8 +10,9 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
-from mmtune import ConfigError, ImageDecodeError, RetrievalDataset, build_evaluator
-from mmtune.evaluation.corpus import ndcg
+from mmtune import ConfigError, DatasetError, ImageDecodeError, RetrievalDataset, build_evaluator
+from mmtune.data.documents import DocumentReader
+from mmtune.evaluation.metrics import ndcg
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +78,13 @@ def test_each_document_and_query_is_preprocessed_once_whatever_the_dimensions(
     assert len(seen) == len(pages) + num_queries
 
 
-def test_pages_are_decoded_in_small_portions(pages: Dataset, clip: SentenceTransformer) -> None:
-    evaluator = build_evaluator(pages, batch_size=2, show_progress_bar=False)
-    sizes = [len(portion) for portion in evaluator._documents()]
+def test_pages_are_decoded_in_small_portions(
+    pages: Dataset, clip: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    read = DocumentReader.read
+    monkeypatch.setattr(DocumentReader, "read", lambda self, ids: (sizes.append(len(ids)), read(self, ids))[1])
+    build_evaluator(pages, batch_size=2, show_progress_bar=False)(clip)
     assert sum(sizes) == len(pages)
     assert max(sizes) == 2
 
@@ -158,12 +163,25 @@ def test_a_damaged_page_is_named(clip: SentenceTransformer) -> None:
         build_evaluator(rows, show_progress_bar=False)(clip)
 
 
+def test_a_model_of_numbers_that_are_none_gets_no_score(pages: Dataset, clip_path: str) -> None:
+    model = SentenceTransformer(clip_path, device="cpu")
+    encode = model.encode_document
+    few, broken = pages.select(range(6)).remove_columns("negatives"), pages["id"][5]
+    model.encode_document = lambda inputs, **options: encode(inputs, **options) * (math.nan if len(inputs) == 1 else 1)
+    evaluator = build_evaluator(few, batch_size=5, show_progress_bar=False)
+    with pytest.raises(DatasetError, match=f"not finite for the document '{broken}'"):
+        evaluator(model)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"truncate_dims": [4096]}, "4096 is larger than the 128 dimensions"),
         ({"truncate_dims": [0]}, "truncate_dims holds 0"),
+        ({"truncate_dims": [True]}, "truncate_dims holds True"),
+        ({"truncate_dims": 64}, "truncate_dims=64: expected whole numbers"),
         ({"ndcg_at_k": ()}, "ndcg_at_k is empty"),
+        ({"batch_size": 0}, "batch_size=0: expected a whole number"),
         ({"documents": "audio"}, "documents='audio' is unknown"),
         ({"documents": "text"}, "needs a column 'text'"),
     ],
@@ -171,6 +189,12 @@ def test_a_damaged_page_is_named(clip: SentenceTransformer) -> None:
 def test_wrong_arguments(pages: Dataset, clip: SentenceTransformer, arguments: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_evaluator(pages, model=clip, **arguments)
+
+
+def test_numbers_of_numpy_are_numbers(pages: Dataset, clip: SentenceTransformer) -> None:
+    evaluator = build_evaluator(pages, model=clip, truncate_dims=np.array([64, 16]), ndcg_at_k=[np.int64(5)])
+    assert [part.name for part in evaluator.truncations] == ["vdr-64d", "vdr-16d"]
+    assert evaluator.metric_name(clip) == "vdr_cosine_ndcg@5"
 
 
 def test_a_dimension_beyond_the_model_is_refused_before_encoding(pages: Dataset, clip: SentenceTransformer) -> None:

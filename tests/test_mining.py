@@ -6,18 +6,20 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Image
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import mine_hard_negatives as host_mine_hard_negatives
 
 from mmtune import ConfigError, DatasetError, ImageDecodeError, RetrievalDataset
+from mmtune.data.arrow import IntLists
 from mmtune.data.documents import DocumentReader
-from mmtune.inference import encoder as encoding
 from mmtune.inference import mining
+from mmtune.inference.encoder import read_ahead
 from mmtune.inference.mining import mine_hard_negatives
-from mmtune.inference.search import top_columns
+from mmtune.inference.search import find_nearest, top_columns
+from mmtune.inference.store import model_fingerprint
 
 WORDS = (
     "sales",
@@ -139,7 +141,7 @@ def datasets_of_vectors(draw):
     return text_dataset(documents, queries, draw(st.lists(pairs, min_size=1, max_size=10)))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None)
 @given(
     dataset=datasets_of_vectors(),
     num_negatives=st.integers(1, 4),
@@ -148,12 +150,8 @@ def datasets_of_vectors(draw):
     range_min=st.integers(0, 3),
     more=st.integers(0, 8),
     max_score=st.sampled_from([None, -1, 3]),
-    shard_size=st.sampled_from([1, 3, 100]),
 )
-def test_the_rule_is_that_of_brute_force(
-    dataset, num_negatives, relative, absolute, range_min, more, max_score, shard_size, monkeypatch
-):
-    monkeypatch.setattr(encoding, "SHARD_SIZE", shard_size)
+def test_the_rule_is_that_of_brute_force(dataset, num_negatives, relative, absolute, range_min, more, max_score):
     range_max = range_min + num_negatives + more
     found = mine_texts(
         dataset,
@@ -167,6 +165,45 @@ def test_the_rule_is_that_of_brute_force(
         batch_size=2,
     )
     assert found == brute_force(dataset, num_negatives, relative, absolute, range_min, range_max, max_score)
+
+
+@pytest.fixture(scope="module")
+def many_documents():
+    """Different documents of three shards, many of them tied, and queries with relevant ones in several shards."""
+    rng = np.random.default_rng(0)
+    documents = [f"{at % 37 - 18} {at // 37 - 15}" for at in rng.permutation(1100).tolist()]
+    queries = [f"{first} {second}" for first, second in rng.integers(-3, 4, (7, 2))]
+    return text_dataset(documents, queries, [(at, 300 * at % 1100) for at in range(7)] + [(0, 1000), (3, 1)])
+
+
+def test_the_rule_is_that_of_brute_force_over_many_shards(many_documents):
+    limits = {"num_negatives": 9, "range_max": 900, "max_score": 9}
+    found = mine_texts(many_documents, VectorsInTexts(), relative_margin=None, **limits)
+    assert found == brute_force(many_documents, 9, None, None, 0, 900, 9)
+    assert len([ids for ids in found.values() if ids]) > 3
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_the_nearest_are_the_same_however_the_corpus_is_cut(data):
+    """Into shards of any size, with any number of those that ask compared at once; ties by position."""
+    asking, count = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 15))
+    numbers = st.lists(st.integers(-2, 2), min_size=2, max_size=2)
+    queries, items = (
+        torch.tensor(data.draw(st.lists(numbers, min_size=size, max_size=size)), dtype=torch.float32)
+        for size in (asking, count)
+    )
+    relevant = [sorted(data.draw(st.sets(st.integers(0, count - 1), max_size=4))) for _ in range(asking)]
+    places = np.array([item for items_of_one in relevant for item in items_of_one], dtype=np.int64)
+    wanted = IntLists(np.r_[0, np.cumsum(list(map(len, relevant)))], places)
+    depth, at_once = data.draw(st.integers(1, 20)), data.draw(st.sampled_from([1, 2, 100]))
+    shards = items.split(data.draw(st.sampled_from([1, 3, 100])))
+    found = find_nearest(lambda a, b: a @ b.T, queries, shards, depth=depth, relevant=wanted, at_once=at_once)
+    scores = (queries @ items.T).double().numpy()
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :depth]
+    assert found.items.tolist() == order.tolist()
+    assert found.scores.tolist() == np.take_along_axis(scores, order, axis=1).tolist()
+    assert found.relevant_scores.tolist() == scores[wanted.rows, wanted.values].tolist()
 
 
 def test_what_is_relevant_to_the_same_text_under_another_id_is_no_negative():
@@ -357,7 +394,7 @@ def test_each_page_is_read_once_and_few_at_a_time(clip_path, pages, monkeypatch)
 
 def test_reading_ahead_holds_two_portions_at_most():
     reads = []
-    for at, result in enumerate(encoding.read_ahead(lambda number: reads.append(number) or number, range(20))):
+    for at, result in enumerate(read_ahead(lambda number: reads.append(number) or number, range(20))):
         assert result == at
         assert max(reads) <= at + 1
 
@@ -392,9 +429,13 @@ def test_top_columns_break_ties_by_column():
     assert top_columns(scores, 5).tolist() == [[1, 2, 4, 0, 3], [0, 1, 2, 3, 4], [4, 3, 2, 1, 0]]
 
 
-def test_late_interaction_ranks_by_its_own_similarity(sentences, text_encoder_path, monkeypatch):
+def test_late_interaction_ranks_by_its_own_similarity(text_encoder_path):
     model = MultiVectorEncoder(text_encoder_path, device="cpu")
-    monkeypatch.setattr(encoding, "SHARD_SIZE", 7)
+    rng = np.random.default_rng(0)
+    # More than one shard of documents.
+    documents = list(dict.fromkeys(" ".join(rng.choice(WORDS, size=4)) for _ in range(600)))
+    assert len(documents) > 550
+    sentences = text_dataset(documents, documents[::60], [(at, 60 * at) for at in range(len(documents[::60]))])
     found = mine_texts(sentences, model, relative_margin=None, num_negatives=3)
     scores = model.similarity(
         model.encode_query(sentences.queries["text"][:]), model.encode_document(sentences.corpus["text"][:])
@@ -432,7 +473,6 @@ def encoded_by(model, dataset, folder, **options):
 
 
 def test_a_second_call_encodes_nothing(clip_path, few_pages, tmp_path, monkeypatch):
-    monkeypatch.setattr(encoding, "SHARD_SIZE", 10)
     model = Counted(clip_path)
     without = mine(few_pages, model, relative_margin=0.2)
     assert encoded_by(model, few_pages, tmp_path) == len(few_pages) + len(few_pages.corpus)
@@ -472,18 +512,18 @@ def change_pooling(model):
 )
 def test_a_changed_model_has_another_fingerprint(clip_path, change):
     model, other = SentenceTransformer(clip_path), SentenceTransformer(clip_path)
-    assert mining.model_fingerprint(model) == mining.model_fingerprint(other)
+    assert model_fingerprint(model) == model_fingerprint(other)
     model.encode(["a text"])
-    assert mining.model_fingerprint(model) == mining.model_fingerprint(other)
+    assert model_fingerprint(model) == model_fingerprint(other)
     change(other)
-    assert mining.model_fingerprint(model) != mining.model_fingerprint(other)
+    assert model_fingerprint(model) != model_fingerprint(other)
 
 
 def test_a_saved_model_has_the_same_fingerprint(clip_path, text_encoder_path, tmp_path):
     for kind, path in ((SentenceTransformer, clip_path), (MultiVectorEncoder, text_encoder_path)):
         model = kind(path)
         model.save_pretrained(str(tmp_path / kind.__name__))
-        assert mining.model_fingerprint(kind(str(tmp_path / kind.__name__))) == mining.model_fingerprint(model)
+        assert model_fingerprint(kind(str(tmp_path / kind.__name__))) == model_fingerprint(model)
 
 
 def test_a_changed_model_does_not_use_the_cache(clip_path, few_pages, tmp_path):
@@ -494,15 +534,24 @@ def test_a_changed_model_does_not_use_the_cache(clip_path, few_pages, tmp_path):
     assert encoded_by(model, few_pages, tmp_path) == 0
 
 
-def test_a_changed_page_under_the_same_id_is_encoded_anew(clip_path, pages, few_pages, tmp_path, monkeypatch):
-    monkeypatch.setattr(encoding, "SHARD_SIZE", 10)
+def test_a_changed_page_under_the_same_id_is_encoded_anew(clip_path, pages, few_pages, tmp_path):
     model = Counted(clip_path)
     encoded_by(model, few_pages, tmp_path)
     rows = pages.cast_column("image", Image(decode=False)).to_list()
     rows[0]["image"] = {"bytes": rows[1]["image"]["bytes"] + b"!", "path": None}
     changed = Dataset.from_list(rows, features=pages.features)
-    # The page's shard of ten, and nothing beside it.
-    assert encoded_by(model, RetrievalDataset.from_id_rows(changed), tmp_path) == 10
+    assert encoded_by(model, RetrievalDataset.from_id_rows(changed), tmp_path) == len(few_pages.corpus)
+
+
+def test_only_the_shard_of_a_changed_document_is_encoded_anew(many_documents, tmp_path):
+    options = {"relative_margin": None, "cache_folder": tmp_path}
+    mine_texts(many_documents, VectorsInTexts(), **options)
+    texts = [*many_documents.corpus["text"][:700], "5.5 5", *many_documents.corpus["text"][701:]]
+    corpus = Dataset.from_dict({"document_id": many_documents.corpus["document_id"][:], "text": texts})
+    changed, model = RetrievalDataset(corpus, many_documents.queries, many_documents.qrels), VectorsInTexts()
+    found = mine_texts(changed, model, **options)
+    assert model.encoded == texts[512:1024]
+    assert found == mine_texts(changed, VectorsInTexts(), relative_margin=None)
 
 
 def test_another_kind_of_documents_does_not_use_the_cache(clip_path, few_pages, tmp_path):
@@ -513,21 +562,21 @@ def test_another_kind_of_documents_does_not_use_the_cache(clip_path, few_pages, 
     assert encoded_by(model, dataset, tmp_path, documents="text") == len(corpus)
 
 
-def test_an_interrupted_encoding_goes_on(clip_path, few_pages, tmp_path, monkeypatch):
-    monkeypatch.setattr(encoding, "SHARD_SIZE", 10)
-    broken, read = few_pages.corpus["document_id"][25], DocumentReader.read
+def test_an_interrupted_encoding_goes_on(many_documents, tmp_path, monkeypatch):
+    broken, read = "d1025", DocumentReader.read
 
     def read_until_broken(self, ids):
         if broken in ids:
             raise ImageDecodeError("the power went out")
         return read(self, ids)
 
-    model = Counted(clip_path)
     with monkeypatch.context() as patch:
         patch.setattr(DocumentReader, "read", read_until_broken)
         with pytest.raises(ImageDecodeError, match="the power went out"):
-            encoded_by(model, few_pages, tmp_path, batch_size=10)
-    assert encoded_by(model, few_pages, tmp_path) == len(few_pages.corpus) - 20
+            mine_texts(many_documents, VectorsInTexts(), cache_folder=tmp_path, batch_size=10)
+    model = VectorsInTexts()
+    mine_texts(many_documents, model, cache_folder=tmp_path)
+    assert model.encoded == many_documents.corpus["text"][1024:]
 
 
 def test_a_damaged_file_of_the_cache_is_made_again(clip_path, few_pages, tmp_path, caplog):
@@ -542,7 +591,7 @@ def test_a_damaged_file_of_the_cache_is_made_again(clip_path, few_pages, tmp_pat
 def test_token_embeddings_are_cached(sentences, text_encoder_path, tmp_path, monkeypatch):
     model = MultiVectorEncoder(text_encoder_path, device="cpu")
     first = mine_texts(sentences, model, cache_folder=tmp_path)
-    monkeypatch.setattr(encoding, "_embed", None)
+    monkeypatch.setattr(MultiVectorEncoder, "encode", None)
     assert mine_texts(sentences, model, cache_folder=tmp_path) == first
 
 
@@ -591,7 +640,7 @@ def test_wrong_arguments(options, message):
 def test_a_model_of_another_kind_is_refused(text_encoder_path):
     dataset = text_dataset(vectors(9, 1), ["1"], [(0, 0)])
     for model in ("my-model", SparseEncoder(modules=[torch.nn.Identity()])):
-        with pytest.raises(ConfigError, match="Expected a SentenceTransformer or a MultiVectorEncoder"):
+        with pytest.raises(ConfigError, match="Expected a retriever, a SentenceTransformer or a MultiVectorEncoder"):
             mine_hard_negatives(dataset, model, documents="text")
 
 

@@ -186,6 +186,16 @@ def test_times_are_measured(report: PipelineReport) -> None:
     assert [row.reranking_s for row in report.rows] == [depth * times.pair_scoring_s for depth in DEPTHS]
 
 
+def test_numbers_of_numpy_are_numbers(clip, data) -> None:
+    report = evaluate_pipeline(
+        clip, StubReranker(), data, depths=np.array([2]), ndcg_at_k=np.int64(5), show_progress_bar=False
+    )
+    assert (report.depths, report.ndcg_at_k) == ((2,), 5)
+    json.dumps(report.metrics)
+    evaluator = build_reranking_evaluator(data, num_candidates=np.int64(4), at_k=np.int64(3), show_progress_bar=False)
+    assert evaluator.primary_metric == "vdr-rerank_ndcg@3"
+
+
 def test_depths_that_nobody_chose_fit_the_corpus(clip, data, pages: Dataset) -> None:
     chosen = evaluate_pipeline(clip, StubReranker(), data, show_progress_bar=False)
     assert chosen.depths == (5, 10, 20)

@@ -21,10 +21,9 @@ from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
 from sentence_transformers.cross_encoder.model_card import CrossEncoderModelCardData
 from sentence_transformers.cross_encoder.modules import LogitScore
 
-from mmtune import ConfigError, ImageDecodeError, RetrievalDataset, build_evaluator
+from mmtune import ConfigError, DatasetError, ImageDecodeError, RetrievalDataset, build_evaluator
 from mmtune.data.documents import DocumentReader
-from mmtune.evaluation.corpus import ndcg
-from mmtune.evaluation.metrics import average_precision, expected_gains, reciprocal_rank
+from mmtune.evaluation.metrics import average_precision, expected_gains, ndcg, reciprocal_rank
 from mmtune.evaluation.reranking import build_reranking_evaluator
 from mmtune.testing import generated_pages
 
@@ -437,7 +436,7 @@ def test_wrong_arguments(options: dict, message: str) -> None:
 
 
 def test_no_sets_at_all() -> None:
-    with pytest.raises(ConfigError, match="The mapping of names to datasets is empty"):
+    with pytest.raises(DatasetError, match="The mapping of datasets is empty"):
         build({})
 
 

@@ -1,21 +1,19 @@
 """What every retrieval evaluator shares: documents read as they are encoded, graded nDCG, ties without names."""
 
-from collections.abc import Generator, Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias
+from collections.abc import Generator, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
-from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.base import BaseModel
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from tqdm.auto import tqdm
 
-from mmtune.data.documents import DocumentReader, as_host_input
+from mmtune.data.dataset import RetrievalDataset
+from mmtune.data.documents import DocumentKind
 from mmtune.errors import ConfigError
-from mmtune.host import let_read_typed_texts
-from mmtune.inference.encoder import portions_of, read_ahead
-
-Retriever: TypeAlias = SentenceTransformer | MultiVectorEncoder
-"""What finds documents: one vector for each, or one a token."""
+from mmtune.evaluation.metrics import ndcg
+from mmtune.inference.encoder import DatasetReader, Retriever, encode, join
+from mmtune.inference.store import Embeddings
 
 _TIE_ORDER_SEED = 0
 
@@ -50,10 +48,8 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
     trec_eval divides by all.
 
     Args:
-        reader: Gives the documents by id.
-        document_ids: The corpus.
-        text_by_query_id: The queries.
-        score_by_document_id: For each query id its relevant documents with scores of 1 and above.
+        data: What is evaluated on.
+        documents: What a document is made of.
         ndcg_at_k: Depths of nDCG.
         batch_size: Documents or queries a forward pass.
         show_progress_bar: Whether to show a bar over the documents.
@@ -68,22 +64,25 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
 
     def __init__(
         self,
-        reader: DocumentReader,
-        document_ids: Sequence[str],
-        text_by_query_id: Mapping[str, str],
-        score_by_document_id: Mapping[str, Mapping[str, int]],
+        data: RetrievalDataset,
+        documents: DocumentKind,
         *,
         ndcg_at_k: Sequence[int] = (10,),
         batch_size: int = 16,
         show_progress_bar: bool = True,
         **host_kwargs: Any,
     ) -> None:
+        self._reader = DatasetReader(data.corpus, data.queries, documents)
+        self._score_by_document_id: dict[str, dict[str, int]] = {}
+        judged = (data.qrels[name][:] for name in ("query_id", "document_id", "score"))
+        for query_id, document_id, score in zip(*judged, strict=True):
+            self._score_by_document_id.setdefault(query_id, {})[document_id] = score
+        document_ids = data.corpus["document_id"][:]
         order = np.random.default_rng(_TIE_ORDER_SEED).permutation(len(document_ids)).tolist()
-        ids = [OrderedId(value, at) for value, at in zip(document_ids, order, strict=True)]
         super().__init__(
-            queries=dict(text_by_query_id),
-            corpus=dict(zip(ids, document_ids, strict=True)),
-            relevant_docs={query_id: set(scores) for query_id, scores in score_by_document_id.items()},
+            queries=dict(self._reader.text_by_query_id),
+            corpus={OrderedId(name, at): name for name, at in zip(document_ids, order, strict=True)},
+            relevant_docs={query_id: set(scores) for query_id, scores in self._score_by_document_id.items()},
             ndcg_at_k=list(ndcg_at_k),
             # Scoring takes a moment; the bar that matters is over the documents.
             show_progress_bar=False,
@@ -91,16 +90,13 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
             **host_kwargs,
         )
         self.per_query: dict[str, dict[str, float]] = {}
-        self._reader = reader
-        self._document_ids = list(document_ids)
-        self._score_by_document_id = {query_id: score_by_document_id[query_id] for query_id in self.queries_ids}
         self._shows_progress = show_progress_bar
 
     def metric_name(self, model: Retriever) -> str:
         """The key of the metric that says how good ``model`` is: nDCG at the deepest k, at this evaluator's size."""
         return f"{self.name}_{model.similarity_fn_name}_ndcg@{max(self.ndcg_at_k)}"
 
-    def checked_model(self, model: Retriever) -> Any:
+    def require_kind(self, model: object) -> Any:
         """The model, after making sure that it is of the kind that this evaluator scores.
 
         Raises:
@@ -111,25 +107,20 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
                 f"This evaluator scores a {self.model_class.__name__}, and the model is a {type(model).__name__}. "
                 "Build one for it with build_evaluator(dataset, model=model)."
             )
-        if isinstance(model, BaseModel):
-            let_read_typed_texts(model)
         return model
 
-    def _query_inputs(self) -> list[Any]:
-        return [as_host_input(text) for text in self.queries]
+    def encode_queries(self, model: Retriever) -> Embeddings:
+        """The embeddings of all queries, in the order of ``queries_ids``."""
+        ids = self.queries_ids
+        return join(encode(model, "query", ids, self._reader, batch_size=self.batch_size, at_once=len(ids)))
 
-    def _documents(self) -> Generator[list[Any], None, None]:
-        """The corpus in portions; the next one is decoded while the model works on the last."""
-        portions = portions_of(self._document_ids, self.batch_size)
-        with tqdm(
-            total=len(self.corpus), desc="Encoding documents", disable=not self._shows_progress, leave=False
-        ) as bar:
-            for portion, documents in zip(portions, read_ahead(self._read, portions), strict=True):
-                yield documents
+    def encode_documents(self, model: Retriever) -> Generator[Embeddings, None, None]:
+        """The embeddings of the corpus, ``batch_size`` documents at a time."""
+        ids = list(map(str, self.corpus_ids))
+        with tqdm(total=len(ids), desc="Encoding documents", disable=not self._shows_progress, leave=False) as bar:
+            for portion in encode(model, "document", ids, self._reader, batch_size=self.batch_size):
                 bar.update(len(portion))
-
-    def _read(self, document_ids: Sequence[str]) -> list[Any]:
-        return [as_host_input(document) for document in self._reader.read(document_ids)]
+                yield portion
 
     def compute_metrics(self, queries_result_list: list[Any]) -> dict[str, Any]:
         """The host's metrics, with nDCG graded, and ``per_query`` filled.
@@ -139,34 +130,14 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
         """
         metrics: dict[str, Any] = super().compute_metrics(queries_result_list)
         similarity = next(iter(self.score_functions or ()))
-        gains = [self._gains(*query) for query in zip(self.queries_ids, queries_result_list, strict=True)]
-        for k in self.ndcg_at_k:
-            values = {
-                query_id: ndcg(found, list(self._score_by_document_id[query_id].values()), k)
-                for query_id, found in zip(self.queries_ids, gains, strict=True)
-            }
+        values_by_k: dict[int, dict[str, float]] = {k: {} for k in self.ndcg_at_k}
+        for query_id, hits in zip(self.queries_ids, queries_result_list, strict=True):
+            score_by_document_id = self._score_by_document_id[query_id]
+            ranked = sorted(hits, key=lambda hit: (-hit["score"], hit["corpus_id"]))
+            gains = [score_by_document_id.get(hit["corpus_id"], 0) for hit in ranked]
+            for k, values in values_by_k.items():
+                values[query_id] = ndcg(gains, list(score_by_document_id.values()), k)
+        for k, values in values_by_k.items():
             self.per_query[f"{self.name}_{similarity}_ndcg@{k}"] = values
             metrics["ndcg@k"][k] = float(np.mean(list(values.values())))
         return metrics
-
-    def _gains(self, query_id: str, hits: list[dict[str, Any]]) -> list[int]:
-        """The scores of the documents found, best hit first; 0 for one that is not relevant."""
-        score_by_document_id = self._score_by_document_id[query_id]
-        ranked = sorted(hits, key=lambda hit: (-hit["score"], hit["corpus_id"]))
-        return [score_by_document_id.get(hit["corpus_id"], 0) for hit in ranked]
-
-
-def ndcg(gains: Sequence[float], all_gains: Sequence[int], k: int) -> float:
-    """Normalised discounted cumulative gain with linear gains, as ``ndcg_cut`` of trec_eval.
-
-    ``sum(gain_i / log2(i + 1))`` over ranks i = 1 .. k, divided by the same sum of the best order.
-
-    Args:
-        gains: The scores of the documents in the order they were found; 0 for one that is not relevant.
-        all_gains: The scores of all relevant documents, in any order.
-        k: Depth.
-    """
-    discounts = 1.0 / np.log2(np.arange(2, k + 2))
-    best = sorted(all_gains, reverse=True)[:k]
-    found = np.dot(gains[:k], discounts[: len(gains[:k])])
-    return float(found / np.dot(best, discounts[: len(best)]))

@@ -1,13 +1,17 @@
 """The evaluator for models of late interaction: token embeddings are scored a portion of documents at a time."""
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator
 from typing import Any
 
 from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.multi_vector_encoder.evaluation import MultiVectorInformationRetrievalEvaluator
+from torch.nn.utils.rnn import pad_sequence
 
-from mmtune.data.documents import DocumentReader
-from mmtune.evaluation.corpus import CorpusEvaluator, Retriever
+from mmtune.data.dataset import RetrievalDataset
+from mmtune.data.documents import DocumentKind
+from mmtune.evaluation.corpus import CorpusEvaluator
+from mmtune.inference.encoder import Retriever
+from mmtune.inference.store import Embeddings
 
 
 class LateInteractionEvaluator(CorpusEvaluator, MultiVectorInformationRetrievalEvaluator):
@@ -15,29 +19,15 @@ class LateInteractionEvaluator(CorpusEvaluator, MultiVectorInformationRetrievalE
 
     Besides what ``CorpusEvaluator`` says, the token embeddings of a batch of documents are scored and let go before
     those of the next but one are made: 1,500 pages of 700 tokens would be half a gigabyte. Every query keeps its best
-    hits.
-
-    Args:
-        reader: Gives the documents by id.
-        document_ids: The corpus.
-        text_by_query_id: The queries.
-        score_by_document_id: For each query id its relevant documents with scores of 1 and above.
-        **options: ``name``, ``ndcg_at_k``, ``batch_size`` and ``show_progress_bar``, as for ``CorpusEvaluator``.
+    hits. The arguments are those of ``CorpusEvaluator``.
     """
 
     model_class = MultiVectorEncoder
 
-    def __init__(
-        self,
-        reader: DocumentReader,
-        document_ids: Sequence[str],
-        text_by_query_id: Mapping[str, str],
-        score_by_document_id: Mapping[str, Mapping[str, int]],
-        **options: Any,
-    ) -> None:
-        super().__init__(reader, document_ids, text_by_query_id, score_by_document_id, **options)
+    def __init__(self, data: RetrievalDataset, documents: DocumentKind, **options: Any) -> None:
+        super().__init__(data, documents, **options)
         self.corpus_chunk_size = self.batch_size
-        self._portions: Generator[list[Any], None, None] | None = None
+        self._portions: Generator[Embeddings, None, None] | None = None
 
     def __call__(
         self,
@@ -52,11 +42,12 @@ class LateInteractionEvaluator(CorpusEvaluator, MultiVectorInformationRetrievalE
 
         Raises:
             ConfigError: The model gives one vector a document.
+            DatasetError: The model gives no finite numbers for an item; the message names it.
             ImageDecodeError: A page is no readable image; the message names the document.
         """
-        encoder = self.checked_model(model)
+        encoder = self.require_kind(model)
         self.per_query = {}
-        self._portions = self._documents()
+        self._portions = self.encode_documents(model)
         try:
             return super().__call__(encoder, output_path, epoch, steps, *args, **kwargs)
         finally:
@@ -68,7 +59,8 @@ class LateInteractionEvaluator(CorpusEvaluator, MultiVectorInformationRetrievalE
     ) -> Any:
         """Token embeddings of the queries, or of the next portion of the corpus, which the host asks for in order."""
         if encode_fn_name == "query":
-            sentences = self._query_inputs()
-        elif self._portions is not None:
-            sentences = next(self._portions)
+            # Padded once, as the host does it: the queries are compared with every portion.
+            return pad_sequence(list(self.encode_queries(model)), batch_first=True)
+        if self._portions is not None:
+            return next(self._portions)
         return super().embed_inputs(model, sentences, encode_fn_name, *args, **kwargs)

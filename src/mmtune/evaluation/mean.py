@@ -1,7 +1,7 @@
 """Several evaluators of one kind, and the mean of what they say."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from sentence_transformers.base.evaluation import SequentialEvaluator
@@ -12,29 +12,11 @@ from mmtune.data.sources import DatasetsLike, as_retrieval_dataset, datasets_by_
 Single = TypeVar("Single")
 
 
-class NamedEvaluator(Protocol):
-    """What a mean is taken over: an evaluator whose keys start with its name."""
-
-    name: str
-    primary_metric: str | None
-    per_query: dict[str, dict[str, float]]
-
-    def __call__(
-        self, model: Any, output_path: str | None = None, epoch: int = -1, steps: int = -1
-    ) -> dict[str, float]:
-        """The metrics of a model."""
-        ...
-
-    def metric_name(self, model: Any) -> str:
-        """The key of the metric that says how good a model is."""
-        ...
-
-
 class MeanEvaluator(SequentialEvaluator):
     """Several evaluators and the mean of their metrics, under ``<name>-mean_...`` keys.
 
     Args:
-        evaluators: Evaluators with names of their own and the same metrics.
+        evaluators: Evaluators of this package, with names of their own and the same metrics.
         name: Prefix of the keys of the means.
 
     Attributes:
@@ -44,7 +26,7 @@ class MeanEvaluator(SequentialEvaluator):
 
     def __init__(self, evaluators: Sequence[Any], name: str) -> None:
         super().__init__(evaluators)
-        self.parts: list[NamedEvaluator] = list(evaluators)
+        self.parts: list[Any] = list(evaluators)
         self.name = name
         self.per_query: dict[str, dict[str, float]] = {}
         known = self.parts[0].primary_metric
@@ -69,7 +51,7 @@ class MeanEvaluator(SequentialEvaluator):
         return f"{self.name}-mean{key.removeprefix(self.parts[0].name)}"
 
 
-def evaluator_of_each(
+def build_for_each(
     dataset: DatasetsLike, name: str, build: Callable[[RetrievalDataset, str], Single]
 ) -> "Single | MeanEvaluator":
     """The evaluator of one dataset, or of several by name with their mean.

@@ -1,11 +1,11 @@
-"""Metrics of a ranking in which scores may be equal: their mean over all orders of what is tied.
+"""Metrics of a ranking; where scores may be equal, their mean over all orders of what is tied.
 
 A model that gives everything the same score then gets what chance gets, not what the order of the candidates gives
 it. The closed forms are those of McSherry and Najork, "Computing information retrieval performance measures
 efficiently in the presence of tied scores" (ECIR 2008).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +17,22 @@ class TiedBlock(NamedTuple):
     start: int
     size: int
     num_relevant: int
+
+
+def ndcg(gains: Sequence[float], all_gains: Sequence[int], k: int) -> float:
+    """Normalised discounted cumulative gain with linear gains, as ``ndcg_cut`` of trec_eval.
+
+    ``sum(gain_i / log2(i + 1))`` over ranks i = 1 .. k, divided by the same sum of the best order.
+
+    Args:
+        gains: The scores of the documents in the order they were found; 0 for one that is not relevant.
+        all_gains: The scores of all relevant documents, in any order.
+        k: Depth.
+    """
+    discounts = 1.0 / np.log2(np.arange(2, k + 2))
+    best = sorted(all_gains, reverse=True)[:k]
+    found = np.dot(gains[:k], discounts[: len(gains[:k])])
+    return float(found / np.dot(best, discounts[: len(best)]))
 
 
 def expected_gains(scores: np.ndarray, gains: np.ndarray) -> np.ndarray:

@@ -6,20 +6,19 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from sentence_transformers import CrossEncoder
 
+from mmtune.arguments import require_whole, require_wholes
 from mmtune.data.documents import DocumentKind
 from mmtune.data.judgements import CandidateList, Judgements
 from mmtune.data.sources import DatasetLike, as_retrieval_dataset
 from mmtune.errors import ConfigError
-from mmtune.evaluation.corpus import ndcg
-from mmtune.evaluation.metrics import expected_gains
-from mmtune.inference.encoder import Encoder, portions_of
-from mmtune.inference.first_stage import require_retriever, search
-from mmtune.inference.pairs import PairReader, require_reranker, score_candidates
+from mmtune.evaluation.metrics import expected_gains, ndcg
+from mmtune.inference.encoder import DatasetReader, Retriever, require_retriever
+from mmtune.inference.reranker import PairScorer, require_reranker
+from mmtune.inference.search import search
 
 _DEPTHS = (5, 10, 20, 50)
 _LOST_SHOWN = 10
@@ -118,38 +117,37 @@ class PipelineReport:
         """
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        (path / "pipeline.md").write_text(f"# Retriever and reranker\n\n{self}\n\n{self._lost()}\n", encoding="utf-8")
+        lost = ["## Queries that the first stage lost", ""]
+        for row in self.rows:
+            ids, more = row.lost_query_ids[:_LOST_SHOWN], len(row.lost_query_ids) - _LOST_SHOWN
+            shown = ", ".join(f"`{query_id}`" for query_id in ids) or "none"
+            lost.append(f"- depth {row.depth}: {shown}" + (f" and {more} more in `pipeline.json`" * (more > 0)))
+        text = "\n".join(["# Retriever and reranker", "", str(self), "", *lost, ""])
+        (path / "pipeline.md").write_text(text, encoding="utf-8")
         values = {"num_queries": self.num_queries, "metrics": self.metrics, "rows": [asdict(row) for row in self.rows]}
         text = json.dumps({**values, **asdict(self)}, indent=2, ensure_ascii=False)
         (path / "pipeline.json").write_text(f"{text}\n", encoding="utf-8")
 
     def __str__(self) -> str:
-        ndcg_name = f"nDCG@{self.ndcg_at_k}"
-        header = ["depth", "recall", "lost queries", f"{ndcg_name} before", "after", "change", "seconds a query"]
-        table = _table_lines([header, ["---:"] * len(header), *map(self._cells, self.rows)])
+        name, before = f"nDCG@{self.ndcg_at_k}", self.ndcg_before
+        header = ["depth", "recall", "lost queries", f"{name} before", "after", "change", "seconds a query"]
+        table = [header, ["---:"] * len(header)]
+        for row in self.rows:
+            cells = [str(row.depth), f"{row.recall:.4f}", str(len(row.lost_query_ids)), f"{before:.4f}"]
+            table.append([*cells, f"{row.ndcg:.4f}", f"{row.ndcg - before:+.4f}", f"{row.reranking_s:.4f}"])
+        # Columns line up in a terminal, too.
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [" | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
         title = f"{self.num_queries} queries, {self.num_documents} documents; the first `depth` are reranked"
         times = (
             f"Encoding the corpus took {self.times.corpus_encoding_s:.1f} s. Before reranking, a query is encoded in "
             f"{1000 * self.times.query_encoding_s:.2f} ms and searched for in {1000 * self.times.search_s:.2f} ms."
         )
-        return "\n".join([title, "", *table, "", times])
-
-    def _cells(self, row: DepthResult) -> list[str]:
-        before = self.ndcg_before
-        values = [f"{row.recall:.4f}", str(len(row.lost_query_ids)), f"{before:.4f}", f"{row.ndcg:.4f}"]
-        return [str(row.depth), *values, f"{row.ndcg - before:+.4f}", f"{row.reranking_s:.4f}"]
-
-    def _lost(self) -> str:
-        lines = ["## Queries that the first stage lost", ""]
-        for row in self.rows:
-            ids, more = row.lost_query_ids[:_LOST_SHOWN], len(row.lost_query_ids) - _LOST_SHOWN
-            shown = ", ".join(f"`{query_id}`" for query_id in ids) or "none"
-            lines.append(f"- depth {row.depth}: {shown}" + (f" and {more} more in `pipeline.json`" * (more > 0)))
-        return "\n".join(lines)
+        return "\n".join([title, "", *(f"| {line} |" for line in lines), "", times])
 
 
 def evaluate_pipeline(
-    retriever: Encoder,
+    retriever: Retriever,
     reranker: CrossEncoder,
     dataset: DatasetLike,
     *,
@@ -202,21 +200,24 @@ def evaluate_pipeline(
     """
     require_retriever(retriever)
     require_reranker(reranker)
-    portions_of((), batch_size)
-    _require_depths("ndcg_at_k", [ndcg_at_k])
+    (k,) = require_wholes("ndcg_at_k", [ndcg_at_k])
+    size = require_whole("batch_size", batch_size)
     data = as_retrieval_dataset(dataset)
     judgements = Judgements.of(data.relevance, "text_to_image")
     num_documents = len(judgements.distinct_items)
-    chosen = _chosen_depths(depths, num_documents)
-    reader = PairReader.of(data, documents, judgements.direction)
-    options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
-    # nDCG may look below the reranked documents
-    deepest = min(max(chosen[-1], ndcg_at_k), num_documents)
-    first_stage = search(retriever, judgements, reader, depth=deepest, **options)
+    chosen = _choose_depths(depths, num_documents)
+    reader = DatasetReader(data.corpus, data.queries, documents)
+
+    # nDCG may look below the reranked documents.
+    deepest = min(max(chosen[-1], k), num_documents)
+    first_stage = search(
+        retriever, judgements, reader, depth=deepest, batch_size=size, show_progress_bar=show_progress_bar
+    )
     started = time.perf_counter()
     to_rerank = judgements.lists_as_ranked(first_stage.found[:, : chosen[-1]])
-    scores = score_candidates(reranker, to_rerank, reader, **options)
+    scores = PairScorer(reranker, reader, size, show_progress_bar).score_lists(to_rerank)
     scored_s = time.perf_counter() - started
+
     ranked = judgements.lists_as_ranked(first_stage.found)
     times = StageTimes(
         corpus_encoding_s=first_stage.documents_s,
@@ -224,10 +225,10 @@ def evaluate_pipeline(
         search_s=first_stage.search_s / len(ranked),
         pair_scoring_s=scored_s / (len(ranked) * chosen[-1]),
     )
-    return PipelineReport(tuple(chosen), ndcg_at_k, num_documents, times, _per_query(ranked, scores, chosen, ndcg_at_k))
+    return PipelineReport(tuple(chosen), k, num_documents, times, _measure_queries(ranked, scores, chosen, k))
 
 
-def _per_query(
+def _measure_queries(
     ranked: Sequence[CandidateList], scores: Sequence[np.ndarray], depths: Sequence[int], k: int
 ) -> dict[str, dict[str, float]]:
     """The metrics of each query by key.
@@ -251,10 +252,10 @@ def _per_query(
     return found
 
 
-def _chosen_depths(depths: Sequence[int] | None, num_documents: int) -> list[int]:
+def _choose_depths(depths: Sequence[int] | None, num_documents: int) -> list[int]:
     if depths is None:
         return [depth for depth in _DEPTHS if depth <= num_documents] or [num_documents]
-    chosen = sorted(set(_require_depths("depths", depths)))
+    chosen = sorted(set(require_wholes("depths", depths)))
     if not chosen:
         raise ConfigError("depths is empty. Give at least one depth, e.g. (10,).")
     if chosen[-1] > num_documents:
@@ -262,18 +263,3 @@ def _chosen_depths(depths: Sequence[int] | None, num_documents: int) -> list[int
             f"depths holds {chosen[-1]}, and the corpus has {num_documents} different documents. Leave that depth out."
         )
     return chosen
-
-
-def _require_depths(name: str, values: Sequence[int]) -> list[int]:
-    wrong = [value for value in values if isinstance(value, bool) or not isinstance(value, int) or value < 1]
-    if wrong:
-        raise ConfigError(f"{name} holds {wrong[0]!r}. Expected whole numbers of 1 and above.")
-    return list(values)
-
-
-def _table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table whose columns line up in a terminal, too."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]

@@ -2,8 +2,6 @@
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,18 +9,18 @@ import numpy as np
 from sentence_transformers import CrossEncoder
 from sentence_transformers.base.evaluation import BaseEvaluator
 
+from mmtune.arguments import require_whole
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
 from mmtune.data.judgements import CandidateList, Judgements
 from mmtune.data.relevance import Direction
 from mmtune.data.sources import DatasetsLike
 from mmtune.errors import ConfigError
-from mmtune.evaluation.corpus import ndcg
-from mmtune.evaluation.mean import MeanEvaluator, evaluator_of_each
-from mmtune.evaluation.metrics import average_precision, expected_gains, reciprocal_rank
-from mmtune.inference.encoder import Encoder, portions_of
-from mmtune.inference.first_stage import require_retriever, search
-from mmtune.inference.pairs import PairReader, score_candidates
+from mmtune.evaluation.mean import MeanEvaluator, build_for_each
+from mmtune.evaluation.metrics import average_precision, expected_gains, ndcg, reciprocal_rank
+from mmtune.inference.encoder import DatasetReader, Retriever, require_retriever
+from mmtune.inference.reranker import PairScorer
+from mmtune.inference.search import search
 
 
 class RerankingEvaluator(BaseEvaluator):
@@ -36,6 +34,7 @@ class RerankingEvaluator(BaseEvaluator):
     Args:
         lists: The candidates.
         reader: Gives texts and documents by id.
+        direction: What asks.
         at_k: Depth of nDCG and of MRR; MAP is over all candidates, as the host's.
         name: Prefix of the metric keys.
         batch_size: Pairs a forward pass.
@@ -49,8 +48,9 @@ class RerankingEvaluator(BaseEvaluator):
     def __init__(
         self,
         lists: Sequence[CandidateList],
-        reader: PairReader,
+        reader: DatasetReader,
         *,
+        direction: Direction = "text_to_image",
         at_k: int = 10,
         name: str = "vdr-rerank",
         batch_size: int = 16,
@@ -58,6 +58,7 @@ class RerankingEvaluator(BaseEvaluator):
     ) -> None:
         super().__init__()
         self.lists = list(lists)
+        self.direction: Direction = direction
         self.at_k = at_k
         self.name = name
         self.batch_size = batch_size
@@ -75,14 +76,18 @@ class RerankingEvaluator(BaseEvaluator):
             ConfigError: The model is no reranker, or gives a score that is not a number.
             ImageDecodeError: A page is no readable image; the message names the document.
         """
-        options = {"batch_size": self.batch_size, "show_progress_bar": self._shows_progress}
-        scores = score_candidates(model, self.lists, self._reader, **options)
-        values = [self._values(each, part) for each, part in zip(self.lists, scores, strict=True)]
-        ids = [each.asking_id for each in self.lists]
-        self.per_query = {
-            f"{self.name}_{metric}": dict(zip(ids, (each[metric] for each in values), strict=True))
-            for metric in values[0]
-        }
+        scorer = PairScorer(model, self._reader, self.batch_size, self._shows_progress, direction=self.direction)
+        names = f"{self.name}_ndcg@{self.at_k}", f"{self.name}_mrr@{self.at_k}", f"{self.name}_map"
+        self.per_query = {name: {} for name in names}
+        for each, scores in zip(self.lists, scorer.score_lists(self.lists), strict=True):
+            gains = np.array(each.gains)
+            values = (
+                ndcg(expected_gains(scores, gains).tolist(), each.all_gains, self.at_k),
+                reciprocal_rank(scores, gains > 0, self.at_k),
+                average_precision(scores, gains > 0, len(each.all_gains)),
+            )
+            for name, value in zip(names, values, strict=True):
+                self.per_query[name][each.asking_id] = value
         metrics = {key: float(np.mean(list(part.values()))) for key, part in self.per_query.items()}
         self.store_metrics_in_model_card_data(model, metrics, epoch, steps)
         if output_path is not None:
@@ -95,15 +100,7 @@ class RerankingEvaluator(BaseEvaluator):
 
     def get_config_dict(self) -> dict[str, Any]:
         """What the model card says about the evaluation."""
-        return {"at_k": self.at_k, "direction": self._reader.direction}
-
-    def _values(self, candidates: CandidateList, scores: np.ndarray) -> dict[str, float]:
-        gains = np.array(candidates.gains)
-        return {
-            f"ndcg@{self.at_k}": ndcg(expected_gains(scores, gains).tolist(), candidates.all_gains, self.at_k),
-            f"mrr@{self.at_k}": reciprocal_rank(scores, gains > 0, self.at_k),
-            "map": average_precision(scores, gains > 0, len(candidates.all_gains)),
-        }
+        return {"at_k": self.at_k, "direction": self.direction}
 
     def _write_csv(self, folder: Path, metrics: Mapping[str, float], epoch: int, steps: int) -> None:
         """One line a call, as the host's evaluators write."""
@@ -129,7 +126,7 @@ def build_reranking_evaluator(
     name: str = "vdr-rerank",
     batch_size: int = 16,
     documents: DocumentKind = "image",
-    retriever: Encoder | None = None,
+    retriever: Retriever | None = None,
     always_rerank_positives: bool = True,
     at_k: int = 10,
     seed: int = 42,
@@ -169,57 +166,33 @@ def build_reranking_evaluator(
         >>> len(evaluator.lists), len(evaluator.lists[0].candidate_ids), evaluator.primary_metric
         (8, 4, 'vdr-rerank_ndcg@10')
     """
-    _require_whole("num_candidates", num_candidates, at_least=2)
-    _require_whole("at_k", at_k, at_least=1)
-    portions_of((), batch_size)
-    source = _CandidateSource(direction, num_candidates, documents, retriever, always_rerank_positives, seed)
-    options = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
-    build = partial(_evaluator, source=source, at_k=at_k, options=options)
-    return evaluator_of_each(dataset, name, build)
+    count = require_whole("num_candidates", num_candidates, at_least=2)
+    depth = require_whole("at_k", at_k)
+    size = require_whole("batch_size", batch_size)
+    options: dict[str, Any] = {"batch_size": size, "show_progress_bar": show_progress_bar}
+    if retriever is not None:
+        require_retriever(retriever)
+    elif not always_rerank_positives:
+        raise ConfigError(
+            "always_rerank_positives=False without a retriever: the candidates of a dataset always hold what is "
+            "relevant. Pass retriever=, or leave it out."
+        )
 
+    def build(data: RetrievalDataset, own_name: str) -> RerankingEvaluator:
+        reader = DatasetReader(data.corpus, data.queries, documents)
+        judgements = Judgements.of(data.relevance, direction)
+        judgements.require_candidates(count, all_relevant=always_rerank_positives)
+        if retriever is None:
+            lists = judgements.lists(count, seed=seed)
+        else:
+            # Deep enough to stay full when what is relevant is taken out.
+            more = int(judgements.relevant.lengths.max()) if always_rerank_positives else 0
+            wanted = min(count + more, len(judgements.distinct_items))
+            found = search(retriever, judgements, reader, depth=wanted, **options).found
+            if always_rerank_positives:
+                lists = judgements.lists(count, seed=seed, ranked=found)
+            else:
+                lists = judgements.lists_as_ranked(found)
+        return RerankingEvaluator(lists, reader, direction=direction, at_k=depth, name=own_name, **options)
 
-@dataclass(frozen=True)
-class _CandidateSource:
-    """Where candidates come from; the fields are arguments of ``build_reranking_evaluator``."""
-
-    direction: Direction
-    num_candidates: int
-    documents: DocumentKind
-    retriever: Encoder | None
-    always_rerank_positives: bool
-    seed: int
-
-    def __post_init__(self) -> None:
-        if self.retriever is not None:
-            require_retriever(self.retriever)
-        elif not self.always_rerank_positives:
-            raise ConfigError(
-                "always_rerank_positives=False without a retriever: the candidates of a dataset always hold what is "
-                "relevant. Pass retriever=, or leave it out."
-            )
-
-    def lists(self, data: RetrievalDataset, reader: PairReader, options: Mapping[str, Any]) -> list[CandidateList]:
-        """The candidates of a dataset; one encoding where there is a retriever."""
-        judgements = Judgements.of(data.relevance, self.direction)
-        judgements.require_candidates(self.num_candidates, all_relevant=self.always_rerank_positives)
-        if self.retriever is None:
-            return judgements.lists(self.num_candidates, seed=self.seed)
-        # deep enough to stay full when what is relevant is taken out
-        most = int(judgements.relevant.lengths.max()) if self.always_rerank_positives else 0
-        depth = min(self.num_candidates + most, len(judgements.distinct_items))
-        found = search(self.retriever, judgements, reader, depth=depth, **options).found
-        if not self.always_rerank_positives:
-            return judgements.lists_as_ranked(found)
-        return judgements.lists(self.num_candidates, seed=self.seed, ranked=found)
-
-
-def _evaluator(
-    data: RetrievalDataset, name: str, *, source: _CandidateSource, at_k: int, options: Mapping[str, Any]
-) -> RerankingEvaluator:
-    reader = PairReader.of(data, source.documents, source.direction)
-    return RerankingEvaluator(source.lists(data, reader, options), reader, at_k=at_k, name=name, **options)
-
-
-def _require_whole(name: str, value: object, *, at_least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ConfigError(f"{name}={value!r}: expected a whole number of {at_least} or more.")
+    return build_for_each(dataset, name, build)

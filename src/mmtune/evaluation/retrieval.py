@@ -1,25 +1,23 @@
 """The evaluator for training time: a corpus of pages, one encoding, every dimension, graded."""
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
-from sentence_transformers.base import BaseModel
 
-from mmtune.data.arrow import column
+from mmtune.arguments import require_whole, require_wholes
 from mmtune.data.dataset import RetrievalDataset
-from mmtune.data.documents import DocumentKind, DocumentReader
+from mmtune.data.documents import DocumentKind
 from mmtune.data.sources import DatasetsLike
 from mmtune.errors import ConfigError
-from mmtune.evaluation.corpus import CorpusEvaluator, Retriever
+from mmtune.evaluation.corpus import CorpusEvaluator
 from mmtune.evaluation.late_interaction import LateInteractionEvaluator
-from mmtune.evaluation.mean import MeanEvaluator, evaluator_of_each
-from mmtune.inference.encoder import ENOUGH_PIXELS
+from mmtune.evaluation.mean import MeanEvaluator, build_for_each
+from mmtune.inference.encoder import Retriever, join, require_retriever
 
 
-class Embeddings(NamedTuple):
+class EncodedDataset(NamedTuple):
     """Queries and corpus at full size, float, shapes ``(queries, dimension)`` and ``(documents, dimension)``."""
 
     queries: torch.Tensor
@@ -30,10 +28,8 @@ class RetrievalEvaluator(CorpusEvaluator):
     """The evaluator for models that give one vector a document; all dimensions are scored from one encoding.
 
     Args:
-        reader: Gives the documents by id.
-        document_ids: The corpus.
-        text_by_query_id: The queries.
-        score_by_document_id: For each query id its relevant documents with scores of 1 and above.
+        data: What is evaluated on.
+        documents: What a document is made of.
         name: Prefix of the metric keys.
         truncate_dims: Dimensions to score besides the full one.
         truncate_dim: The one dimension that this evaluator scores; ``None`` is the full size.
@@ -47,21 +43,20 @@ class RetrievalEvaluator(CorpusEvaluator):
 
     def __init__(
         self,
-        reader: DocumentReader,
-        document_ids: Sequence[str],
-        text_by_query_id: Mapping[str, str],
-        score_by_document_id: Mapping[str, Mapping[str, int]],
+        data: RetrievalDataset,
+        documents: DocumentKind,
         *,
         name: str = "vdr",
         truncate_dims: Sequence[int] = (),
         truncate_dim: int | None = None,
         **options: Any,
     ) -> None:
-        data = (reader, document_ids, text_by_query_id, score_by_document_id)
         own_name = name if truncate_dim is None else f"{name}-{truncate_dim}d"
-        super().__init__(*data, name=own_name, truncate_dim=truncate_dim, **options)
-        self.truncations = [RetrievalEvaluator(*data, name=name, truncate_dim=dim, **options) for dim in truncate_dims]
-        self._embeddings: Embeddings | None = None
+        super().__init__(data, documents, name=own_name, truncate_dim=truncate_dim, **options)
+        self.truncations = [
+            RetrievalEvaluator(data, documents, name=name, truncate_dim=dim, **options) for dim in truncate_dims
+        ]
+        self._encoded: EncodedDataset | None = None
 
     def __call__(
         self,
@@ -76,49 +71,40 @@ class RetrievalEvaluator(CorpusEvaluator):
 
         Raises:
             ConfigError: A dimension is larger than the model's, or the model gives several vectors a document.
+            DatasetError: The model gives no finite numbers for an item; the message names it.
             ImageDecodeError: A page is no readable image; the message names the document.
         """
-        embedder = self.checked_model(model)
+        embedder = self.require_kind(model)
         require_dimensions([evaluator.truncate_dim for evaluator in self.truncations], embedder)
-        embeddings = self.encode(embedder)
+        encoded = self.encode(embedder)
         metrics: dict[str, float] = {}
         self.per_query = {}
         for evaluator in (self, *self.truncations):
-            metrics |= evaluator._score(embedder, embeddings, output_path, epoch, steps)
+            metrics |= evaluator._score(embedder, encoded, output_path, epoch, steps)
             self.per_query |= evaluator.per_query
         return metrics
 
-    def encode(self, model: SentenceTransformer) -> Embeddings:
+    def encode(self, model: SentenceTransformer) -> EncodedDataset:
         """Queries and documents at full size, each preprocessed once."""
-        queries = self._encode_queries(model)
-        portions = [self._encode_documents(model, documents) for documents in self._documents()]
-        return Embeddings(queries, torch.cat(portions))
-
-    def _encode_queries(self, model: SentenceTransformer) -> torch.Tensor:
-        texts = self._query_inputs()
-        return model.encode_query(texts, batch_size=self.batch_size, show_progress_bar=False, convert_to_tensor=True)
-
-    def _encode_documents(self, model: SentenceTransformer, documents: list[Any]) -> torch.Tensor:
-        return model.encode_document(
-            documents, batch_size=self.batch_size, show_progress_bar=False, convert_to_tensor=True
-        )
+        tensors: Any = self.encode_queries(model), join(self.encode_documents(model))
+        return EncodedDataset(*tensors)
 
     def _score(
-        self, model: SentenceTransformer, embeddings: Embeddings, output_path: str | None, epoch: int, steps: int
+        self, model: SentenceTransformer, encoded: EncodedDataset, output_path: str | None, epoch: int, steps: int
     ) -> dict[str, float]:
         """The host's call on embeddings that are there already, cut to this evaluator's dimension."""
-        self._embeddings = Embeddings(*(part[:, : self.truncate_dim] for part in embeddings))
+        self._encoded = EncodedDataset(*(part[:, : self.truncate_dim] for part in encoded))
         self.per_query = {}
         try:
-            return super().__call__(model, output_path, epoch, steps, corpus_embeddings=self._embeddings.corpus)
+            return super().__call__(model, output_path, epoch, steps, corpus_embeddings=self._encoded.corpus)
         finally:
-            self._embeddings = None
+            self._encoded = None
 
     def embed_inputs(self, model: SentenceTransformer, sentences: Any, *args: Any, **kwargs: Any) -> Any:
         """The embeddings of the queries, for the host's scoring; the documents' are handed to it directly."""
-        if self._embeddings is None:
+        if self._encoded is None:
             return super().embed_inputs(model, sentences, *args, **kwargs)
-        return self._embeddings.queries
+        return self._encoded.queries
 
 
 SingleEvaluator: TypeAlias = RetrievalEvaluator | LateInteractionEvaluator
@@ -171,56 +157,34 @@ def build_evaluator(
         >>> len(evaluator.queries), [part.name for part in evaluator.truncations]
         (8, ['vdr-32d', 'vdr-16d'])
     """
-    dims = sorted(set(_positive("truncate_dims", truncate_dims)), reverse=True)
-    depths = sorted(set(_positive("ndcg_at_k", ndcg_at_k)))
+    dims = sorted(set(require_wholes("truncate_dims", truncate_dims)), reverse=True)
+    depths = sorted(set(require_wholes("ndcg_at_k", ndcg_at_k)))
     if not depths:
         raise ConfigError("ndcg_at_k is empty. Give at least one depth, e.g. (10,).")
-    evaluator_class = _evaluator_class(model, dims)
-    options = {"ndcg_at_k": depths, "batch_size": batch_size, "show_progress_bar": show_progress_bar}
-    if evaluator_class is RetrievalEvaluator:
-        options["truncate_dims"] = dims
-    build = partial(_evaluator, evaluator_class, documents=documents, options=options)
-    return evaluator_of_each(dataset, name, build)
+    size = require_whole("batch_size", batch_size)
+    options: dict[str, Any] = {"ndcg_at_k": depths, "batch_size": size, "show_progress_bar": show_progress_bar}
 
-
-def _evaluator_class(model: Retriever | None, dims: Sequence[int]) -> type[SingleEvaluator]:
-    """The evaluator for this kind of model, after checking that the model can be cut to these dimensions."""
+    if model is not None:
+        require_retriever(model)
     if isinstance(model, MultiVectorEncoder):
         if dims:
             raise ConfigError(
                 f"truncate_dims={list(dims)} with a MultiVectorEncoder: its token embeddings are not trained to be "
                 "truncated. Leave truncate_dims out, or build the model with fewer dimensions."
             )
-        return LateInteractionEvaluator
-    if isinstance(model, BaseModel) and not isinstance(model, SentenceTransformer):
-        raise ConfigError(
-            f"build_evaluator measures what finds documents, and the model is a {type(model).__name__}. Pass a "
-            "SentenceTransformer or a MultiVectorEncoder."
-        )
-    if model is not None:
-        require_dimensions(dims, model)
-    return RetrievalEvaluator
+        evaluator_class: type[SingleEvaluator] = LateInteractionEvaluator
+    else:
+        if model is not None:
+            require_dimensions(dims, model)
+        evaluator_class, options["truncate_dims"] = RetrievalEvaluator, dims
 
+    def build(data: RetrievalDataset, own_name: str) -> SingleEvaluator:
+        # A copy of a relevant page under another id would take its rank, and cost up to half the nDCG.
+        if documents == "image" and data.relevance.num_copies:
+            data = data.deduplicate()
+        return evaluator_class(data, documents, name=own_name, **options)
 
-def _evaluator(
-    evaluator_class: type[SingleEvaluator],
-    data: RetrievalDataset,
-    name: str,
-    *,
-    documents: DocumentKind,
-    options: Mapping[str, Any],
-) -> SingleEvaluator:
-    # A copy of a relevant page under another id would take its rank, and cost up to half the nDCG.
-    if documents == "image" and data.relevance.num_copies:
-        data = data.deduplicate()
-    return evaluator_class(
-        DocumentReader(data.corpus, documents, enough_pixels=ENOUGH_PIXELS),
-        column(data.corpus, "document_id").to_pylist(),
-        dict(zip(data.queries["query_id"][:], data.queries["text"][:], strict=True)),
-        _judgements(data.qrels[:]),
-        name=name,
-        **options,
-    )
+    return build_for_each(dataset, name, build)
 
 
 def require_dimensions(dims: Sequence[int | None], model: SentenceTransformer) -> None:
@@ -236,19 +200,3 @@ def require_dimensions(dims: Sequence[int | None], model: SentenceTransformer) -
             f"The dimension {larger[0]} is larger than the {full} dimensions that the model gives. "
             f"Truncation only shortens: name dimensions of up to {full}."
         )
-
-
-def _judgements(qrels: Mapping[str, list[Any]]) -> dict[str, dict[str, int]]:
-    scores: dict[str, dict[str, int]] = {}
-    for query_id, document_id, score in zip(
-        *(qrels[name] for name in ("query_id", "document_id", "score")), strict=True
-    ):
-        scores.setdefault(query_id, {})[document_id] = score
-    return scores
-
-
-def _positive(name: str, values: Sequence[int]) -> list[int]:
-    wrong = [value for value in values if not isinstance(value, int) or value < 1]
-    if wrong:
-        raise ConfigError(f"{name} holds {wrong[0]!r}. Expected whole numbers of 1 and above.")
-    return list(values)

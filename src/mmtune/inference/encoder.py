@@ -1,51 +1,203 @@
-"""Embeddings of texts and documents a portion at a time, read ahead, and kept in a folder where one is given."""
+"""Embeddings of the texts and documents of a dataset, a portion at a time, decoded while the model works."""
 
-import logging
-import os
-import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar
+from functools import cached_property
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
-import numpy as np
 import torch
-import xxhash
+from datasets import Dataset
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from tqdm.auto import tqdm
 
+from mmtune.data.documents import DocumentKind, DocumentReader, as_host_input, document_columns
+from mmtune.data.identity import document_digests, text_digest
+from mmtune.data.relevance import Direction
 from mmtune.errors import ConfigError, DatasetError
 from mmtune.host import let_read_typed_texts
-from mmtune.inference.store import model_fingerprint
-
-logger = logging.getLogger(__name__)
+from mmtune.inference.store import Embeddings, EmbeddingStore, Pair
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-Encoder: TypeAlias = SentenceTransformer | MultiVectorEncoder
-"""The host's models that embed queries and documents apart."""
+Retriever: TypeAlias = SentenceTransformer | MultiVectorEncoder
+"""What finds documents: one vector for each, or one a token."""
 
-Embeddings: TypeAlias = torch.Tensor | list[torch.Tensor]
-"""float32: ``(items, dimension)``, or for each item ``(tokens, dimension)`` of a ``MultiVectorEncoder``."""
+Task: TypeAlias = Literal["query", "document"]
+"""What an item is to a model, and so its prompt."""
 
-ENOUGH_PIXELS = 8_000_000
+_ENOUGH_PIXELS = 8_000_000
 """What a huge JPEG may be scaled down to: an A4 page at 300 dpi, beyond any encoder's input."""
 
-SHARD_SIZE = 512
-"""Items whose embeddings are held, scored and stored together; a cache serves any batch size."""
+_SHARD_SIZE = 512
+"""Items whose embeddings are held, compared and stored together; a store serves any batch size."""
+
+
+def require_retriever(model: object) -> None:
+    """Make sure that ``model`` embeds queries and documents apart.
+
+    Raises:
+        ConfigError: It is of another kind.
+    """
+    if not isinstance(model, get_args(Retriever)):
+        raise ConfigError(
+            f"Expected a retriever, a SentenceTransformer or a MultiVectorEncoder, got {type(model).__name__}. Load "
+            "one with load_model."
+        )
+
+
+@dataclass(frozen=True)
+class DatasetReader:
+    """What models are given for the texts and documents of a dataset, by id, read when it is asked for.
+
+    Attributes:
+        corpus: A table with ``document_id`` and ``image`` (encoded) and/or ``text``.
+        queries: A table with ``query_id`` and ``text``.
+        kind: What a document is made of.
+
+    Raises:
+        ConfigError: The corpus lacks what ``kind`` asks for.
+    """
+
+    corpus: Dataset
+    queries: Dataset
+    kind: DocumentKind
+
+    def __post_init__(self) -> None:
+        document_columns(self.corpus, self.kind)
+
+    @cached_property
+    def text_by_query_id(self) -> dict[str, str]:
+        """The queries."""
+        return dict(zip(self.queries["query_id"][:], self.queries["text"][:], strict=True))
+
+    @cached_property
+    def documents(self) -> DocumentReader:
+        """Gives the documents by id."""
+        return DocumentReader(self.corpus, self.kind, enough_pixels=_ENOUGH_PIXELS)
+
+    @cached_property
+    def _row_by_document_id(self) -> dict[str, int]:
+        return {document_id: row for row, document_id in enumerate(self.corpus["document_id"][:])}
+
+    def read(self, task: Task, ids: Sequence[str]) -> list[Any]:
+        """What the host's encoders take for each id; documents are decoded."""
+        found = [self.text_by_query_id[each] for each in ids] if task == "query" else self.documents.read(ids)
+        return [as_host_input(each) for each in found]
+
+    def read_pairs(self, pairs: Sequence[Pair], direction: Direction) -> list[list[Any]]:
+        """``[text, document]``, or ``[document, text]`` where pages ask; each document is decoded once."""
+        texts = [self.text_by_query_id[pair.query_id] for pair in pairs]
+        documents = self.documents.read([pair.document_id for pair in pairs])
+        sides = (texts, documents) if direction == "text_to_image" else (documents, texts)
+        return [list(pair) for pair in zip(*sides, strict=True)]
+
+    def digests(self, task: Task, ids: Sequence[str]) -> list[str]:
+        """A digest of the content of each, 32 hexadecimal digits, without decoding."""
+        if task == "query":
+            return [text_digest(self.text_by_query_id[query_id]) for query_id in ids]
+        return document_digests(self.corpus, self.kind, [self._row_by_document_id[each] for each in ids])
+
+    def pair_digests(self, pairs: Sequence[Pair]) -> list[str]:
+        """A digest of the text and the document of each pair."""
+        document_ids = list({pair.document_id: None for pair in pairs})
+        digest_by_id = dict(zip(document_ids, self.digests("document", document_ids), strict=True))
+        texts = self.digests("query", [pair.query_id for pair in pairs])
+        return [
+            text_digest(f"{text} {digest_by_id[pair.document_id]}") for text, pair in zip(texts, pairs, strict=True)
+        ]
+
+
+def encode(
+    model: Retriever,
+    task: Task,
+    ids: Sequence[str],
+    reader: DatasetReader,
+    *,
+    batch_size: int,
+    at_once: int | None = None,
+) -> Iterator[Embeddings]:
+    """The embeddings of texts or documents in their order, a portion at a time, as the model gives them.
+
+    The next portion is read while the model works on the last, and no more than two are held.
+
+    Args:
+        model: The model, with its own prompts for ``task``.
+        task: What the ids name.
+        ids: Query ids or document ids.
+        reader: Gives what is encoded.
+        batch_size: Items a forward pass.
+        at_once: Items a portion; ``None`` is ``batch_size``. The host sorts a portion by length.
+
+    Raises:
+        DatasetError: The model gives no finite numbers for an item; the message names it.
+        ImageDecodeError: A page is no readable image; the message names the document.
+    """
+    if isinstance(model, torch.nn.Module):  # an evaluator also takes what only has the methods of a model
+        let_read_typed_texts(model)
+    options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": False}
+    if not isinstance(model, MultiVectorEncoder):
+        options["convert_to_tensor"] = True
+    embed = model.encode_query if task == "query" else model.encode_document
+    portions = portions_of(ids, at_once or batch_size)
+    for portion, inputs in zip(portions, read_ahead(lambda each: reader.read(task, each), portions), strict=True):
+        embeddings: Any = embed(inputs, **options)
+        finite = torch.stack([torch.isfinite(item).all() for item in embeddings]).tolist()
+        if not all(finite):
+            raise DatasetError(
+                f"The model gives numbers that are not finite for the {task} {portion[finite.index(False)]!r}. Load it "
+                'in another precision (dtype="float32"), or look at that item.'
+            )
+        yield embeddings
+
+
+def encode_shards(
+    model: Retriever,
+    task: Task,
+    ids: Sequence[str],
+    reader: DatasetReader,
+    *,
+    batch_size: int,
+    show_progress_bar: bool,
+    store: EmbeddingStore | None = None,
+) -> Iterator[Embeddings]:
+    """What ``encode`` gives, as float32 and 512 items at a time; kept in ``store`` when made, and looked up there."""
+    name = "queries" if task == "query" else "documents"
+    with tqdm(total=len(ids), desc=f"Encoding {name}", disable=not show_progress_bar, leave=False) as bar:
+        for shard in portions_of(ids, _SHARD_SIZE):
+            key = "" if store is None else f"{task}-{text_digest(''.join(reader.digests(task, shard)))}"
+            stored = None if store is None else store.load(key)
+            if stored is not None:
+                bar.update(len(shard))
+                yield _as_float32(stored, model.device)
+                continue
+            parts = []
+            for part in encode(model, task, shard, reader, batch_size=batch_size):
+                parts.append(_as_float32(part, model.device))
+                bar.update(len(part))
+            embeddings = join(parts)
+            if store is not None:
+                store.save(key, embeddings)
+            yield embeddings
+
+
+def _as_float32(embeddings: Embeddings, device: torch.device) -> Embeddings:
+    if isinstance(embeddings, torch.Tensor):
+        return embeddings.to(device, torch.float32)
+    return [item.to(device, torch.float32) for item in embeddings]
+
+
+def join(parts: Iterable[Embeddings]) -> Embeddings:
+    """The embeddings of several portions as those of one."""
+    held = list(parts)
+    tensors = [part for part in held if isinstance(part, torch.Tensor)]
+    return torch.cat(tensors) if tensors else [item for part in held for item in part]
 
 
 def portions_of(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
-    """``items`` in their order, ``size`` at a time; the last portion may be smaller.
-
-    Raises:
-        ConfigError: ``size``, which is a ``batch_size``, is no positive whole number.
-    """
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ConfigError(f"batch_size={size!r}: expected a whole number of 1 or more.")
+    """``items`` in their order, ``size`` at a time; the last portion may be smaller."""
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
@@ -66,131 +218,3 @@ def read_ahead(read: Callable[[Item], Result], portions: Iterable[Item]) -> Iter
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-
-
-class EmbeddingCache:
-    """Embeddings of one model in a folder, by the content of what was embedded.
-
-    Files are written as they are made and whole, so that an interrupted run goes on where it was. A changed model has
-    a folder of its own; a changed item changes the key of its shard, and the shards beside it stay.
-
-    Args:
-        folder: The folder; it may serve several models.
-        model: The model; see ``model_fingerprint``.
-    """
-
-    def __init__(self, folder: str | os.PathLike[str], model: Encoder) -> None:
-        self._folder = Path(folder) / f"embeddings-{model_fingerprint(model)}"
-
-    def load(self, key: str) -> Embeddings | None:
-        """The embeddings under a key, on the CPU; ``None`` where there are none."""
-        path = self._path(key)
-        if not path.is_file():
-            return None
-        try:
-            # Opened here: np.load leaves a file that it can't read open (numpy 2.4).
-            with path.open("rb") as file, np.load(file) as stored:
-                values, lengths = torch.from_numpy(stored["values"]), stored["lengths"]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            logger.warning("The embeddings in %s can't be read (%s) and are made again.", path, error)
-            return None
-        return list(values.split(lengths.tolist())) if len(lengths) else values
-
-    def save(self, key: str, embeddings: Embeddings) -> None:
-        """Store embeddings under a key."""
-        is_list = isinstance(embeddings, list)
-        values = (torch.cat(embeddings) if is_list else embeddings).cpu().numpy()
-        lengths = np.array([len(item) for item in embeddings] if is_list else [], dtype=np.int64)
-        path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Under its name only when it is whole; two processes may write the same.
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        with partial.open("wb") as file:
-            np.savez(file, values=values, lengths=lengths)
-        partial.replace(path)
-
-    def _path(self, key: str) -> Path:
-        return self._folder / f"{key}.npz"
-
-
-@dataclass(frozen=True)
-class EncodingTask:
-    """What is to be encoded, and how it is read.
-
-    Attributes:
-        task: Whether queries or documents; each has its own prompt.
-        items: A name for each item, such as its id; errors give it.
-        read: What the host is given for some of the names, e.g. decoded pages.
-        digests: For some rows of ``items`` the digests of their content; asked for where there is a cache.
-    """
-
-    task: Literal["query", "document"]
-    items: Sequence[str]
-    read: Callable[[Sequence[str]], list[Any]]
-    digests: Callable[[Sequence[int]], list[str]]
-
-
-def encoded_shards(
-    model: Encoder, task: EncodingTask, *, batch_size: int, cache: EmbeddingCache | None, show_progress_bar: bool
-) -> Iterator[Embeddings]:
-    """The embeddings of all items in their order, ``SHARD_SIZE`` at a time, on the model's device.
-
-    Raises:
-        ConfigError: ``batch_size`` is no positive whole number.
-        DatasetError: The model gives no finite numbers for an item; the message names it.
-    """
-    portions_of((), batch_size)  # so that a wrong size is found where everything is cached, too
-    let_read_typed_texts(model)
-    name = "queries" if task.task == "query" else "documents"
-    with tqdm(total=len(task.items), desc=f"Encoding {name}", disable=not show_progress_bar, leave=False) as bar:
-        for rows in portions_of(range(len(task.items)), SHARD_SIZE):
-            key = "" if cache is None else f"{task.task}-{_key(task.digests(rows))}"
-            embeddings = cache.load(key) if cache is not None else None
-            if embeddings is None:
-                embeddings = _encoded(model, task, rows, batch_size, bar)
-                if cache is not None:
-                    cache.save(key, embeddings)
-            else:
-                bar.update(len(rows))
-            yield _to(embeddings, model.device)
-
-
-def _encoded(model: Encoder, task: EncodingTask, rows: Sequence[int], batch_size: int, bar: tqdm) -> Embeddings:
-    parts: list[Embeddings] = []
-    names = [task.items[row] for row in rows]
-    portions = portions_of(names, batch_size)
-    for portion, inputs in zip(portions, read_ahead(task.read, portions), strict=True):
-        parts.append(_embed(model, task.task, inputs, batch_size))
-        _require_finite(parts[-1], portion, task.task)
-        bar.update(len(portion))
-    return joined(parts)
-
-
-def joined(parts: Sequence[Embeddings]) -> Embeddings:
-    """The embeddings of several portions as those of one."""
-    tensors = [part for part in parts if isinstance(part, torch.Tensor)]
-    return torch.cat(tensors) if tensors else [item for part in parts for item in part]
-
-
-def _embed(model: Encoder, task: Literal["query", "document"], inputs: list[Any], batch_size: int) -> Embeddings:
-    encode = model.encode_query if task == "query" else model.encode_document
-    if isinstance(model, MultiVectorEncoder):
-        return [item.float() for item in encode(inputs, batch_size=batch_size, show_progress_bar=False)]
-    return encode(inputs, batch_size=batch_size, show_progress_bar=False, convert_to_tensor=True).float()
-
-
-def _require_finite(embeddings: Embeddings, names: Sequence[str], task: str) -> None:
-    wrong = [name for name, item in zip(names, embeddings, strict=True) if not torch.isfinite(item).all()]
-    if wrong:
-        raise DatasetError(
-            f"The model gives numbers that are not finite for the {task} {wrong[0]!r}. Load it in another precision "
-            '(dtype="float32"), or look at that item.'
-        )
-
-
-def _to(embeddings: Embeddings, device: torch.device) -> Embeddings:
-    return embeddings.to(device) if isinstance(embeddings, torch.Tensor) else [item.to(device) for item in embeddings]
-
-
-def _key(digests: Sequence[str]) -> str:
-    return xxhash.xxh3_128_hexdigest("".join(digests).encode())

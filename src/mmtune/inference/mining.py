@@ -1,36 +1,27 @@
 """Hard negatives from what a retriever confuses: encode once, rank by id, keep what is safely not relevant."""
 
 import logging
-import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
+from sentence_transformers import CrossEncoder
 
+from mmtune.arguments import require_number, require_whole
 from mmtune.data.arrow import IntLists, lists, table_dataset
 from mmtune.data.dataset import RetrievalDataset
-from mmtune.data.documents import DocumentKind, DocumentReader, as_host_input, document_columns
-from mmtune.data.identity import document_digests, text_digest
+from mmtune.data.documents import DocumentKind
 from mmtune.data.relevance import Relevance
 from mmtune.data.sources import DatasetLike, as_retrieval_dataset
 from mmtune.errors import ConfigError
-from mmtune.inference.encoder import (
-    ENOUGH_PIXELS,
-    EmbeddingCache,
-    Encoder,
-    EncodingTask,
-    encoded_shards,
-    joined,
-    portions_of,
-)
+from mmtune.inference.encoder import DatasetReader, Retriever, encode_shards, join, require_retriever
 from mmtune.inference.reranker import PairScorer, require_reranker
-from mmtune.inference.search import NearestDocuments
-from mmtune.inference.store import model_fingerprint
-from mmtune.inference.teacher import Pair, ScoreStore, pair_contents, scored
+from mmtune.inference.search import find_nearest
+from mmtune.inference.store import EmbeddingStore, Pair, ScoreStore, model_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +55,11 @@ class MiningRule:
     max_score: float | None = None
 
     def __post_init__(self) -> None:
-        _require_whole("num_negatives", self.num_negatives, at_least=1)
-        _require_whole("range_min", self.range_min, at_least=0)
+        require_whole("num_negatives", self.num_negatives)
+        require_whole("range_min", self.range_min, at_least=0)
         for name in ("relative_margin", "absolute_margin", "max_score"):
-            _require_number(name, getattr(self, name))
+            if getattr(self, name) is not None:
+                require_number(name, getattr(self, name))
         if self.relative_margin is not None and not 0 <= self.relative_margin < 1:
             raise ConfigError(
                 f"relative_margin={self.relative_margin!r} is no share of a score: expected 0 or more and below 1. "
@@ -75,7 +67,7 @@ class MiningRule:
             )
         if self.range_max is None:
             return
-        _require_whole("range_max", self.range_max, at_least=1)
+        require_whole("range_max", self.range_max)
         if self.range_max - self.range_min < self.num_negatives:
             raise ConfigError(
                 f"range_min={self.range_min} and range_max={self.range_max} leave room for "
@@ -118,43 +110,58 @@ class MiningRule:
 
 
 @dataclass(frozen=True)
-class RankedPages:
-    """What is mined from: distinct texts by distinct pages, both as numbers.
+class Ranking:
+    """What is mined from: the pages that rank highest for each distinct text, both as numbers.
 
     Attributes:
-        texts: The distinct query texts.
-        pages: The positions in the corpus of the distinct pages, the first of each.
-        relevant: For each text the pages that are relevant to it, as places in ``pages``.
-        candidates: For each text the pages that rank highest, best first, as places in ``pages``.
-        is_relevant: Which of these are relevant to the text, of the same shape.
-        scores: Their scores, of the same shape.
+        query_ids: Of each text the first query that has it.
+        document_ids: Of each page the first document that is it.
+        relevant: For each text the pages that are relevant to it.
         relevant_scores: The score of each of ``relevant.values``.
+        candidates: For each text the pages that rank highest, best first, int64, shape ``(texts, depth)``.
+        scores: Their scores, of the same shape.
+        is_relevant: Which of them are relevant to the text, of the same shape.
     """
 
-    texts: list[str]
-    pages: np.ndarray
+    query_ids: list[str]
+    document_ids: list[str]
     relevant: IntLists
-    candidates: np.ndarray
-    is_relevant: np.ndarray
-    scores: np.ndarray
     relevant_scores: np.ndarray
+    candidates: np.ndarray
+    scores: np.ndarray
+    is_relevant: np.ndarray
 
-    def negatives(self, rule: MiningRule) -> IntLists:
-        """For each text its negatives, hardest first, as places in ``pages``."""
+    def choose_negatives(self, rule: MiningRule) -> IntLists:
+        """For each text its negatives as pages, hardest first."""
         lowest = np.minimum.reduceat(self.relevant_scores, self.relevant.offsets[:-1])
         usable = ~self.is_relevant & rule.keeps(self.scores, lowest)
         order = np.argsort(np.where(usable, -self.scores, np.inf), axis=1, kind="stable")
         order = order[:, rule.range_min : rule.last_rank(int(self.relevant.lengths.max()))][:, : rule.num_negatives]
-        taken = np.take_along_axis(usable, order, axis=1)
-        rows, columns = np.nonzero(taken)
-        return IntLists.grouped(
-            rows, np.take_along_axis(self.candidates, order, axis=1)[rows, columns], len(self.texts)
-        )
+        rows, columns = np.nonzero(np.take_along_axis(usable, order, axis=1))
+        pages = np.take_along_axis(self.candidates, order, axis=1)[rows, columns]
+        return IntLists.grouped(rows, pages, len(self.query_ids))
+
+    def rescore(self, scorer: PairScorer, store: ScoreStore | None) -> "Ranking":
+        """The same candidates with the scores of a reranker; what is relevant is scored apart from them."""
+        candidates = np.nonzero(~self.is_relevant)
+        texts = np.r_[candidates[0], self.relevant.rows]
+        pages = np.r_[self.candidates[candidates], self.relevant.values]
+        order = np.argsort(texts, kind="stable")
+        pairs = [
+            Pair(self.query_ids[text], self.document_ids[page])
+            for text, page in zip(texts[order].tolist(), pages[order].tolist(), strict=True)
+        ]
+        contents = scorer.reader.pair_digests(pairs) if store is not None else None
+        found = np.empty(len(pairs))
+        found[order] = scorer.score_pairs(pairs, contents, store)
+        scores = np.full(self.scores.shape, -np.inf)
+        scores[candidates], relevant_scores = np.split(found, [len(candidates[0])])
+        return replace(self, scores=scores, relevant_scores=relevant_scores)
 
 
 def mine_hard_negatives(
     dataset: DatasetLike,
-    model: Encoder,
+    model: Retriever,
     *,
     num_negatives: int = 4,
     relative_margin: float | None = 0.05,
@@ -215,101 +222,45 @@ def mine_hard_negatives(
         ['query_id', 'document_ids']
     """
     rule = MiningRule(num_negatives, relative_margin, absolute_margin, range_min, range_max, max_score)
-    _require_models(model, reranker)
-    portions_of((), batch_size)
-    data = as_retrieval_dataset(dataset)
-    run = MiningRun(data, documents, batch_size, cache_folder, show_progress_bar)
-    ranked = run.ranked(model, rule)
+    require_retriever(model)
     if reranker is not None:
-        ranked = run.rescored(ranked, reranker)
-    mined = ranked.negatives(rule).take(data.relevance.text)
-    _report_short(mined.lengths, data.relevance, rule)
-    return _with_negatives(data, IntLists(mined.offsets, ranked.pages[mined.values]))
+        require_reranker(reranker)
+    size = require_whole("batch_size", batch_size)
+    data = as_retrieval_dataset(dataset)
+    reader = DatasetReader(data.corpus, data.queries, documents)
 
+    # Each distinct text and each distinct page once, by the first query and the first document that have it.
+    relevance = data.relevance
+    queries = np.unique(relevance.text, return_index=True)[1]
+    pages = np.flatnonzero(relevance.page == np.arange(len(relevance.page)))
+    query_ids = relevance.query_ids.take(pa.array(queries)).to_pylist()
+    document_ids = relevance.document_ids.take(pa.array(pages)).to_pylist()
+    relevant = _relevant_pages(relevance, pages)
 
-@dataclass(frozen=True)
-class MiningRun:
-    """How the documents of one call are read, encoded and kept.
+    store = None if cache_folder is None else EmbeddingStore(cache_folder, model)
+    options: dict[str, Any] = {"batch_size": size, "show_progress_bar": show_progress_bar, "store": store}
+    texts = join(encode_shards(model, "query", query_ids, reader, **options))
+    shards = encode_shards(model, "document", document_ids, reader, **options)
+    most_relevant = int(relevant.lengths.max())
+    # As deep as the rule looks, and so much more as relevant documents may stand in the way.
+    depth = rule.last_rank(most_relevant) + most_relevant
+    nearest = find_nearest(model.similarity, texts, shards, depth=depth, relevant=relevant)
+    is_relevant = relevance.is_relevant(np.broadcast_to(queries[:, None], nearest.items.shape), pages[nearest.items])
+    ranking = Ranking(
+        query_ids, document_ids, relevant, nearest.relevant_scores, nearest.items, nearest.scores, is_relevant
+    )
 
-    Attributes:
-        data: The dataset.
-        documents: What a document is made of.
-        batch_size: Items a forward pass.
-        cache_folder: Where embeddings and scores are kept; ``None`` keeps none.
-        show_progress_bar: Whether to show bars.
-    """
+    if reranker is not None:
+        scorer = PairScorer(reranker, reader, size, show_progress_bar, activation=_Probability())
+        scores = None
+        if cache_folder is not None:
+            teacher = f"{model_fingerprint(reranker)}-{documents}-probability"
+            scores = ScoreStore(Path(cache_folder) / f"scores-{teacher}", teacher)
+        ranking = ranking.rescore(scorer, scores)
 
-    data: RetrievalDataset
-    documents: DocumentKind
-    batch_size: int
-    cache_folder: str | os.PathLike[str] | None
-    show_progress_bar: bool
-
-    def __post_init__(self) -> None:
-        document_columns(self.data.corpus, self.documents)
-
-    @property
-    def reader(self) -> DocumentReader:
-        """What reads the documents by id."""
-        return DocumentReader(self.data.corpus, self.documents, enough_pixels=ENOUGH_PIXELS)
-
-    def ranked(self, model: Encoder, rule: MiningRule) -> RankedPages:
-        """The pages that the model ranks highest for each text, as deep as the rule looks."""
-        relevance = self.data.relevance
-        pages = np.flatnonzero(relevance.page == np.arange(len(relevance.page)))
-        rows = np.unique(relevance.text, return_index=True)[1]
-        texts = relevance.query_texts.take(pa.array(rows)).to_pylist()
-        relevant = _relevant_pages(relevance, pages)
-        most_relevant = int(relevant.lengths.max())
-        nearest = NearestDocuments(relevant, rule.last_rank(most_relevant) + most_relevant)
-        cache = None if self.cache_folder is None else EmbeddingCache(self.cache_folder, model)
-        options = {"batch_size": self.batch_size, "cache": cache, "show_progress_bar": self.show_progress_bar}
-        queries = joined(list(encoded_shards(model, _texts_to_encode(texts), **options)))
-        nearest.find(model, queries, encoded_shards(model, self._pages_to_encode(pages), **options))
-        is_relevant = relevance.is_relevant(
-            np.broadcast_to(rows[:, None], nearest.documents.shape), pages[nearest.documents]
-        )
-        found = nearest.documents, is_relevant, nearest.scores, nearest.relevant_scores
-        return RankedPages(texts, pages, relevant, *found)
-
-    def rescored(self, ranked: RankedPages, reranker: CrossEncoder) -> RankedPages:
-        """The same candidates with a reranker's scores, as probabilities."""
-        candidates = np.nonzero(~ranked.is_relevant)
-        texts = np.r_[candidates[0], ranked.relevant.rows]
-        pages = np.r_[ranked.candidates[candidates], ranked.relevant.values]
-        order = np.argsort(texts, kind="stable")
-        scores = np.empty(len(texts))
-        scores[order] = self._scores(reranker, ranked, texts[order], pages[order])
-        new = np.full(ranked.scores.shape, -np.inf)
-        new[candidates] = scores[: len(candidates[0])]
-        return replace(ranked, scores=new, relevant_scores=scores[len(candidates[0]) :])
-
-    def _scores(self, reranker: CrossEncoder, ranked: RankedPages, texts: np.ndarray, pages: np.ndarray) -> np.ndarray:
-        relevance, store = self.data.relevance, None
-        rows = ranked.pages[pages]
-        words = [ranked.texts[text] for text in texts]
-        contents = [f"{text} {page}" for text, page in zip(texts, pages, strict=True)]
-        if self.cache_folder is not None:
-            teacher = f"{model_fingerprint(reranker)}-{self.documents}-probability"
-            store = ScoreStore(Path(self.cache_folder) / f"scores-{teacher}", teacher)
-            needed, which = np.unique(rows, return_inverse=True)
-            digests = document_digests(self.data.corpus, self.documents, needed.tolist())
-            contents = pair_contents(words, [digests[at] for at in which])
-        query_row = np.unique(relevance.text, return_index=True)[1][texts]
-        query_ids = relevance.query_ids.take(pa.array(query_row)).to_pylist()
-        document_ids = relevance.document_ids.take(pa.array(rows)).to_pylist()
-        pairs = [Pair(*values) for values in zip(query_ids, document_ids, words, contents, strict=True)]
-        scorer = PairScorer(reranker, self.reader, self.batch_size, _Probability())
-        return scored(scorer, pairs, store, show_progress_bar=self.show_progress_bar)
-
-    def _pages_to_encode(self, pages: np.ndarray) -> EncodingTask:
-        reader = self.reader
-        return EncodingTask(
-            "document",
-            self.data.relevance.document_ids.take(pa.array(pages)).to_pylist(),
-            lambda ids: [as_host_input(document) for document in reader.read(ids)],
-            lambda rows: document_digests(self.data.corpus, self.documents, [int(pages[row]) for row in rows]),
-        )
+    mined = ranking.choose_negatives(rule).take(relevance.text)
+    _warn_of_short_lists(mined.lengths, relevance, rule)
+    return _with_negatives(data, IntLists(mined.offsets, pages[mined.values]))
 
 
 class _Probability(torch.nn.Module):
@@ -318,15 +269,6 @@ class _Probability(torch.nn.Module):
     def forward(self, scores: torch.Tensor) -> torch.Tensor:
         # On the CPU: some accelerators have no double precision.
         return torch.sigmoid(scores.cpu().double())
-
-
-def _texts_to_encode(texts: list[str]) -> EncodingTask:
-    return EncodingTask(
-        "query",
-        texts,
-        lambda portion: [as_host_input(text) for text in portion],
-        lambda rows: [text_digest(texts[row]) for row in rows],
-    )
 
 
 def _relevant_pages(relevance: Relevance, pages: np.ndarray) -> IntLists:
@@ -346,7 +288,7 @@ def _with_negatives(data: RetrievalDataset, mined: IntLists) -> RetrievalDataset
     return RetrievalDataset.from_tables(replace(tables, negatives=negatives, notes=notes))
 
 
-def _report_short(lengths: np.ndarray, relevance: Relevance, rule: MiningRule) -> None:
+def _warn_of_short_lists(lengths: np.ndarray, relevance: Relevance, rule: MiningRule) -> None:
     short = np.flatnonzero(lengths < rule.num_negatives)
     if not len(short):
         return
@@ -359,25 +301,3 @@ def _report_short(lengths: np.ndarray, relevance: Relevance, rule: MiningRule) -
         rule.num_negatives,
         examples,
     )
-
-
-def _require_models(model: object, reranker: object) -> None:
-    if not isinstance(model, (SentenceTransformer, MultiVectorEncoder)):
-        raise ConfigError(
-            f"Expected a SentenceTransformer or a MultiVectorEncoder of the host, got {type(model).__name__}. "
-            "Load one with load_model."
-        )
-    if reranker is not None:
-        require_reranker(reranker)
-
-
-def _require_whole(name: str, value: object, *, at_least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < at_least:
-        raise ConfigError(f"{name}={value!r}: expected a whole number of {at_least} or more.")
-
-
-def _require_number(name: str, value: object) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
-        raise ConfigError(f"{name}={value!r}: expected a finite number, or None for no such bound.")

@@ -1,17 +1,22 @@
 """What a reranker scores pairs, the same way wherever they are scored: in evaluation, mining and teaching."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from sentence_transformers import CrossEncoder
+from tqdm.auto import tqdm
 
-from mmtune.data.documents import DocumentReader, as_host_input
+from mmtune.data.documents import as_host_input
+from mmtune.data.judgements import CandidateList
 from mmtune.data.relevance import Direction
 from mmtune.errors import ConfigError
-from mmtune.inference.encoder import portions_of, read_ahead
+from mmtune.inference.encoder import DatasetReader, portions_of, read_ahead
+from mmtune.inference.store import Pair, ScoreStore
+
+_PAIRS_A_FILE = 1024
 
 
 def require_reranker(model: object) -> None:
@@ -31,77 +36,99 @@ def require_reranker(model: object) -> None:
         )
 
 
-def pair_scores(
-    model: CrossEncoder,
-    pairs: Sequence[Sequence[Any]],
-    names: Sequence[tuple[str, str]],
-    *,
-    batch_size: int,
-    direction: Direction = "text_to_image",
-    activation: torch.nn.Module | None = None,
-) -> np.ndarray:
-    """What ``model`` scores each pair, float64 of their number; with its prompt for the direction, if it has one.
+@dataclass(frozen=True)
+class PairScorer:
+    """A reranker over texts and documents that are read as they are scored.
 
-    Args:
-        model: A reranker.
-        pairs: What asks, and what is asked for: texts, images, or both in a dictionary.
-        names: What errors call each pair.
+    Attributes:
+        model: A reranker; its prompt for the direction is used, if it has one.
+        reader: Gives texts and documents by id.
         batch_size: Pairs a forward pass.
-        direction: What asks.
+        show_progress_bar: Whether to show a bar over the pairs.
+        direction: What asks, and stands first in a pair.
         activation: Turns the output of the model into scores. ``None`` takes it as it is: in float32 a sigmoid is
             exactly 1.0 from a logit of 17 on, and a sure model would tie its best candidates.
 
     Raises:
-        ConfigError: A score is not a finite number; the message names the pair.
-    """
-    # Models that know no messages take pairs of bare texts only, which the host never takes for paths of images.
-    typed = model.supports("message")
-    inputs: list[Any] = [[as_host_input(part) if typed else part for part in pair] for pair in pairs]
-    scores = model.predict(
-        inputs,
-        prompt_name=direction if direction in (model.prompts or {}) else None,
-        batch_size=batch_size,
-        show_progress_bar=False,
-        activation_fn=activation or torch.nn.Identity(),
-        convert_to_tensor=True,
-    )
-    values = torch.as_tensor(scores).cpu().double().numpy()
-    wrong = np.flatnonzero(~np.isfinite(values))
-    if len(wrong):
-        query, document = names[int(wrong[0])]
-        raise ConfigError(
-            f"The model scores query {query!r} with document {document!r} as {values[wrong[0]]}. Load it in another "
-            'precision (dtype="float32"), or look at whether its training diverged.'
-        )
-    return values
-
-
-@dataclass(frozen=True)
-class PairScorer:
-    """A reranker over documents that are read as they are scored.
-
-    Attributes:
-        reranker: A host ``CrossEncoder`` with one score a pair.
-        reader: Gives the documents by id.
-        batch_size: Pairs a forward pass.
-        activation: As in ``pair_scores``.
+        ConfigError: The model is no reranker.
     """
 
-    reranker: CrossEncoder
-    reader: DocumentReader
+    model: CrossEncoder
+    reader: DatasetReader
     batch_size: int
+    show_progress_bar: bool
+    direction: Direction = "text_to_image"
     activation: torch.nn.Module | None = None
 
-    def scores(self, pairs: Sequence[tuple[str, str]]) -> Iterator[np.ndarray]:
-        """The scores of (query text, document id) pairs, float64, ``batch_size`` at a time and in order.
+    def __post_init__(self) -> None:
+        require_reranker(self.model)
+
+    def score_pairs(
+        self, pairs: Sequence[Pair], contents: Sequence[str] | None = None, store: ScoreStore | None = None
+    ) -> np.ndarray:
+        """The score of each pair, float64; higher is more relevant.
+
+        Pairs are read page after page, so that a page that stands in many is decoded once or twice, and two batches of
+        pages are held at most.
+
+        Args:
+            pairs: What to score.
+            contents: A digest of the text and the document of each: pairs of equal content are scored once. ``None``
+                scores each pair.
+            store: Where scores are kept as they are made, and looked up before by content; ``None`` keeps none.
 
         Raises:
-            ConfigError: A score is not a finite number.
+            ConfigError: A score is not a finite number; the message names the pair.
+            ImageDecodeError: A page is no readable image; the message names the document.
         """
-        portions = portions_of(pairs, self.batch_size)
-        for portion, inputs in zip(portions, read_ahead(self._read, portions), strict=True):
-            yield pair_scores(self.reranker, inputs, portion, batch_size=self.batch_size, activation=self.activation)
+        keys: Sequence[Any] = range(len(pairs)) if contents is None else contents
+        score_by_key: dict[Any, float] = {} if store is None else dict(store.score_by_content)
+        missing = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in score_by_key}
+        todo = sorted(missing.items(), key=lambda item: item[1].document_id)
+        batches = portions_of(todo, self.batch_size)
+        inputs = read_ahead(lambda batch: self.reader.read_pairs([pair for _, pair in batch], self.direction), batches)
+        unwritten: list[tuple[Any, Pair]] = []
+        with tqdm(total=len(todo), desc="Scoring pairs", disable=not self.show_progress_bar, leave=False) as bar:
+            for batch, ready in zip(batches, inputs, strict=True):
+                scores = self._predict([pair for _, pair in batch], ready)
+                score_by_key.update((key, score) for (key, _), score in zip(batch, scores, strict=True))
+                unwritten += batch
+                if store is not None and len(unwritten) + self.batch_size > _PAIRS_A_FILE:
+                    made = [score_by_key[key] for key, _ in unwritten]
+                    store.add([pair for _, pair in unwritten], [key for key, _ in unwritten], made)
+                    unwritten = []
+                bar.update(len(batch))
+        found = [score_by_key[key] for key in keys]
+        if store is not None:
+            # What is left, and the ids of pairs whose score was known from others of equal content.
+            store.add(pairs, keys, found)
+        return np.array(found, dtype=np.float64)
 
-    def _read(self, pairs: Sequence[tuple[str, str]]) -> list[list[Any]]:
-        documents = self.reader.read([document_id for _, document_id in pairs])
-        return [[text, document] for (text, _), document in zip(pairs, documents, strict=True)]
+    def score_lists(self, lists: Sequence[CandidateList]) -> list[np.ndarray]:
+        """What ``score_pairs`` gives to each candidate of each list."""
+        asks = [(each.asking_id, candidate) for each in lists for candidate in each.candidate_ids]
+        texts_ask = self.direction == "text_to_image"
+        scores = self.score_pairs([Pair(*(ids if texts_ask else ids[::-1])) for ids in asks])
+        return np.split(scores, np.cumsum([len(each.candidate_ids) for each in lists])[:-1])
+
+    def _predict(self, pairs: Sequence[Pair], inputs: Sequence[Sequence[Any]]) -> list[float]:
+        # Models that know no messages take pairs of bare texts only, which the host never takes for paths of images.
+        typed = self.model.supports("message")
+        given: list[Any] = [[as_host_input(part) if typed else part for part in pair] for pair in inputs]
+        scores = self.model.predict(
+            given,
+            prompt_name=self.direction if self.direction in (self.model.prompts or {}) else None,
+            batch_size=self.batch_size,
+            show_progress_bar=False,
+            activation_fn=self.activation or torch.nn.Identity(),
+            convert_to_tensor=True,
+        )
+        values = torch.as_tensor(scores).cpu().double().numpy()
+        wrong = np.flatnonzero(~np.isfinite(values))
+        if len(wrong):
+            pair = pairs[int(wrong[0])]
+            raise ConfigError(
+                f"The model scores query {pair.query_id!r} with document {pair.document_id!r} as {values[wrong[0]]}. "
+                'Load it in another precision (dtype="float32"), or look at whether its training diverged.'
+            )
+        return values.tolist()

@@ -1,69 +1,80 @@
-"""The documents nearest to each query, found without holding the embeddings of the corpus."""
+"""What a retriever finds: the best items for each that asks, of a corpus in one piece or in many."""
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from mmtune.data.arrow import IntLists
-from mmtune.inference.encoder import Embeddings, Encoder
+from mmtune.data.judgements import Judgements
+from mmtune.inference.encoder import DatasetReader, Retriever, encode_shards, join
+from mmtune.inference.store import Embeddings
 
-_QUERIES_AT_ONCE = 4096
+_TIE_ORDER_SEED = 0  # that of the retrieval evaluators: equal scores stand in the order they give them
 
 
-class NearestDocuments:
-    """The best documents of each query so far, and the scores of those that are relevant to it.
-
-    Args:
-        relevant: For each query the positions of what is relevant to it.
-        depth: Documents to keep a query.
+@dataclass(frozen=True)
+class Nearest:
+    """The best items for each that asks.
 
     Attributes:
-        scores: Of the best documents, float64, shape ``(queries, depth)``, highest first; equal ones by position.
-        documents: Their positions, int64, of the same shape.
+        items: Their positions, int64, shape ``(asking, depth)``, best first; of equal scores the first item.
+        scores: Their scores, float64, of the same shape.
         relevant_scores: The score of each of ``relevant.values``, float64.
     """
 
-    def __init__(self, relevant: IntLists, depth: int) -> None:
-        self.scores = np.empty((len(relevant.lengths), 0))
-        self.documents = np.empty((len(relevant.lengths), 0), dtype=np.int64)
-        self.relevant_scores = np.full(len(relevant.values), np.nan)
-        self._depth = depth
-        self._queries = relevant.rows
-        self._relevant = relevant.values
-        self._by_document = np.argsort(relevant.values, kind="stable")
-        self._seen = 0
+    items: np.ndarray
+    scores: np.ndarray
+    relevant_scores: np.ndarray
 
-    def find(self, model: Encoder, queries: Embeddings, shards: Iterable[Embeddings]) -> None:
-        """Score all shards of the corpus, in their order, with the similarity of the model."""
-        for shard in shards:
-            parts = [
-                self._best(start, model.similarity(queries[start : start + _QUERIES_AT_ONCE], shard))
-                for start in range(0, len(queries), _QUERIES_AT_ONCE)
-            ]
-            self.scores, self.documents = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-            self._seen += len(shard)
 
-    def _best(self, start: int, scores: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """The best of some queries among those so far and those of a shard, as scores and documents."""
-        self._keep_relevant(start, scores)
-        rows = slice(start, start + len(scores))
-        fresh = torch.arange(self._seen, self._seen + scores.shape[1], device=scores.device).expand_as(scores)
-        old_scores = torch.from_numpy(self.scores[rows]).to(scores)
-        old_documents = torch.from_numpy(self.documents[rows]).to(scores.device)
-        everything = torch.cat([old_scores, scores], dim=1)
-        columns = top_columns(everything, min(self._depth, everything.shape[1]))
-        documents = torch.cat([old_documents, fresh], dim=1).gather(1, columns)
-        return everything.gather(1, columns).cpu().double().numpy(), documents.cpu().numpy()
+def find_nearest(
+    similarity: Callable[[Embeddings, Embeddings], torch.Tensor],
+    asking: Embeddings,
+    shards: Iterable[Embeddings],
+    *,
+    depth: int,
+    relevant: IntLists | None = None,
+    at_once: int = 4096,
+) -> Nearest:
+    """The ``depth`` best items for each that asks, without holding more than one shard of them.
 
-    def _keep_relevant(self, start: int, scores: torch.Tensor) -> None:
-        within = (self._seen, self._seen + scores.shape[1])
-        first, last = np.searchsorted(self._relevant, within, sorter=self._by_document)
-        pairs = self._by_document[first:last]
-        pairs = pairs[(self._queries[pairs] >= start) & (self._queries[pairs] < start + len(scores))]
-        rows = torch.from_numpy(self._queries[pairs] - start).to(scores.device)
-        columns = torch.from_numpy(self._relevant[pairs] - self._seen).to(scores.device)
-        self.relevant_scores[pairs] = scores[rows, columns].cpu().double().numpy()
+    Args:
+        similarity: Scores of what asks by items, shape ``(asking, items)``.
+        asking: The embeddings of what asks.
+        shards: The embeddings of the items, in their order.
+        depth: Items to find for each.
+        relevant: For each that asks the items whose scores are wanted besides.
+        at_once: How many that ask are compared with a shard at a time, which bounds the memory.
+    """
+    wanted = relevant or IntLists(np.zeros(len(asking) + 1, dtype=np.int64), np.array([], dtype=np.int64))
+    wanted_rows, relevant_scores = wanted.rows, np.full(len(wanted.values), np.nan)
+    scores, items, seen = np.empty((len(asking), 0)), np.empty((len(asking), 0), dtype=np.int64), 0
+    for shard in shards:
+        parts = []
+        for start in range(0, len(asking), at_once):
+            rows = slice(start, start + at_once)
+            new = similarity(asking[rows], shard)
+
+            of_rows = (wanted_rows >= rows.start) & (wanted_rows < rows.stop)
+            here = np.flatnonzero(of_rows & (wanted.values >= seen) & (wanted.values < seen + len(shard)))
+            places = torch.from_numpy(wanted_rows[here] - start), torch.from_numpy(wanted.values[here] - seen)
+            relevant_scores[here] = new[tuple(part.to(new.device) for part in places)].cpu().double().numpy()
+
+            # What was found before stands first, so that of equal scores the earlier item wins.
+            both = torch.cat([torch.from_numpy(scores[rows]).to(new), new], dim=1)
+            columns = top_columns(both, min(depth, both.shape[1]))
+            parts.append((both.gather(1, columns).cpu().double().numpy(), columns.cpu().numpy()))
+
+        # Columns of old items are turned into these, those of new ones into positions.
+        found_scores, columns = (np.concatenate(part) for part in zip(*parts, strict=True))
+        found, is_old = columns - items.shape[1] + seen, columns < items.shape[1]
+        found[is_old] = items[np.nonzero(is_old)[0], columns[is_old]]
+        scores, items, seen = found_scores, found, seen + len(shard)
+    return Nearest(items, scores, relevant_scores)
 
 
 def top_columns(scores: torch.Tensor, count: int) -> torch.Tensor:
@@ -82,3 +93,59 @@ def top_columns(scores: torch.Tensor, count: int) -> torch.Tensor:
     columns = chosen.nonzero()[:, 1].view(len(scores), count)
     order = scores.gather(1, columns).argsort(dim=1, descending=True, stable=True)
     return columns.gather(1, order)
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a retriever found, and how long it took.
+
+    Attributes:
+        found: For each that asks the best items by position, best first, int64, shape ``(asking, depth)``. Equal
+            scores stand in a random order that is fixed by the corpus, as in ``build_evaluator``.
+        documents_s: Seconds to encode the documents, their decoding included.
+        queries_s: Seconds to encode the query texts.
+        search_s: Seconds to compare and rank.
+    """
+
+    found: np.ndarray
+    documents_s: float
+    queries_s: float
+    search_s: float
+
+
+def search(
+    retriever: Retriever,
+    judgements: Judgements,
+    reader: DatasetReader,
+    *,
+    depth: int,
+    batch_size: int,
+    show_progress_bar: bool,
+) -> Search:
+    """The ``depth`` best items for each that asks, among items of different content.
+
+    Raises:
+        DatasetError: It gives no finite numbers for an item; the message names it.
+    """
+    items = judgements.distinct_items
+    # Equal scores keep this order.
+    items = items[np.argsort(np.random.default_rng(_TIE_ORDER_SEED).permutation(len(items)))]
+    asking_ids, asked_ids = judgements.asking_ids.to_pylist(), judgements.item_ids.take(pa.array(items)).to_pylist()
+    texts_ask = judgements.direction == "text_to_image"
+    text_ids, document_ids = (asking_ids, asked_ids) if texts_ask else (asked_ids, asking_ids)
+    options = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
+
+    started = time.perf_counter()
+    texts = join(encode_shards(retriever, "query", text_ids, reader, **options))
+    texts_done = time.perf_counter()
+    documents = join(encode_shards(retriever, "document", document_ids, reader, **options))
+    encoded = time.perf_counter()
+
+    if texts_ask:
+        nearest = find_nearest(retriever.similarity, texts, [documents], depth=depth, at_once=128)
+    else:
+        # The text stays the query of the similarity: MaxSim is not symmetric.
+        nearest = find_nearest(
+            lambda asking, asked: retriever.similarity(asked, asking).T, documents, [texts], depth=depth, at_once=128
+        )
+    return Search(items[nearest.items], encoded - texts_done, texts_done - started, time.perf_counter() - encoded)

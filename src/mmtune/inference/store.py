@@ -1,16 +1,170 @@
-"""What tells one model, document or text from another by content: keys of everything that is cached."""
+"""What a model gave, kept in a folder by what it was given, and what tells one model from another."""
 
 import json
+import logging
+import os
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import sentence_transformers
 import torch
 import transformers
 import xxhash
 from sentence_transformers.base.modules import Module
 from transformers import PreTrainedModel
+
+from mmtune.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+Embeddings: TypeAlias = torch.Tensor | list[torch.Tensor]
+"""``(items, dimension)``, or for each item ``(tokens, dimension)`` of a ``MultiVectorEncoder``."""
+
+
+class Pair(NamedTuple):
+    """A query and a document, by id."""
+
+    query_id: str
+    document_id: str
+
+
+class EmbeddingStore:
+    """Embeddings of one model in a folder, by the content of what was embedded.
+
+    Files are written as they are made and whole, so that an interrupted run goes on where it was. A changed model has
+    a folder of its own; a changed item changes the key of its shard, and the shards beside it stay.
+
+    Args:
+        folder: The folder; it may serve several models.
+        model: The model; see ``model_fingerprint``.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], model: torch.nn.Module) -> None:
+        self._folder = Path(folder) / f"embeddings-{model_fingerprint(model)}"
+
+    def load(self, key: str) -> Embeddings | None:
+        """The embeddings under a key, on the CPU; ``None`` where there are none."""
+        path = self._folder / f"{key}.npz"
+        if not path.is_file():
+            return None
+        try:
+            # Opened here: np.load leaves a file that it can't read open (numpy 2.4).
+            with path.open("rb") as file, np.load(file) as stored:
+                values, lengths = torch.from_numpy(stored["values"]), stored["lengths"]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            logger.warning("The embeddings in %s can't be read (%s) and are made again.", path, error)
+            return None
+        return list(values.split(lengths.tolist())) if len(lengths) else values
+
+    def save(self, key: str, embeddings: Embeddings) -> None:
+        """Store embeddings under a key."""
+        is_list = isinstance(embeddings, list)
+        values = (torch.cat(embeddings) if is_list else embeddings).cpu().numpy()
+        lengths = np.array([len(item) for item in embeddings] if is_list else [], dtype=np.int64)
+
+        def write(path: Path) -> None:
+            with path.open("wb") as file:
+                np.savez(file, values=values, lengths=lengths)
+
+        self._folder.mkdir(parents=True, exist_ok=True)
+        _write_whole(self._folder / f"{key}.npz", write)
+
+
+_MANIFEST = "mmtune_scores.json"
+_FORMAT_VERSION = 1
+_SCORES = pa.schema(
+    {"query_id": pa.string(), "document_id": pa.string(), "content": pa.string(), "score": pa.float64()}
+)
+
+
+class ScoreStore:
+    """Scores of one reranker in a folder, as parquet files.
+
+    =========  ============  ================================  =======
+    query_id   document_id   content                           score
+    =========  ============  ================================  =======
+    "q1"       "p7"          a digest of the text and of "p7"  3.25
+    =========  ============  ================================  =======
+
+    A score is used again where the content is equal, so an id whose page has changed is scored anew.
+
+    Args:
+        folder: A new folder, or one of the same reranker.
+        teacher: What tells this reranker, and what it reads, from others.
+
+    Attributes:
+        score_by_content: All scores that the folder holds.
+
+    Raises:
+        ConfigError: The folder holds something else.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], teacher: str) -> None:
+        self._folder = Path(folder)
+        manifest = self._folder / _MANIFEST
+        if manifest.is_file():
+            found = json.loads(manifest.read_text())
+            if found["teacher"] != teacher or found["format_version"] != _FORMAT_VERSION:
+                raise ConfigError(
+                    f"{str(self._folder)!r} holds scores of another teacher, or over another kind of documents "
+                    f"({found['teacher']}, this one is {teacher}). Scores of two teachers do not mix: pass another "
+                    "folder."
+                )
+        else:
+            if self._folder.exists() and (not self._folder.is_dir() or any(self._folder.iterdir())):
+                raise ConfigError(f"{str(self._folder)!r} is not empty and holds no scores. Pass a new folder.")
+            self._folder.mkdir(parents=True, exist_ok=True)
+            manifest.write_text(json.dumps({"format_version": _FORMAT_VERSION, "teacher": teacher}, indent=2) + "\n")
+        query_ids, document_ids, contents, scores = (part.to_pylist() for part in read_scores(folder).columns)
+        self.score_by_content: dict[str, float] = dict(zip(contents, scores, strict=True))
+        self._written = set(zip(map(Pair, query_ids, document_ids), contents, strict=True))
+        self._num_files = len(list(self._folder.glob("scores-*.parquet")))
+
+    def add(self, pairs: Sequence[Pair], contents: Sequence[str], scores: Sequence[float]) -> None:
+        """Write a file of the rows that the folder does not have."""
+        rows = zip(pairs, contents, scores, strict=True)
+        new = {(pair, content): score for pair, content, score in rows if (pair, content) not in self._written}
+        if not new:
+            return
+        table = score_table([pair for pair, _ in new], [content for _, content in new], list(new.values()))
+        # With the process in the name, two that write at once do not replace each other's files.
+        path = self._folder / f"scores-{self._num_files:06d}-{os.getpid()}.parquet"
+        _write_whole(path, lambda partial: pq.write_table(table, partial))
+        self._written.update(new)
+        self.score_by_content |= {content: score for (_, content), score in new.items()}
+        self._num_files += 1
+
+
+def read_scores(folder: str | os.PathLike[str]) -> pa.Table:
+    """All rows that a ``ScoreStore`` wrote to a folder, in the order they were written.
+
+    Raises:
+        ConfigError: The folder holds no scores.
+    """
+    if not (Path(folder) / _MANIFEST).is_file():
+        raise ConfigError(f"{str(folder)!r} holds no scores. Pass the folder that was given to score_rows.")
+    files = sorted(Path(folder).glob("scores-*.parquet"))
+    return pa.concat_tables([_SCORES.empty_table(), *(pq.read_table(path, schema=_SCORES) for path in files)])
+
+
+def score_table(pairs: Sequence[Pair], contents: Sequence[str], scores: Sequence[float]) -> pa.Table:
+    """Scores as a table, as a ``ScoreStore`` keeps them."""
+    query_ids, document_ids = [pair.query_id for pair in pairs], [pair.document_id for pair in pairs]
+    return pa.table([query_ids, document_ids, contents, scores], schema=_SCORES)
+
+
+def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    # Under its name only when it is whole; with the process in its name until then, since two may write the same.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    write(partial)
+    partial.replace(path)
+
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _NOT_CONTENT = ("_name_or_path", "transformers_version")
