@@ -3,7 +3,7 @@
 import dataclasses
 import pickle
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,6 @@ def check_training_arguments(
     kind: Kind, args: BaseTrainingArguments | None, given: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The training arguments that were given by name, with NumPy's numbers as Python's.
-
-    Args:
-        kind: The kind of model.
-        args: The host's arguments, if given.
-        given: Training arguments by name.
 
     Raises:
         ConfigError: A name is no training argument of the host, ``args`` are of another class or were given besides,
@@ -54,7 +49,7 @@ def check_training_arguments(
         if name in given:
             checked[name] = require_whole(name, given[name])
     epochs = given.get("num_train_epochs", 1)
-    if require_number("num_train_epochs", epochs, or_else="a positive number") <= 0:
+    if require_number("num_train_epochs", epochs) <= 0:
         raise ConfigError(f"num_train_epochs={epochs!r}: expected a positive number.")
     return checked
 
@@ -62,13 +57,11 @@ def check_training_arguments(
 def check_host_arguments(args: BaseTrainingArguments, *, evaluates: bool, in_batch_negatives: bool) -> None:
     """Make sure that the host's arguments go with the data, before hours of training end in an error.
 
-    Args:
-        args: The host's arguments.
-        evaluates: Whether there is an evaluation set.
-        in_batch_negatives: Whether the loss takes documents of other rows as negatives.
-
     Raises:
         ConfigError: Evaluation without an evaluation set, or a batch sampler that can't be saved with a checkpoint.
+
+    Warns:
+        UserWarning: The sampler knows nothing of relevance, and the loss takes documents of other rows as negatives.
     """
     if args.eval_strategy != "no" and not evaluates:
         raise ConfigError(f"eval_strategy={str(args.eval_strategy)!r} needs an evaluation set. Pass eval_dataset.")
@@ -87,42 +80,6 @@ def check_host_arguments(args: BaseTrainingArguments, *, evaluates: bool, in_bat
             "in-batch negatives. Pass batch_sampler=ConflictFreeBatchSampler to rule that out.",
             stacklevel=5,
         )
-
-
-def check_column_prompts(prompts: object, columns: Sequence[str]) -> None:
-    """Make sure that prompts for finding are for columns that there are.
-
-    Raises:
-        ConfigError: They are neither a text nor a mapping, or for a column that the rows have not.
-    """
-    if prompts is None or isinstance(prompts, str):
-        return
-    if not isinstance(prompts, dict):
-        raise ConfigError(f"prompts={prompts!r}: expected 'model', a text, a mapping of columns to texts, or None.")
-    unknown = [name for name, value in prompts.items() if name not in columns and not isinstance(value, dict)]
-    if unknown:
-        raise ConfigError(f"prompts has a text for {unknown[0]!r}, and the rows have the columns {list(columns)}.")
-
-
-def check_reranking_prompts(prompts: object, names: Sequence[str]) -> None:
-    """Make sure that every prompt is one that the host applies: it reads a pair under one prompt, by training set.
-
-    Args:
-        prompts: Of the host's training arguments.
-        names: The names of the training sets; a single one has the name ``""``.
-
-    Raises:
-        ConfigError: A prompt is no text, or is for something that is no training set.
-    """
-    if prompts is None or isinstance(prompts, str):
-        return
-    named = [name for name in names if name]
-    expected = f"a text, or a mapping of the training sets {named} to texts" if named else "a text"
-    if not isinstance(prompts, dict) or not all(isinstance(prompt, str) for prompt in prompts.values()):
-        raise ConfigError(f"prompts={prompts!r}: expected {expected}.")
-    unknown = [name for name in prompts if name not in named]
-    if unknown:
-        raise ConfigError(f"prompts has a text for {unknown[0]!r}, which is no training set. Expected {expected}.")
 
 
 def check_contrast(batch_size: int, num_negatives: int) -> None:

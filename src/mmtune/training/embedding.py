@@ -20,7 +20,7 @@ from mmtune.evaluation.retrieval import build_evaluator
 from mmtune.models.late_interaction import is_late_interaction
 from mmtune.models.loading import check_checkpoint
 from mmtune.models.lora import LoraChoice
-from mmtune.training.checks import check_column_prompts, check_contrast
+from mmtune.training.checks import check_contrast
 from mmtune.training.inputs import DatasetsLike, Form, TrainingSets, training_sets
 from mmtune.training.losses import Loss, build_loss, choose_dims, in_batch_loss
 from mmtune.training.result import FinetuneResult
@@ -192,11 +192,17 @@ class EmbeddingFinetuning(Finetuning):
         self, train: TrainingSets, evaluation: Mapping[str, RetrievalDataset], args: BaseTrainingArguments
     ) -> None:
         """Make sure that prompts are for columns that there are, and that a batch has something to contrast."""
-        check_column_prompts(args.prompts or self.prompts, train.columns)
+        prompts = args.prompts or self.prompts
+        if prompts is not None and not isinstance(prompts, (str, dict)):
+            raise ConfigError(f"prompts={prompts!r}: expected 'model', a text, a mapping of columns to texts, or None.")
+        for name, prompt in prompts.items() if isinstance(prompts, dict) else ():
+            if name not in train.columns and not isinstance(prompt, dict):
+                raise ConfigError(f"prompts has a text for {name!r}, and the rows have the columns {train.columns}.")
         if args.prompts and self.prompts not in ("model", None, args.prompts):
             warnings.warn(f"prompts={self.prompts!r} is not used: args.prompts is {args.prompts!r}.", stacklevel=5)
         if self.loss is None:
-            check_contrast(min(args.per_device_train_batch_size, train.num_rows), train.num_negatives)
+            most = max(part.view.num_negatives for part in train.by_name.values())
+            check_contrast(min(args.per_device_train_batch_size, train.num_rows), most)
 
     def build_loss(self, model: Retriever, batch_size: int) -> nn.Module | dict[str, nn.Module]:
         """The caller's loss, or one for each dataset, else that of the recipe."""

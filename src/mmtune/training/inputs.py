@@ -25,7 +25,7 @@ from mmtune.training.batches import require_view
 DEFAULT_NEGATIVES = 1
 
 Form = Literal["pairs", "lists", "columns"]
-"""The rows that a loss of rerankers reads."""
+"""The rows that a loss reads: pairs with a label, lists with labels, or a column for each document."""
 
 
 @dataclass(frozen=True)
@@ -69,21 +69,6 @@ class TrainingSets:
         return list(dict.fromkeys(name for part in self.by_name.values() for name in part.view.columns))
 
     @property
-    def direction_by_name(self) -> dict[str, Direction]:
-        """What asks in each set."""
-        return {name: part.view.direction for name, part in self.by_name.items()}
-
-    @property
-    def num_negatives(self) -> int:
-        """Negatives a row of the set that has most."""
-        return max(part.view.num_negatives for part in self.by_name.values())
-
-    @property
-    def fewest_negatives(self) -> int:
-        """Negatives a row of the set that has fewest."""
-        return min(part.view.num_negatives for part in self.by_name.values())
-
-    @property
     def for_host(self) -> Dataset | DatasetDict:
         """What the host's trainer takes as ``train_dataset``."""
         # With prompts and several sets the host changes the transform of the very objects that it is given.
@@ -92,14 +77,7 @@ class TrainingSets:
 
 
 def training_sets(given: DatasetsLike, *, num_negatives: int, documents: DocumentKind, seed: int) -> TrainingSets:
-    """The training data with its rows, every page readable.
-
-    Args:
-        given: A dataset, rows of ``training_rows``, or several of these by name.
-        num_negatives: Hard negatives a row; rows that are given have theirs already.
-        documents: What a document is made of.
-        seed: Of filling up negatives.
-    """
+    """The training data with its rows, every page readable; rows of ``training_rows`` stay as they are given."""
     by_name = {}
     for name, part in datasets_by_name(given).items():
         if isinstance(part, Dataset) and set(ID_COLUMNS) <= set(part.column_names):
@@ -119,16 +97,7 @@ def reranking_sets(
     documents: DocumentKind,
     seed: int,
 ) -> TrainingSets:
-    """The training data of a reranker, every page readable: a set for each dataset and direction.
-
-    Args:
-        given: A dataset, or several by name.
-        directions: What asks.
-        form: What the loss reads: pairs with a label, lists with labels, or a column for each document.
-        num_negatives: Negatives to each relevant pair, or in each list.
-        documents: What a document is made of.
-        seed: Of filling up negatives.
-    """
+    """The training data of a reranker, every page readable: a set for each dataset and direction."""
     options: dict[str, Any] = {"documents": documents, "seed": seed}
     by_name = {}
     for name, part in datasets_by_name(given).items():

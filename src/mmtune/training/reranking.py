@@ -20,7 +20,7 @@ from mmtune.evaluation.reranking import AnyRerankingEvaluator, build_reranking_e
 from mmtune.models.checkpoints import read_encoders
 from mmtune.models.lora import LoraChoice
 from mmtune.models.opening import checked_name, checkpoint_files
-from mmtune.training.checks import check_contrast, check_reranking_prompts
+from mmtune.training.checks import check_contrast
 from mmtune.training.inputs import DatasetsLike, Form, TrainingSets, reranking_sets
 from mmtune.training.losses import Loss, check_negatives, find_form, reranking_loss
 from mmtune.training.result import FinetuneResult
@@ -120,16 +120,8 @@ def finetune_reranker(
 
 
 def _require_reranker(model: object, documents: str) -> None:
-    """Make sure that there is a reranker, or a checkpoint to build one from, before the data are read.
-
-    Args:
-        model: What is to be trained.
-        documents: What a document is made of: a checkpoint for texts alone does for ``"text"``.
-
-    Raises:
-        ConfigError: It is neither, or a checkpoint that can't be loaded.
-    """
-    if isinstance(model, (str, os.PathLike)):
+    """Make sure that there is a reranker, or a checkpoint to build one from, before the data are read."""
+    if isinstance(model, (str, os.PathLike)):  # a checkpoint for texts alone does for documents="text"
         files = checkpoint_files(checked_name(os.fspath(model)), {})
         read_encoders(files, "image" if "image" in str(documents) else "text", model_class=CrossEncoder)
     elif not isinstance(model, CrossEncoder):
@@ -185,12 +177,24 @@ class RerankerFinetuning(Finetuning):
         self, train: TrainingSets, evaluation: Mapping[str, RetrievalDataset], args: BaseTrainingArguments
     ) -> None:
         """Make sure that prompts are for sets that there are, and that there is something to tell apart."""
-        check_reranking_prompts(args.prompts, list(train.by_name))
+        # The host reads a pair under one prompt, by training set.
+        prompts: Any = args.prompts
+        if prompts is not None and not isinstance(prompts, str):
+            named = [name for name in train.by_name if name]
+            expected = f"a text, or a mapping of the training sets {named} to texts" if named else "a text"
+            if not isinstance(prompts, dict) or not all(isinstance(prompt, str) for prompt in prompts.values()):
+                raise ConfigError(f"prompts={prompts!r}: expected {expected}.")
+            unknown = [name for name in prompts if name not in named]
+            if unknown:
+                raise ConfigError(
+                    f"prompts has a text for {unknown[0]!r}, which is no training set. Expected {expected}."
+                )
         if train.form == "columns":
-            check_contrast(args.per_device_train_batch_size, train.fewest_negatives)
+            fewest = min(part.view.num_negatives for part in train.by_name.values())
+            check_contrast(args.per_device_train_batch_size, fewest)
         for data in evaluation.values():
             for direction in self.directions:
-                self._fit_candidates(data, direction)
+                self._fit_candidates(data, direction)  # raises where there is nothing to rank
 
     def build_loss(self, model: CrossEncoder, batch_size: int) -> nn.Module:
         """The caller's loss or that of the recipe."""
@@ -227,7 +231,7 @@ class RerankerFinetuning(Finetuning):
         """
         given: Any = args.prompts
         default = model.prompts.get(model.default_prompt_name or "", "")
-        directions = train.direction_by_name
+        directions = {name: part.view.direction for name, part in train.by_name.items()}
         prompts = {name: model.prompts.get(direction, default) for name, direction in directions.items()}
         if given:
             prompts |= dict.fromkeys(prompts, given) if isinstance(given, str) else given

@@ -82,9 +82,10 @@ class FinetuneResult:
         (self.output_dir / "report.md").write_text(self.report, "utf-8")
 
 
-def describe_data(train: TrainingSets, evaluation: Mapping[str, RetrievalDataset]) -> dict[str, Any]:
-    """The facts of each set, under its name where there are several, as plain values for ``settings``."""
+def describe_data(train: TrainingSets, evaluation: Mapping[str, RetrievalDataset]) -> dict[str, dict[str, Any]]:
+    """The facts of each set as ``data``, what was found in it as ``audit``; under its name where there are several."""
     facts: dict[str, Any] = {}
+    audit: dict[str, int] = {}
     for name, part in train.by_name.items():
         view, prefix = part.view, f"{name}: " if name else ""
         facts |= {
@@ -98,20 +99,11 @@ def describe_data(train: TrainingSets, evaluation: Mapping[str, RetrievalDataset
             f"{prefix}negatives_refused_as_relevant": view.chosen["refused"],
             f"{prefix}byte_identical_copies": part.data.relevance.num_copies,
         }
+        audit |= {f"{prefix}{key}": count for key, count in part.data.audit().counts.items() if count}
     for name, data in evaluation.items():
         prefix = f"{name}: " if name else ""
         facts |= {f"{prefix}evaluation_queries": len(data), f"{prefix}evaluation_documents": len(data.corpus)}
-    return facts
-
-
-def describe_audit(train: TrainingSets) -> dict[str, int]:
-    """The findings of each training set with their counts; empty where nothing was found."""
-    return {
-        f"{name}: {key}" if name else key: count
-        for name, part in train.by_name.items()
-        for key, count in part.data.audit().counts.items()
-        if count
-    }
+    return {"data": facts, "audit": audit}
 
 
 def describe_recipe(trainer: PageTrainer) -> dict[str, Any]:

@@ -39,13 +39,7 @@ from mmtune.training.checks import (
 from mmtune.training.inputs import DatasetsLike, Form, TrainingSets, evaluation_sets, refuse_overlap
 from mmtune.training.losses import Loss
 from mmtune.training.output import check_output_dir, clear_run, resolve_output_dir
-from mmtune.training.result import (
-    FinetuneResult,
-    describe_audit,
-    describe_data,
-    describe_recipe,
-    describe_steps,
-)
+from mmtune.training.result import FinetuneResult, describe_data, describe_recipe, describe_steps
 from mmtune.training.trainers import Kind, PageTrainer
 
 
@@ -158,12 +152,12 @@ def run(call: Finetuning) -> FinetuneResult:
             callbacks=[] if call.args or recipe.follows_own_schedule(given) else [recipe.EvenTenths()],
         )
 
-        own = call.describe(train, evaluator, model, loss)
+        own, found = call.describe(train, evaluator, model, loss), describe_data(train, evaluation)
         settings = {
             "model": start.facts,
-            "data": {**describe_data(train, evaluation), **own["data"], "seed_of_filling": call.seed},
+            "data": {**found["data"], **own["data"], "seed_of_filling": call.seed},
             "training": {**describe_recipe(trainer), **own["training"]},
-            "audit": describe_audit(train),
+            "audit": found["audit"],
         }
         return _train(trainer, evaluator, start, settings, folder, checkpoint, overwrite=call.overwrite)
 
@@ -257,14 +251,6 @@ def ready_model(
     A call that is refused here leaves what was frozen, and what was not, as it was. In the end the parts learn again
     that ``freeze`` kept as they were: it is a choice of one run, not of the model. What lies beside adapters stays
     frozen for as long as these are there.
-
-    Args:
-        model: A model or a checkpoint.
-        kind: What it is.
-        documents: What it must embed, besides texts.
-        freeze: Parts that stay as they are; ``None`` for none.
-        lora: As ``finetune`` takes it.
-        seed: Of the adapters' first weights.
 
     Raises:
         ConfigError: The model does not embed these documents, lacks a part, or nothing is left to train.

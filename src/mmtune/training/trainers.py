@@ -20,20 +20,14 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
 )
 from sentence_transformers.base.data_collator import BaseDataCollator
-from sentence_transformers.base.model_card import BaseModelCardCallback
 from sentence_transformers.base.trainer import BaseTrainer
 from sentence_transformers.base.training_args import BaseTrainingArguments
 from sentence_transformers.cross_encoder.data_collator import CrossEncoderDataCollator
-from sentence_transformers.cross_encoder.model_card import CrossEncoderModelCardCallback
 from sentence_transformers.multi_vector_encoder.data_collator import MultiVectorEncoderDataCollator
 from sentence_transformers.multi_vector_encoder.losses import CachedMultiVectorMultipleNegativesRankingLoss
-from sentence_transformers.multi_vector_encoder.model_card import MultiVectorEncoderModelCardCallback
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
-from sentence_transformers.sentence_transformer.model_card import (
-    SentenceTransformerModelCardCallback,
-    SentenceTransformerModelCardData,
-)
+from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -57,31 +51,6 @@ from mmtune.models.rerankers import build_reranker
 # Callbacks
 
 
-class CardWithoutRows(BaseModelCardCallback):
-    """A host's model card without examples and statistics of the rows.
-
-    The host decodes 100 rows a column for them, twice, and copies pages into ``assets/`` of every checkpoint, from
-    where a push to the Hub would publish them (sentence-transformers 6.2).
-    """
-
-    def on_init_end(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any,
-        trainer: Any,
-        **kwargs: Any,
-    ) -> None:
-        """Fills the card with everything the host fills in, except from the rows."""
-        without_rows = copy.copy(trainer)
-        without_rows.train_dataset = without_rows.eval_dataset = None
-        super().on_init_end(args, state, control, model=model, trainer=without_rows, **kwargs)
-        model.model_card_data.generate_widget_examples = False
-        if isinstance(model.model_card_data, SentenceTransformerModelCardData):
-            model.model_card_data.ir_model = True
-
-
 class ShortLogs(TrainerCallback):
     """Writes one short line for each log, where the host writes all metrics at all dimensions."""
 
@@ -101,11 +70,8 @@ class ShortLogs(TrainerCallback):
             tqdm.write(f"step {state.global_step}/{state.max_steps}  {'  '.join(values)}", file=sys.stderr)
 
 
-class ShortProgress(ProgressCallback):
-    """The host's progress bar without its logs."""
-
-    def on_log(self, *args: Any, **kwargs: Any) -> None:
-        """Leaves the logs to ``ShortLogs``."""
+class ShortProgress(ShortLogs, ProgressCallback):
+    """The host's progress bar with short logs."""
 
 
 class EpochOfSampler(TrainerCallback):
@@ -187,9 +153,24 @@ class PageTrainer(ReadsCheckpoints, BaseTrainer):
         # In a notebook the host shows a table of its own, which stays.
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ShortProgress)
-            self.add_callback(ShortLogs)
         elif self.pop_callback(PrinterCallback) is not None:
             self.add_callback(ShortLogs)
+
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """The host's model card with everything that the host fills in, except from the rows.
+
+        The host decodes 100 rows a column for examples and statistics, twice, and copies pages into ``assets/`` of
+        every checkpoint, from where a push to the Hub would publish them (sentence-transformers 6.2).
+        """
+        card = self.model_card_callback_class(default_args_dict)
+        self.add_callback(card)
+        without_rows = copy.copy(self)
+        without_rows.train_dataset = without_rows.eval_dataset = None
+        card.on_init_end(self.args, self.state, self.control, model=self.model, trainer=without_rows)
+        data: Any = self.model.model_card_data
+        data.generate_widget_examples = False
+        if isinstance(data, SentenceTransformerModelCardData):
+            data.ir_model = True
 
     def get_train_dataloader(self) -> DataLoader:
         """The host's data loader; its sampler stays in ``train_sampler``."""
@@ -210,22 +191,13 @@ class EmbeddingCollator(TextsAsTexts, SentenceTransformerDataCollator):
     """For embedding models."""
 
 
-class EmbeddingCard(CardWithoutRows, SentenceTransformerModelCardCallback):
-    """For embedding models."""
-
-
 class EmbeddingTrainer(PageTrainer, SentenceTransformerTrainer):
     """``SentenceTransformerTrainer`` on pages."""
 
     data_collator_class = EmbeddingCollator
-    model_card_callback_class = EmbeddingCard
 
 
 class LateInteractionCollator(TextsAsTexts, MultiVectorEncoderDataCollator):
-    """For models of late interaction."""
-
-
-class LateInteractionCard(CardWithoutRows, MultiVectorEncoderModelCardCallback):
     """For models of late interaction."""
 
 
@@ -233,14 +205,9 @@ class LateInteractionTrainer(PageTrainer, MultiVectorEncoderTrainer):
     """``MultiVectorEncoderTrainer`` on pages."""
 
     data_collator_class = LateInteractionCollator
-    model_card_callback_class = LateInteractionCard
 
 
 class RerankingCollator(TextsAsTexts, CrossEncoderDataCollator):
-    """For rerankers."""
-
-
-class RerankingCard(CardWithoutRows, CrossEncoderModelCardCallback):
     """For rerankers."""
 
 
@@ -248,7 +215,6 @@ class RerankingTrainer(PageTrainer, CrossEncoderTrainer):
     """``CrossEncoderTrainer`` on pages."""
 
     data_collator_class = RerankingCollator
-    model_card_callback_class = RerankingCard
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
