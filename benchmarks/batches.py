@@ -21,7 +21,7 @@ from scans import id_rows, scanned_pages
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 
 from mmtune import ConflictFreeBatchSampler, RetrievalDataset
-from mmtune.report.tables import markdown_table
+from mmtune.report.markdown import markdown_table
 
 MOST_MS_A_ROW = 0.1
 LEAST_USED = 0.99

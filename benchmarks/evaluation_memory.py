@@ -21,7 +21,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
 from mmtune import build_evaluator
-from mmtune.report.tables import markdown_table
+from mmtune.report.markdown import markdown_table
 from mmtune.testing import tiny_clip
 
 MOST_MB_MORE = 400

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from mmtune import RetrievalDataset, build_evaluator, finetune
-from mmtune.report.tables import markdown_table
+from mmtune.report.markdown import markdown_table
 from mmtune.testing import tiny_clip
 
 

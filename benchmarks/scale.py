@@ -18,7 +18,7 @@ from datasets import Dataset, Image, load_from_disk
 from measure import in_fresh_process, machine, peak_mb, report
 
 from mmtune import RetrievalDataset
-from mmtune.report.tables import markdown_table
+from mmtune.report.markdown import markdown_table
 
 MOST_SECONDS = 20
 MOST_MB = 1500

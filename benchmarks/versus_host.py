@@ -30,7 +30,7 @@ from sentence_transformers.sentence_transformer.losses import CachedMultipleNega
 from transformers import Trainer
 
 from mmtune import ConflictFreeBatchSampler, RetrievalDataset, finetune
-from mmtune.report.tables import markdown_table
+from mmtune.report.markdown import markdown_table
 from mmtune.testing import tiny_clip
 
 DIMS = [128, 64]

@@ -32,8 +32,8 @@ from mmtune.models.fresh import fresh_layers
 from mmtune.models.lora import add_lora
 from mmtune.models.parts import describe_training, model_parts
 from mmtune.testing import generated_pages, tiny_siglip, tiny_text_encoder
-from mmtune.training.kinds import kind_of
-from mmtune.training.preparing import ready_model, thawed_afterwards
+from mmtune.training.embedding import kind_of
+from mmtune.training.run import ready_model
 
 QUIET = {"disable_tqdm": True, "learning_rate": 1e-3}
 
@@ -415,27 +415,22 @@ def test_freezing_is_over_with_the_run(clip_path: str, freeze, lora, thawed) -> 
     if lora:
         pytest.importorskip("peft")
     model = SentenceTransformer(clip_path, device="cpu")
-    start = ready_model(model, kind_of(model), documents="image", freeze=freeze, lora=lora, seed=1)
-    trained = set(start.facts["trained_parts"])
-    with thawed_afterwards(start):
-        pass
+    with ready_model(model, kind_of(model), documents="image", freeze=freeze, lora=lora, seed=1) as start:
+        trained = set(start.facts["trained_parts"])
     assert set(describe_training(model)["trained_parts"]) == trained | thawed
 
 
 def test_a_projection_after_adapters_learns_again(qwen3_vl_path: str) -> None:
     pytest.importorskip("peft")
     model = build_late_interaction(qwen3_vl_path, max_pixels=64 * 64, device="cpu")
-    start = ready_model(model, kind_of(model), documents="image", freeze=("projection",), lora=True, seed=1)
-    assert "projection" in start.facts["frozen_parts"]
-    with thawed_afterwards(start):
-        pass
+    with ready_model(model, kind_of(model), documents="image", freeze=("projection",), lora=True, seed=1) as start:
+        assert "projection" in start.facts["frozen_parts"]
     assert describe_training(model)["trained_parts"] == ["language", "projection"]
 
 
 def test_what_a_router_froze_on_purpose_stays_frozen(text_path: str, image_path: str) -> None:
     model = a_router(text_path, image_path, freeze=("image",))
-    start = ready_model(model, kind_of(model), documents="image", freeze=("image", "text"), lora=None, seed=1)
-    with thawed_afterwards(start):
+    with ready_model(model, kind_of(model), documents="image", freeze=("image", "text"), lora=None, seed=1):
         pass
     assert describe_training(model)["frozen_parts"] == ["image"]
 

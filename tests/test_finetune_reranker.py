@@ -40,7 +40,7 @@ from mmtune.models.rerankers import HEADS
 from mmtune.testing import generated_pages, tiny_clip
 from mmtune.training import recipe
 from mmtune.training.batches import ShuffledBatchSampler, StepwiseProportionalBatchSampler
-from mmtune.training.kinds import RERANKING
+from mmtune.training.trainers import RERANKING
 from test_rerankers import TEXTS_ONLY, with_template, without_weights
 
 QUIET = {"disable_tqdm": True, "learning_rate": 1e-3}

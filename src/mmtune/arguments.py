@@ -37,8 +37,14 @@ def require_whole(name: str, value: object, *, at_least: int = 1, or_else: str =
     return int(value)  # type: ignore[call-overload]
 
 
-def require_wholes(name: str, values: object, *, at_least: int = 1) -> list[int]:
+def require_wholes(name: str, values: object, *, at_least: int = 1, or_else: str = "") -> list[int]:
     """``values`` as a list of Python integers, in their order.
+
+    Args:
+        name: Of the argument, for the message.
+        values: What was given.
+        at_least: The smallest value that can be.
+        or_else: What else the argument takes, for the message, e.g. ``"'auto'"``.
 
     Raises:
         ConfigError: It is no series, or holds something that ``require_whole`` refuses.
@@ -48,7 +54,8 @@ def require_wholes(name: str, values: object, *, at_least: int = 1) -> list[int]
         [256, 64]
     """
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise ConfigError(f"{name}={values!r}: expected whole numbers in a list or tuple, e.g. (10,).")
+        expected = " or ".join(filter(None, (or_else, "whole numbers in a list or tuple, e.g. (10,)")))
+        raise ConfigError(f"{name}={values!r}: expected {expected}.")
     given = list(values)
     for value in given:
         if not is_whole(value) or value < at_least:

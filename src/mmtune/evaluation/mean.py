@@ -1,7 +1,7 @@
 """Several evaluators of one kind, and the mean of what they say."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from sentence_transformers.base.evaluation import SequentialEvaluator
@@ -10,6 +10,24 @@ from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.sources import DatasetsLike, as_retrieval_dataset, datasets_by_name
 
 Single = TypeVar("Single")
+
+
+class AnyEvaluator(Protocol):
+    """What every evaluator of this package has, whatever the kind of model that it scores."""
+
+    name: str
+    primary_metric: str | None
+    per_query: dict[str, dict[str, float]]
+
+    def __call__(
+        self, model: Any, output_path: str | None = None, epoch: int = -1, steps: int = -1
+    ) -> dict[str, float]:
+        """The metrics of a model; their keys start with the name."""
+        ...
+
+    def metric_name(self, model: Any) -> str:
+        """The key of the metric that says how good a model is."""
+        ...
 
 
 class MeanEvaluator(SequentialEvaluator):
@@ -26,7 +44,7 @@ class MeanEvaluator(SequentialEvaluator):
 
     def __init__(self, evaluators: Sequence[Any], name: str) -> None:
         super().__init__(evaluators)
-        self.parts: list[Any] = list(evaluators)
+        self.parts: list[AnyEvaluator] = list(evaluators)
         self.name = name
         self.per_query: dict[str, dict[str, float]] = {}
         known = self.parts[0].primary_metric

@@ -1,14 +1,79 @@
-"""The Markdown of a run: its report, and its part of the model card."""
+"""Results as a person reads them: tables, the report of a run, and its part of a model card."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from mmtune.report.tables import BeforeAfter, before_after_cells, markdown_table
 
-_HEADER = ("before", "after", "change")
+@dataclass(frozen=True)
+class BeforeAfter:
+    """One row of the table: a metric at one size of the embeddings.
+
+    Attributes:
+        label: ``"full"``, or the dimension such as ``"256"``.
+        before: The metric of the untrained model.
+        after: The metric of the trained one.
+    """
+
+    label: str
+    before: float
+    after: float
+
+    @property
+    def change(self) -> float:
+        """After minus before."""
+        return self.after - self.before
+
+    @property
+    def cells(self) -> list[str]:
+        """The row as text, with four decimals and a signed change."""
+        return [self.label, f"{self.before:.4f}", f"{self.after:.4f}", f"{self.change:+.4f}"]
 
 
-def run_report(title: str, rows: list[BeforeAfter], measure: str, settings: Mapping[str, Any]) -> str:
+def compare_metrics(before: Mapping[str, float], after: Mapping[str, float], primary_metric: str) -> list[BeforeAfter]:
+    """A row per size of the embeddings, full size first, then by falling dimension.
+
+    Where several sets were evaluated, their mean comes first, then each set.
+
+    Args:
+        before: Metrics by key.
+        after: Metrics by key.
+        primary_metric: The key at full size, e.g. ``"vdr_cosine_ndcg@10"`` or ``"vdr-mean_cosine_ndcg@10"``; its
+            truncations are found by name, e.g. ``"vdr-256d_cosine_ndcg@10"``.
+    """
+    name, _, measure = primary_metric.partition("_")
+    pattern = re.compile(rf"([^_]+?)(?:-(\d+)d)?_{re.escape(measure)}")
+    found = [(match.group(1), int(match.group(2) or 0), key) for key in after if (match := pattern.fullmatch(key))]
+    order = list(dict.fromkeys([name, *(part for part, _, _ in found)]))
+    found.sort(key=lambda each: (order.index(each[0]), -(each[1] or float("inf"))))
+    rows = []
+    for part, dim, key in found:
+        own_name = part.removeprefix(f"{name.removesuffix('-mean')}-") if len(order) > 1 else ""
+        # embeddings have sizes, and a similarity in front of their measures; rerankers have neither
+        size = str(dim) if dim else "full" if "_" in measure else ""
+        if key in before:
+            rows.append(BeforeAfter(f"{own_name} {size}".strip() or "all", before[key], after[key]))
+    return rows
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table for a terminal: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = []
+    for first, *others in (header, ["-" * width for width in widths], *rows):
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown: the first column to the left, the others to the right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+
+
+def write_report(title: str, rows: list[BeforeAfter], measure: str, settings: Mapping[str, Any]) -> str:
     """The report of a run in Markdown: what it gained, on which data, and everything that was chosen.
 
     Args:
@@ -17,35 +82,34 @@ def run_report(title: str, rows: list[BeforeAfter], measure: str, settings: Mapp
         measure: What the table shows, e.g. ``"ndcg@10"``.
         settings: By topic, e.g. ``{"data": {...}, "training": {...}}``.
     """
-    parts = [f"# {title}", "## Before and after", _result(rows, measure)]
+    parts = [f"# {title}", "## Before and after", _show_gain(rows, measure)]
     for topic, values in settings.items():
-        cells = [[f"`{name}`", _shown(value)] for name, value in values.items()]
+        cells = [[f"`{name}`", _show(value)] for name, value in values.items()]
         parts += [f"## {topic.capitalize()}", markdown_table(("setting", "value"), cells)]
     return "\n\n".join(parts) + "\n"
 
 
-def with_finetuning_section(
-    card: str, rows: list[BeforeAfter], measure: str, settings: Mapping[str, Mapping[str, Any]]
-) -> str:
+def add_to_card(card: str, rows: list[BeforeAfter], measure: str, settings: Mapping[str, Mapping[str, Any]]) -> str:
     """The host's model card with a section on this finetuning in front of its details."""
     facts = {**settings["model"], **settings["data"], **settings["training"]}
-    lines = [f"- {name.replace('_', ' ')}: {_shown(value)}" for name, value in facts.items()]
-    section = "\n\n".join(["## Finetuning", _result(rows, measure), "\n".join(lines)])
+    lines = [f"- {name.replace('_', ' ')}: {_show(value)}" for name, value in facts.items()]
+    section = "\n\n".join(["## Finetuning", _show_gain(rows, measure), "\n".join(lines)])
     head, details, tail = card.partition("\n## Model Details")
     return f"{head.rstrip()}\n\n{section}\n{details}{tail}"
 
 
-def _result(rows: list[BeforeAfter], measure: str) -> str:
+def _show_gain(rows: list[BeforeAfter], measure: str) -> str:
     if not rows:
         return "No evaluation set was given, so nothing is known about the gain."
     has_sizes = any(row.label.rpartition(" ")[2] == "full" for row in rows)
     by, first = ("dimension of the embeddings", "dimension") if has_sizes else ("what was evaluated", "set")
-    return f"{measure} by {by}:\n\n{markdown_table((first, *_HEADER), before_after_cells(rows))}"
+    table = markdown_table((first, "before", "after", "change"), [row.cells for row in rows])
+    return f"{measure} by {by}:\n\n{table}"
 
 
-def _shown(value: Any) -> str:
+def _show(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_shown(item)}" for key, item in value.items()) or "none"
+        return ", ".join(f"{key}: {_show(item)}" for key, item in value.items()) or "none"
     if isinstance(value, (list, tuple)):
-        return ", ".join(_shown(item) for item in value) or "none"
+        return ", ".join(_show(item) for item in value) or "none"
     return str(value).replace("|", "\\|").replace("\n", " ")

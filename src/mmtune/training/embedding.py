@@ -1,32 +1,31 @@
 """``finetune``: from pages, queries and negatives to a better embedding model, in one call."""
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
+from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.base.training_args import BaseTrainingArguments
+from torch import nn
 
+from mmtune.arguments import require_whole, require_wholes
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
+from mmtune.errors import ConfigError
 from mmtune.evaluation.corpus import Retriever
-from mmtune.evaluation.retrieval import Evaluator, build_evaluator
-from mmtune.models.lora import LoraChoice, check_lora
-from mmtune.training import recipe
-from mmtune.training.checks import (
-    check_arguments,
-    check_contrast,
-    check_host_arguments,
-    check_resumed,
-    warn_of_rounding,
-)
-from mmtune.training.inputs import DatasetsLike, evaluation_sets, paths_of, refuse_overlap, training_sets
-from mmtune.training.kinds import kind_of
-from mmtune.training.losses import Loss, evaluated_dims, loss_for_model, trained_dims
-from mmtune.training.output import check_output_dir, resolve_output_dir
-from mmtune.training.preparing import ready_model, thawed_afterwards
+from mmtune.evaluation.mean import AnyEvaluator
+from mmtune.evaluation.retrieval import build_evaluator
+from mmtune.models.late_interaction import is_late_interaction
+from mmtune.models.loading import check_checkpoint
+from mmtune.models.lora import LoraChoice
+from mmtune.training.checks import check_contrast
+from mmtune.training.inputs import DatasetsLike, Form, TrainingSets, training_sets
+from mmtune.training.losses import Loss, build_loss, choose_dims, in_batch_loss
 from mmtune.training.result import FinetuneResult
-from mmtune.training.running import Place, run
-from mmtune.training.settings import settings
+from mmtune.training.run import Finetuning, run
+from mmtune.training.trainers import EMBEDDING, LATE_INTERACTION, Kind
 
 
 def finetune(
@@ -105,69 +104,159 @@ def finetune(
         >>> sorted(path.name for path in result.output_dir.iterdir() if not path.name.startswith("checkpoint"))
         ['final', 'metrics.json', 'report.md']
     """
-    kind = kind_of(model)
-    check_arguments(
-        kind, args, training_arguments, loss=loss, matryoshka_dims=matryoshka_dims, mini_batch_size=mini_batch_size
-    )
-    check_lora(lora)
-    folder = resolve_output_dir(output_dir, args.output_dir if args else None)
-    train = training_sets(train_dataset, num_negatives=num_negatives, documents=documents, seed=seed)
-    evaluation = evaluation_sets(eval_dataset, documents)
-    if not allow_overlap:
-        refuse_overlap(train, evaluation)
-    inputs = paths_of(model, train_dataset, eval_dataset)
-    place = Place(folder, check_output_dir(folder, overwrite=overwrite, resume=resume, inputs=inputs), overwrite)
-    host_args = args or recipe.training_arguments(
-        kind,
-        train.num_rows,
-        output_dir=str(folder),
-        seed=seed,
-        evaluates=bool(evaluation),
-        **training_arguments,
-    )
-    check_host_arguments(host_args, prompts, train.columns, evaluates=bool(evaluation))
-    if loss is None:
-        check_contrast(min(host_args.per_device_train_batch_size, train.num_rows), train.num_negatives)
-
-    start = ready_model(model, kind, documents=documents, freeze=freeze, lora=lora, seed=seed)
-    with thawed_afterwards(start):
-        model = start.model
-        check_resumed(place.checkpoint, has_adapters=bool(start.facts["lora"]))
-        if args is None:
-            host_args = recipe.with_rates(host_args, kind, model, training_arguments, place.checkpoint)
-        warn_of_rounding(model, host_args.learning_rate)
-        dims = trained_dims(matryoshka_dims, model) if loss is None else ()
-        loss = loss_for_model(loss, model, kind, dims, mini_batch_size, host_args.per_device_train_batch_size)
-        host_args = recipe.for_routes(host_args, model, loss, own=args is not None)
-        dims = evaluated_dims(matryoshka_dims, model, loss)
-        evaluator = _evaluator(evaluation, model, dims, documents, show_progress_bar=not host_args.disable_tqdm)
-        metric = evaluator.metric_name(model) if evaluator else None
-        trainer = kind.trainer_class(
+    return run(
+        EmbeddingFinetuning(
+            kind=kind_of(model),
             model=model,
-            args=recipe.arguments_for_model(host_args, model, prompts, train.columns, metric),
-            train_dataset=train.for_host,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            output_dir=output_dir,
+            num_negatives=num_negatives,
+            matryoshka_dims=matryoshka_dims,
+            mini_batch_size=mini_batch_size,
             loss=loss,
-            evaluator=evaluator,
-            callbacks=recipe.callbacks(args, training_arguments),
+            args=args,
+            prompts=prompts,
+            documents=documents,
+            lora=lora,
+            freeze=freeze,
+            allow_overlap=allow_overlap,
+            overwrite=overwrite,
+            resume=resume,
+            seed=seed,
+            training_arguments=training_arguments,
         )
-        chosen = {"train": train, "evaluation": evaluation, "model": start.facts, "dims": dims, "seed": seed}
-        return run(trainer, evaluator, metric, place=place, settings=lambda: settings(trainer, **chosen))
-
-
-def _evaluator(
-    evaluation: Mapping[str, RetrievalDataset],
-    model: Retriever,
-    dims: Sequence[int],
-    documents: DocumentKind,
-    *,
-    show_progress_bar: bool,
-) -> Evaluator | None:
-    if not evaluation:
-        return None
-    return build_evaluator(
-        evaluation[""] if list(evaluation) == [""] else evaluation,
-        model=model,
-        truncate_dims=[dim for dim in dims if dim != model.get_embedding_dimension()],
-        documents=documents,
-        show_progress_bar=show_progress_bar,
     )
+
+
+def kind_of(model: object) -> Kind:
+    """The kind of a retriever or of its checkpoint, which is checked as far as its small files go.
+
+    Raises:
+        ConfigError: It is neither, a reranker, or a checkpoint that can't be loaded.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        path = os.fspath(model)
+        late = is_late_interaction(path)
+        check_checkpoint(path, model_class=MultiVectorEncoder if late else SentenceTransformer)
+        return LATE_INTERACTION if late else EMBEDDING
+    if isinstance(model, SentenceTransformer):
+        return EMBEDDING
+    if isinstance(model, MultiVectorEncoder):
+        return LATE_INTERACTION
+    if isinstance(model, CrossEncoder):
+        raise ConfigError("finetune trains what finds pages, and got a CrossEncoder. Use finetune_reranker for it.")
+    raise ConfigError(
+        "Expected a SentenceTransformer, a MultiVectorEncoder, a checkpoint's folder or its name, got "
+        f"{type(model).__name__}."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingFinetuning(Finetuning):
+    """A call of ``finetune``."""
+
+    num_negatives: int
+    matryoshka_dims: Literal["auto"] | Sequence[int] | None
+    mini_batch_size: Literal["auto"] | int
+    prompts: dict[str, str] | str | None
+
+    def check_arguments(self) -> None:
+        """Make sure of dimensions and mini-batches."""
+        dims = self.matryoshka_dims
+        if dims not in (None, "auto"):
+            if not require_wholes("matryoshka_dims", dims, or_else="'auto', None"):
+                raise ConfigError("matryoshka_dims is empty. Name a dimension, or pass None for the full size only.")
+            if not self.kind.truncates:
+                raise ConfigError(
+                    f"matryoshka_dims={dims!r}: late interaction has one vector a token, of one "
+                    "size (sentence-transformers 6.2). Leave matryoshka_dims out; build_late_interaction takes the "
+                    "dimension."
+                )
+        if self.mini_batch_size != "auto":
+            require_whole("mini_batch_size", self.mini_batch_size, or_else="'auto'")
+            if self.loss is not None:
+                warnings.warn("mini_batch_size is not used: the loss that was given has its own.", stacklevel=4)
+
+    def form_of(self, loss: Any) -> Form:
+        """A column for the query and for each document, whatever the loss."""
+        return "columns"
+
+    def read_rows(self, form: Form) -> TrainingSets:
+        """A set for each dataset."""
+        return training_sets(
+            self.train_dataset, num_negatives=self.num_negatives, documents=self.documents, seed=self.seed
+        )
+
+    def check_data(
+        self, train: TrainingSets, evaluation: Mapping[str, RetrievalDataset], args: BaseTrainingArguments
+    ) -> None:
+        """Make sure that prompts are for columns that there are, and that a batch has something to contrast."""
+        prompts = args.prompts or self.prompts
+        if prompts is not None and not isinstance(prompts, (str, dict)):
+            raise ConfigError(f"prompts={prompts!r}: expected 'model', a text, a mapping of columns to texts, or None.")
+        for name, prompt in prompts.items() if isinstance(prompts, dict) else ():
+            if name not in train.columns and not isinstance(prompt, dict):
+                raise ConfigError(f"prompts has a text for {name!r}, and the rows have the columns {train.columns}.")
+        if args.prompts and self.prompts not in ("model", None, args.prompts):
+            warnings.warn(f"prompts={self.prompts!r} is not used: args.prompts is {args.prompts!r}.", stacklevel=5)
+        if self.loss is None:
+            most = max(part.view.num_negatives for part in train.by_name.values())
+            check_contrast(min(args.per_device_train_batch_size, train.num_rows), most)
+
+    def build_loss(self, model: Retriever, batch_size: int) -> nn.Module | dict[str, nn.Module]:
+        """The caller's loss, or one for each dataset, else that of the recipe."""
+        if isinstance(self.loss, Mapping):
+            return {name: build_loss(part, model) for name, part in self.loss.items()}
+        if self.loss is not None:
+            return build_loss(self.loss, model)
+        return in_batch_loss(
+            model,
+            self.kind,
+            matryoshka_dims=self.matryoshka_dims,
+            mini_batch_size=self.mini_batch_size,
+            batch_size=batch_size,
+        )
+
+    def build_evaluator(
+        self, evaluation: Mapping[str, RetrievalDataset], model: Retriever, loss: object, args: BaseTrainingArguments
+    ) -> AnyEvaluator:
+        """An evaluator at the full size and at each dimension that is trained or asked for."""
+        return build_evaluator(
+            evaluation[""] if list(evaluation) == [""] else evaluation,
+            model=model,
+            truncate_dims=[dim for dim in self._evaluated_dims(model, loss) if dim != model.get_embedding_dimension()],
+            documents=self.documents,
+            show_progress_bar=not args.disable_tqdm,
+        )
+
+    def settle_prompts(self, model: Retriever, train: TrainingSets, args: BaseTrainingArguments) -> Any:
+        """For each column the prompt that ``encode_query`` and ``encode_document`` will use; without empty ones.
+
+        The host's trainer applies no prompts by itself, and its ``encode`` methods do (sentence-transformers 6.2):
+        training and use would differ.
+        """
+        if args.prompts or self.prompts != "model":
+            return args.prompts or self.prompts
+        default = model.prompts.get(model.default_prompt_name or "", "")
+        query = model.prompts.get("query", default)
+        names = (name for name in ("document", "passage", "corpus") if name in model.prompts)
+        document = model.prompts.get(next(names, ""), default)
+        by_column = {name: query if name == "query" else document for name in train.columns}
+        return {name: prompt for name, prompt in by_column.items() if prompt}
+
+    def describe(
+        self, train: TrainingSets, evaluator: AnyEvaluator | None, model: Retriever, loss: object
+    ) -> dict[str, dict[str, Any]]:
+        """The dimensions."""
+        first = next(iter(loss.values())) if isinstance(loss, Mapping) else loss
+        dims = {
+            "matryoshka_dims": list(getattr(first, "matryoshka_dims", ())),
+            "evaluated_dims": list(self._evaluated_dims(model, loss)),
+        }
+        return {"data": {}, "training": dims}
+
+    def _evaluated_dims(self, model: Retriever, loss: object) -> tuple[int, ...]:
+        """The dimensions that the caller names, else those that the loss trains."""
+        choice = getattr(loss, "matryoshka_dims", None) if self.matryoshka_dims == "auto" else self.matryoshka_dims
+        return choose_dims(choice, model)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from mmtune.errors import ConfigError
@@ -28,14 +29,14 @@ def resolve_output_dir(output_dir: str | os.PathLike[str] | None, args_output_di
     return folder
 
 
-def check_output_dir(folder: Path, *, overwrite: bool, resume: bool, inputs: list[Path]) -> Path | None:
+def check_output_dir(folder: Path, *, overwrite: bool, resume: bool, inputs: Iterable[object]) -> Path | None:
     """Find out whether a run may use the folder; nothing is changed.
 
     Args:
         folder: The folder of the run.
         overwrite: Whether a run that the folder holds may be replaced.
         resume: Whether to go on with it.
-        inputs: Files and folders that the run reads: its checkpoint and data.
+        inputs: The model and the data that the run reads; only those given by path count.
 
     Returns:
         The checkpoint to go on from; ``None`` to start from the beginning.
@@ -47,14 +48,15 @@ def check_output_dir(folder: Path, *, overwrite: bool, resume: bool, inputs: lis
     if overwrite and resume:
         raise ConfigError("overwrite=True deletes the run that resume=True would go on with. Set one of them.")
     if resume:
-        return last_checkpoint(folder)
-    run = run_files(folder)
+        return find_last_checkpoint(folder)
+    run = find_run(folder)
     if run and not overwrite:
         raise ConfigError(
             f"output_dir={str(folder)!r} holds a run already ({', '.join(path.name for path in run[:4])}). "
             "Name another folder, or pass resume=True to go on with that run or overwrite=True to replace it."
         )
-    for path in map(_absolute, inputs):
+    parts = (part for each in inputs for part in (each.values() if isinstance(each, Mapping) else [each]))
+    for path in (_absolute(part) for part in parts if isinstance(part, (str, os.PathLike)) and Path(part).exists()):
         if any(path == part or part in path.parents for part in run):
             raise ConfigError(
                 f"overwrite=True would delete {str(path)!r}, which this run reads. Name another output_dir, or copy "
@@ -63,24 +65,7 @@ def check_output_dir(folder: Path, *, overwrite: bool, resume: bool, inputs: lis
     return None
 
 
-def clear_run(folder: Path) -> None:
-    """Delete the run that the folder holds, and nothing else; for the one process that writes."""
-    for path in [*run_files(folder), *folder.glob(CSV_OF_EVALUATORS)]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def run_files(folder: Path) -> list[Path]:
-    """What a run has left in the folder: checkpoints, the model, metrics and report; empty where there was none."""
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if _checkpoint_step(path) is not None]
-    found += [path for path in [folder / "final"] if (path / "modules.json").is_file()]
-    if _is_ours(folder / "metrics.json"):
-        found += [folder / "metrics.json", *folder.glob("report.md")]
-    return sorted(found)
-
-
-def last_checkpoint(folder: Path) -> Path:
+def find_last_checkpoint(folder: Path) -> Path:
     """The newest checkpoint that is whole.
 
     One without ``trainer_state.json`` was cut off while it was written, and would fail or restart the count of steps.
@@ -88,7 +73,7 @@ def last_checkpoint(folder: Path) -> Path:
     Raises:
         ConfigError: There is none.
     """
-    checkpoints = [path for path in run_files(folder) if _checkpoint_step(path) is not None]
+    checkpoints = [path for path in find_run(folder) if _checkpoint_step(path) is not None]
     whole = [path for path in checkpoints if (path / "trainer_state.json").is_file()]
     if not whole:
         cut_off = f" ({len(checkpoints)} were cut off while they were written)" if checkpoints else ""
@@ -99,6 +84,26 @@ def last_checkpoint(folder: Path) -> Path:
     return max(whole, key=lambda path: _checkpoint_step(path) or 0)
 
 
+def clear_run(folder: Path) -> None:
+    """Delete the run that the folder holds, and nothing else; for the one process that writes."""
+    for path in [*find_run(folder), *folder.glob(CSV_OF_EVALUATORS)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def find_run(folder: Path) -> list[Path]:
+    """What a run has left in the folder: checkpoints, the model, metrics and report; empty where there was none."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _checkpoint_step(path) is not None]
+    found += [path for path in [folder / "final"] if (path / "modules.json").is_file()]
+    metrics = folder / "metrics.json"
+    try:
+        is_ours = {"before", "after", "settings", "versions"} <= set(json.loads(metrics.read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        is_ours = False
+    return sorted([*found, metrics, *folder.glob("report.md")] if is_ours else found)
+
+
 def _absolute(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.abspath(Path(path).expanduser()))  # noqa: PTH100 - resolve() would follow links
 
@@ -106,11 +111,3 @@ def _absolute(path: str | os.PathLike[str]) -> Path:
 def _checkpoint_step(path: Path) -> int | None:
     prefix, _, step = path.name.partition("-")
     return int(step) if prefix == "checkpoint" and step.isdigit() and path.is_dir() else None
-
-
-def _is_ours(metrics: Path) -> bool:
-    """Whether a run wrote this ``metrics.json``."""
-    try:
-        return {"before", "after", "settings", "versions"} <= set(json.loads(metrics.read_text("utf-8")))
-    except (OSError, ValueError, TypeError):
-        return False

@@ -2,41 +2,30 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, get_args
 
 from sentence_transformers import CrossEncoder, CrossEncoderTrainingArguments
 from sentence_transformers.base.training_args import BaseTrainingArguments
 from torch import nn
 
+from mmtune.arguments import require_whole
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
 from mmtune.data.judgements import Judgements
 from mmtune.data.relevance import Direction
 from mmtune.errors import ConfigError
-from mmtune.evaluation.mean import MeanEvaluator
+from mmtune.evaluation.mean import AnyEvaluator, MeanEvaluator
 from mmtune.evaluation.reranking import AnyRerankingEvaluator, build_reranking_evaluator
-from mmtune.models.lora import LoraChoice, check_lora
-from mmtune.training import recipe
-from mmtune.training.checks import (
-    check_arguments,
-    check_candidates,
-    check_contrast,
-    check_directions,
-    check_host_arguments,
-    check_reranking_prompts,
-    check_resumed,
-    warn_of_rounding,
-)
-from mmtune.training.inputs import DatasetsLike, TrainingSets, evaluation_sets, paths_of, refuse_overlap, reranking_sets
-from mmtune.training.kinds import RERANKING, require_reranker
-from mmtune.training.losses import Loss
-from mmtune.training.output import check_output_dir, resolve_output_dir
-from mmtune.training.preparing import ready_model, thawed_afterwards
-from mmtune.training.reranking_losses import check_negatives, form_of, reranking_loss
+from mmtune.models.checkpoints import read_encoders
+from mmtune.models.lora import LoraChoice
+from mmtune.models.opening import checked_name, checkpoint_files
+from mmtune.training.checks import check_contrast
+from mmtune.training.inputs import DatasetsLike, Form, TrainingSets, reranking_sets
+from mmtune.training.losses import Loss, check_negatives, find_form, reranking_loss
 from mmtune.training.result import FinetuneResult
-from mmtune.training.running import Place, run
-from mmtune.training.settings import settings
+from mmtune.training.run import Finetuning, run
+from mmtune.training.trainers import RERANKING
 
 EVALUATOR_NAME = "vdr-rerank"
 
@@ -105,136 +94,171 @@ def finetune_reranker(
         >>> reranker = build_reranker("Qwen/Qwen3-VL-2B-Instruct")  # doctest: +SKIP
         >>> finetune_reranker(reranker, "pages.parquet", directions=["text_to_image"])  # doctest: +SKIP
     """
-    require_reranker(model, documents)
-    check_arguments(RERANKING, args, training_arguments, loss=loss)
-    check_directions(directions)
-    check_candidates(num_candidates)
-    check_negatives(form_of(loss), num_negatives)
-    check_lora(lora)
-    folder = resolve_output_dir(output_dir, args.output_dir if args else None)
-    data = partial(
-        reranking_sets, train_dataset, directions, num_negatives=num_negatives, documents=documents, seed=seed
-    )
-    train = data(form=form_of(loss) or "pairs")
-    evaluation = evaluation_sets(eval_dataset, documents)
-    if not allow_overlap:
-        refuse_overlap(train, evaluation)
-    inputs = paths_of(model, train_dataset, eval_dataset)
-    place = Place(folder, check_output_dir(folder, overwrite=overwrite, resume=resume, inputs=inputs), overwrite)
-    arguments = partial(
-        _arguments,
-        args,
-        output_dir=str(folder),
-        seed=seed,
-        evaluates=bool(evaluation),
-        **training_arguments,
-    )
-    host_args = arguments(train)
-    options = {"documents": documents, "seed": seed, "show_progress_bar": not host_args.disable_tqdm}
-    evaluator = _evaluator(evaluation, directions, num_candidates, **options)
-
-    start = ready_model(model, RERANKING, documents=documents, freeze=freeze, lora=lora, seed=seed)
-    with thawed_afterwards(start):
-        model = start.model
-        check_resumed(place.checkpoint, has_adapters=bool(start.facts["lora"]))
-        loss = reranking_loss(loss, model, num_negatives)
-        check_negatives(form_of(loss) or train.form, num_negatives)
-        if (form := form_of(loss) or train.form) != train.form:  # a callable has only now told what it makes
-            train = data(form=form)
-            host_args = arguments(train)
-        if args is None:
-            host_args = recipe.with_rates(host_args, RERANKING, model, training_arguments, place.checkpoint)
-        warn_of_rounding(model, host_args.learning_rate)
-        metric = evaluator.metric_name(model) if evaluator else None
-        trainer = RERANKING.trainer_class(
+    _require_reranker(model, documents)
+    return run(
+        RerankerFinetuning(
+            kind=RERANKING,
             model=model,
-            args=recipe.reranking_arguments_for_model(host_args, model, train.direction_by_name, metric),
-            train_dataset=train.for_host,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            output_dir=output_dir,
+            num_negatives=num_negatives,
+            directions=directions,
             loss=loss,
-            evaluator=evaluator,
-            callbacks=recipe.callbacks(args, training_arguments),
+            args=args,
+            documents=documents,
+            num_candidates=num_candidates,
+            lora=lora,
+            freeze=freeze,
+            allow_overlap=allow_overlap,
+            overwrite=overwrite,
+            resume=resume,
+            seed=seed,
+            training_arguments=training_arguments,
         )
-        chosen = {"train": train, "evaluation": evaluation, "model": start.facts, "dims": (), "seed": seed}
-        return run(
-            trainer,
-            evaluator,
-            metric,
-            place=place,
-            settings=lambda: _with_facts(settings(trainer, **chosen), directions, train, evaluator, loss),
-        )
-
-
-def _arguments(
-    args: CrossEncoderTrainingArguments | None,
-    train: TrainingSets,
-    *,
-    evaluates: bool,
-    **options: Any,
-) -> BaseTrainingArguments:
-    """The caller's arguments, or the recipe's, fitted to the rows and checked."""
-    in_batch_negatives = train.form == "columns"
-    host_args = args or recipe.training_arguments(
-        RERANKING, train.num_rows, evaluates=evaluates, in_batch_negatives=in_batch_negatives, **options
     )
-    check_host_arguments(host_args, None, None, evaluates=evaluates, in_batch_negatives=in_batch_negatives)
-    check_reranking_prompts(host_args.prompts, list(train.by_name))
-    if in_batch_negatives:
-        check_contrast(host_args.per_device_train_batch_size, train.fewest_negatives)
-    return host_args
 
 
-def _evaluator(
-    evaluation: Mapping[str, RetrievalDataset], directions: Sequence[Direction], num_candidates: int, **options: Any
-) -> AnyRerankingEvaluator | None:
-    """One evaluator for each set and direction; their mean where there are several."""
-    several = len(evaluation) * len(directions) > 1
-    parts: list[Any] = [
-        build_reranking_evaluator(
-            data,
-            direction=direction,
-            num_candidates=_fitting_candidates(num_candidates, data, direction),
-            name=_name(name, direction if len(directions) > 1 else "") if several else EVALUATOR_NAME,
-            **options,
-        )
-        for name, data in evaluation.items()
-        for direction in directions
-    ]
-    return MeanEvaluator(parts, EVALUATOR_NAME) if several else next(iter(parts), None)
-
-
-def _fitting_candidates(num_candidates: int, data: RetrievalDataset, direction: Direction) -> int:
-    """More where more is relevant, and fewer where a small set has no more."""
-    judgements = Judgements.of(data.relevance, direction)
-    available = len(judgements.distinct_items)
-    if available < 2:
+def _require_reranker(model: object, documents: str) -> None:
+    """Make sure that there is a reranker, or a checkpoint to build one from, before the data are read."""
+    if isinstance(model, (str, os.PathLike)):  # a checkpoint for texts alone does for documents="text"
+        files = checkpoint_files(checked_name(os.fspath(model)), {})
+        read_encoders(files, "image" if "image" in str(documents) else "text", model_class=CrossEncoder)
+    elif not isinstance(model, CrossEncoder):
         raise ConfigError(
-            f"direction {direction!r} ranks {judgements.candidates.what[1]}, and the evaluation data have only "
-            f"{available}. Add some, or leave the direction out."
+            f"Expected a CrossEncoder, a checkpoint's folder or its name, got {type(model).__name__}. "
+            "build_reranker makes one from a model that reads text and images together."
         )
-    return min(max(num_candidates, int(judgements.relevant.lengths.max())), available)
+    elif model.num_labels != 1:
+        raise ConfigError(
+            f"The model gives {model.num_labels} scores to a pair, and a reranker gives one, to rank by. Load it with "
+            "num_labels=1."
+        )
 
 
-def _with_facts(
-    chosen: dict[str, dict[str, Any]],
-    directions: Sequence[Direction],
-    train: TrainingSets,
-    evaluator: AnyRerankingEvaluator | None,
-    loss: nn.Module,
-) -> dict[str, dict[str, Any]]:
-    """The settings of a run, with what only rerankers have in place of what only embeddings have."""
-    parts: list[Any] = list(getattr(evaluator, "parts", [evaluator])) if evaluator else []
-    data = {"directions": list(directions), "form_of_rows": train.form, **chosen["data"]}
-    data["evaluation_candidates"] = {part.name: len(part.lists[0].candidate_ids) for part in parts}
-    arguments = getattr(loss, "get_config_dict", dict)()
-    training = {"loss": chosen["training"]["loss"], "loss_arguments": arguments, **chosen["training"]}
-    only_embeddings = ("matryoshka_dims", "evaluated_dims")
-    return {
-        **chosen,
-        "data": data,
-        "training": {name: value for name, value in training.items() if name not in only_embeddings},
-    }
+@dataclass(frozen=True, kw_only=True)
+class RerankerFinetuning(Finetuning):
+    """A call of ``finetune_reranker``."""
 
+    loss: Loss | None
+    num_negatives: int
+    directions: Sequence[Direction]
+    num_candidates: int
 
-def _name(*parts: str) -> str:
-    # metric keys are split at "_"
-    return "-".join([EVALUATOR_NAME, *(part.replace("_", "-") for part in parts if part)])
+    def check_arguments(self) -> None:
+        """Make sure of directions, candidates and negatives."""
+        known, directions = get_args(Direction), self.directions
+        if not isinstance(directions, (list, tuple)) or not directions:
+            raise ConfigError(f"directions={directions!r}: expected one or both of {known}, e.g. ({known[0]!r},).")
+        unknown = [direction for direction in directions if direction not in known]
+        if unknown:
+            raise ConfigError(f"directions holds {unknown[0]!r}: expected one or both of {known}.")
+        if len(set(directions)) < len(directions):
+            raise ConfigError(f"directions={directions!r} names one twice. Name each once.")
+        require_whole("num_candidates", self.num_candidates, at_least=2)
+        check_negatives(find_form(self.loss), self.num_negatives)
+
+    def form_of(self, loss: Any) -> Form:
+        """Pairs for a callable that does not tell yet."""
+        return find_form(loss) or "pairs"
+
+    def read_rows(self, form: Form) -> TrainingSets:
+        """A set for each dataset and direction."""
+        return reranking_sets(
+            self.train_dataset,
+            self.directions,
+            form=form,
+            num_negatives=self.num_negatives,
+            documents=self.documents,
+            seed=self.seed,
+        )
+
+    def check_data(
+        self, train: TrainingSets, evaluation: Mapping[str, RetrievalDataset], args: BaseTrainingArguments
+    ) -> None:
+        """Make sure that prompts are for sets that there are, and that there is something to tell apart."""
+        # The host reads a pair under one prompt, by training set.
+        prompts: Any = args.prompts
+        if prompts is not None and not isinstance(prompts, str):
+            named = [name for name in train.by_name if name]
+            expected = f"a text, or a mapping of the training sets {named} to texts" if named else "a text"
+            if not isinstance(prompts, dict) or not all(isinstance(prompt, str) for prompt in prompts.values()):
+                raise ConfigError(f"prompts={prompts!r}: expected {expected}.")
+            unknown = [name for name in prompts if name not in named]
+            if unknown:
+                raise ConfigError(
+                    f"prompts has a text for {unknown[0]!r}, which is no training set. Expected {expected}."
+                )
+        if train.form == "columns":
+            fewest = min(part.view.num_negatives for part in train.by_name.values())
+            check_contrast(args.per_device_train_batch_size, fewest)
+        for data in evaluation.values():
+            for direction in self.directions:
+                self._fit_candidates(data, direction)  # raises where there is nothing to rank
+
+    def build_loss(self, model: CrossEncoder, batch_size: int) -> nn.Module:
+        """The caller's loss or that of the recipe."""
+        loss = reranking_loss(self.loss, model, self.num_negatives)
+        check_negatives(self.form_of(loss), self.num_negatives)
+        return loss
+
+    def build_evaluator(
+        self, evaluation: Mapping[str, RetrievalDataset], model: CrossEncoder, loss: object, args: BaseTrainingArguments
+    ) -> AnyRerankingEvaluator:
+        """One evaluator for each set and direction; their mean where there are several."""
+        parts: list[Any] = []
+        several = len(evaluation) * len(self.directions) > 1
+        for name, data in evaluation.items():
+            for direction in self.directions:
+                own_name = (name, direction.replace("_", "-") if len(self.directions) > 1 else "")
+                part = build_reranking_evaluator(
+                    data,
+                    direction=direction,
+                    num_candidates=self._fit_candidates(data, direction),
+                    # metric keys are split at "_"
+                    name="-".join(filter(None, (EVALUATOR_NAME, *own_name))) if several else EVALUATOR_NAME,
+                    documents=self.documents,
+                    seed=self.seed,
+                    show_progress_bar=not args.disable_tqdm,
+                )
+                parts.append(part)
+        return MeanEvaluator(parts, EVALUATOR_NAME) if several else parts[0]
+
+    def settle_prompts(self, model: CrossEncoder, train: TrainingSets, args: BaseTrainingArguments) -> Any:
+        """The caller's prompt for each set, else the model's for what asks in it.
+
+        The caller's are written into the model, so that evaluation, ``predict`` and the saved model use them too.
+        """
+        given: Any = args.prompts
+        default = model.prompts.get(model.default_prompt_name or "", "")
+        directions = {name: part.view.direction for name, part in train.by_name.items()}
+        prompts = {name: model.prompts.get(direction, default) for name, direction in directions.items()}
+        if given:
+            prompts |= dict.fromkeys(prompts, given) if isinstance(given, str) else given
+            for name, direction in directions.items():
+                model.prompts[direction] = prompts[name]
+        prompts = {name: prompt for name, prompt in prompts.items() if prompt}
+        return prompts.get("", prompts) or given
+
+    def describe(
+        self, train: TrainingSets, evaluator: AnyEvaluator | None, model: CrossEncoder, loss: object
+    ) -> dict[str, dict[str, Any]]:
+        """What asks, what the rows and the lists to rank look like, and how the loss is set."""
+        parts: list[Any] = list(getattr(evaluator, "parts", [evaluator])) if evaluator else []
+        data = {
+            "directions": list(self.directions),
+            "form_of_rows": train.form,
+            "evaluation_candidates": {part.name: len(part.lists[0].candidate_ids) for part in parts},
+        }
+        return {"data": data, "training": {"loss_arguments": getattr(loss, "get_config_dict", dict)()}}
+
+    def _fit_candidates(self, data: RetrievalDataset, direction: Direction) -> int:
+        """Candidates in a list: more where more is relevant, and fewer where a small set has no more."""
+        judgements = Judgements.of(data.relevance, direction)
+        available = len(judgements.distinct_items)
+        if available < 2:
+            raise ConfigError(
+                f"direction {direction!r} ranks {judgements.candidates.what[1]}, and the evaluation data have only "
+                f"{available}. Add some, or leave the direction out."
+            )
+        return min(max(self.num_candidates, int(judgements.relevant.lengths.max())), available)

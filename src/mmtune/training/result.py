@@ -1,17 +1,22 @@
-"""What a finetuning leaves behind: in memory and on disk."""
+"""What a finetuning leaves behind: in memory and on disk, with everything that was chosen."""
 
 import json
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from sentence_transformers.base.trainer import BaseTrainer
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 
+from mmtune.data.dataset import RetrievalDataset
 from mmtune.models.kinds import HostModel
-from mmtune.report.markdown import run_report, with_finetuning_section
-from mmtune.report.tables import BeforeAfter, before_after, before_after_cells, text_table
+from mmtune.report.markdown import BeforeAfter, add_to_card, compare_metrics, text_table, write_report
+from mmtune.training.batches import ConflictFreeBatchSampler
+from mmtune.training.inputs import TrainingSets
+from mmtune.training.trainers import PageTrainer
 
 _PACKAGES = ("mmtune", "sentence-transformers", "transformers", "torch", "datasets", "accelerate", "pillow", "numpy")
 
@@ -41,12 +46,12 @@ class FinetuneResult:
     @property
     def report(self) -> str:
         """The report in Markdown, as in ``report.md``."""
-        return run_report("Finetuning report", self.rows, self.measure, self.settings)
+        return write_report("Finetuning report", self.rows, self.measure, self.settings)
 
     @property
     def rows(self) -> list[BeforeAfter]:
         """Before and after at each dimension; empty without an evaluation set."""
-        return before_after(self.before, self.after, self.primary_metric) if self.primary_metric else []
+        return compare_metrics(self.before, self.after, self.primary_metric) if self.primary_metric else []
 
     @property
     def measure(self) -> str:
@@ -57,26 +62,84 @@ class FinetuneResult:
         saved = f"saved in {self.output_dir / 'final'}"
         if not self.rows:
             return f"No evaluation set, so nothing is known about the gain; {saved}"
-        table = text_table((self.measure, "before", "after", "change"), before_after_cells(self.rows))
+        table = text_table((self.measure, "before", "after", "change"), [row.cells for row in self.rows])
         return f"{table}\n{saved}"
 
     def save(self) -> None:
         """Write ``metrics.json``, ``report.md`` and the card of the model, which is in ``final/`` already."""
         card = self.output_dir / "final" / "README.md"
         if card.is_file():
-            text = with_finetuning_section(card.read_text("utf-8"), self.rows, self.measure, self.settings)
+            text = add_to_card(card.read_text("utf-8"), self.rows, self.measure, self.settings)
             card.write_text(text, "utf-8")
         metrics = {
             "before": self.before,
             "after": self.after,
             "primary_metric": self.primary_metric,
             "settings": self.settings,
-            "versions": versions(),
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         }
         (self.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2, default=str) + "\n", "utf-8")
         (self.output_dir / "report.md").write_text(self.report, "utf-8")
 
 
-def versions() -> dict[str, str]:
-    """The versions that a number depends on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+def describe_data(train: TrainingSets, evaluation: Mapping[str, RetrievalDataset]) -> dict[str, dict[str, Any]]:
+    """The facts of each set as ``data``, what was found in it as ``audit``; under its name where there are several."""
+    facts: dict[str, Any] = {}
+    audit: dict[str, int] = {}
+    for name, part in train.by_name.items():
+        view, prefix = part.view, f"{name}: " if name else ""
+        facts |= {
+            f"{prefix}training_queries": len(part.data),
+            f"{prefix}training_documents": len(part.data.corpus),
+            f"{prefix}training_rows": len(part.rows),
+            f"{prefix}documents": view.documents,
+            f"{prefix}negatives_a_row": view.num_negatives,
+            f"{prefix}negatives_listed": view.chosen["listed"],
+            f"{prefix}negatives_filled_at_random": view.chosen["filled"],
+            f"{prefix}negatives_refused_as_relevant": view.chosen["refused"],
+            f"{prefix}byte_identical_copies": part.data.relevance.num_copies,
+        }
+        audit |= {f"{prefix}{key}": count for key, count in part.data.audit().counts.items() if count}
+    for name, data in evaluation.items():
+        prefix = f"{name}: " if name else ""
+        facts |= {f"{prefix}evaluation_queries": len(data), f"{prefix}evaluation_documents": len(data.corpus)}
+    return {"data": facts, "audit": audit}
+
+
+def describe_recipe(trainer: PageTrainer) -> dict[str, Any]:
+    """What was chosen for the training, before it begins."""
+    args = trainer.args
+    losses = list(trainer.loss.values()) if isinstance(trainer.loss, dict) else [trainer.loss]
+    inner = [loss.loss if isinstance(loss, MatryoshkaLoss) else loss for loss in losses]
+    return {
+        "loss": ", ".join(type(loss).__name__ for loss in inner),
+        "mini_batch_size": getattr(inner[0], "mini_batch_size", None),
+        "batch_size": args.per_device_train_batch_size,
+        "processes": args.world_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "epochs": args.num_train_epochs,
+        "learning_rate": args.learning_rate,
+        "learning_rate_mapping": args.learning_rate_mapping or {},
+        "max_grad_norm": args.max_grad_norm,
+        "scheduler": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+        "batch_sampler": getattr(args.batch_sampler, "__name__", str(args.batch_sampler)),
+        "prompts": args.prompts or {},
+        "router_mapping": args.router_mapping or {},
+        "seed": args.seed,
+    }
+
+
+def describe_steps(trainer: PageTrainer) -> dict[str, Any]:
+    """What only a training that is over tells: its steps, the best of them, and the rows that found no batch."""
+    args, state = trainer.args, trainer.state
+    facts = {
+        "steps": state.max_steps,
+        "warmup_steps": args.get_warmup_steps(state.max_steps),
+        "best_step": state.best_global_step if args.load_best_model_at_end else None,
+    }
+    samplers = getattr(trainer.train_sampler, "batch_samplers", [trainer.train_sampler])
+    if all(isinstance(sampler, ConflictFreeBatchSampler) for sampler in samplers):
+        facts["rows_left_over_in_last_epoch"] = sum(sampler.left_over for sampler in samplers)
+    evaluated = sorted({entry["step"] for entry in state.log_history if "eval_runtime" in entry})
+    return facts | ({"evaluated_at_steps": evaluated} if evaluated else {})

@@ -1,29 +1,121 @@
-"""The host's trainers for rows of pages: texts stay texts, and no training image ends in the model card."""
+"""What the host has for each kind of model, and what a trainer for pages does in another way.
 
+Texts stay texts, no training image ends in a model card, logs are one line, and a run that resumes goes on as it began.
+"""
+
+import copy
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from sentence_transformers import CrossEncoderTrainer, MultiVectorEncoderTrainer, SentenceTransformerTrainer
+from sentence_transformers import (
+    CrossEncoderTrainer,
+    CrossEncoderTrainingArguments,
+    MultiVectorEncoderTrainer,
+    MultiVectorEncoderTrainingArguments,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
 from sentence_transformers.base.data_collator import BaseDataCollator
 from sentence_transformers.base.trainer import BaseTrainer
+from sentence_transformers.base.training_args import BaseTrainingArguments
 from sentence_transformers.cross_encoder.data_collator import CrossEncoderDataCollator
-from sentence_transformers.cross_encoder.model_card import CrossEncoderModelCardCallback
 from sentence_transformers.multi_vector_encoder.data_collator import MultiVectorEncoderDataCollator
-from sentence_transformers.multi_vector_encoder.model_card import MultiVectorEncoderModelCardCallback
+from sentence_transformers.multi_vector_encoder.losses import CachedMultiVectorMultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
-from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardCallback
+from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
+from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback
+from tqdm.auto import tqdm
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from mmtune.data.documents import as_host_input
 from mmtune.host import ReadsCheckpoints, innermost_sampler, uncompiled
 from mmtune.models.adapters import has_lora, load_adapters
-from mmtune.training.callbacks import (
-    BestCheckpointHere,
-    CardWithoutRows,
-    EpochOfSampler,
-    ShortLogs,
-    ShortProgress,
-)
+from mmtune.models.kinds import HostModel
+from mmtune.models.late_interaction import build_late_interaction
+from mmtune.models.loading import load_model
+from mmtune.models.rerankers import build_reranker
+
+# Callbacks
+
+
+class ShortLogs(TrainerCallback):
+    """Writes one short line for each log, where the host writes all metrics at all dimensions."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes the loss and the metric that chooses the checkpoint."""
+        metric = args.metric_for_best_model or "loss"
+        shown = {"loss": "loss", metric: metric.removeprefix("eval_")}
+        values = [f"{label} {float(logs[key]):.4f}" for key, label in shown.items() if logs and key in logs]
+        if state.is_world_process_zero and state.max_steps and values:
+            tqdm.write(f"step {state.global_step}/{state.max_steps}  {'  '.join(values)}", file=sys.stderr)
+
+
+class ShortProgress(ShortLogs, ProgressCallback):
+    """The host's progress bar with short logs."""
+
+
+class EpochOfSampler(TrainerCallback):
+    """Tells the batch sampler its epoch, however deep it is wrapped.
+
+    When several processes resume within an epoch, transformers 5.23 tells the epoch to the wrapper that skips batches,
+    which does not pass it on: every process then plans the batches of the first epoch.
+    """
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Walks down to the sampler that plans."""
+        sampler = innermost_sampler(kwargs["train_dataloader"])
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
+class BestCheckpointHere(TrainerCallback):
+    """Finds the best checkpoint of a resumed run in the folder of the run, also when the folder was moved.
+
+    The host looks for it under the path that it had, and on not finding it ends with the last weights, and keeps the
+    best score so that no later checkpoint takes its place (transformers 5.23).
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Points the state to the checkpoint of that step in ``args.output_dir``."""
+        if state.best_model_checkpoint is not None or not state.best_global_step:
+            return
+        here = Path(args.output_dir or ".", f"checkpoint-{state.best_global_step}")
+        if here.is_dir():
+            state.best_model_checkpoint = str(here)
+            return
+        warnings.warn(
+            f"The best checkpoint so far, {here.name}, is not in {str(here.parent)!r} any more. The best of the "
+            "evaluations still to come is taken instead.",
+            stacklevel=2,
+        )
+        state.best_metric = state.best_global_step = None
+
+
+# Trainers
 
 
 class TextsAsTexts(BaseDataCollator):
@@ -41,37 +133,14 @@ class TextsAsTexts(BaseDataCollator):
         if not self.says_texts:
             return super().__call__(features)
         kept = {"dataset_name", *self.valid_label_columns}
-        rows = [{name: row[name] if name in kept else _as_inputs(row[name]) for name in row} for row in features]
-        return super().__call__(rows)
+        return super().__call__(
+            [{name: value if name in kept else _as_inputs(value) for name, value in row.items()} for row in features]
+        )
 
 
 def _as_inputs(value: Any) -> Any:
     """What a column holds, for the host: one query or document, or the list of them that listwise losses take."""
     return [as_host_input(part) for part in value] if isinstance(value, list) else as_host_input(value)
-
-
-class EmbeddingCollator(TextsAsTexts, SentenceTransformerDataCollator):
-    """For embedding models."""
-
-
-class LateInteractionCollator(TextsAsTexts, MultiVectorEncoderDataCollator):
-    """For models of late interaction."""
-
-
-class RerankingCollator(TextsAsTexts, CrossEncoderDataCollator):
-    """For rerankers."""
-
-
-class EmbeddingCard(CardWithoutRows, SentenceTransformerModelCardCallback):
-    """For embedding models."""
-
-
-class LateInteractionCard(CardWithoutRows, MultiVectorEncoderModelCardCallback):
-    """For models of late interaction."""
-
-
-class RerankingCard(CardWithoutRows, CrossEncoderModelCardCallback):
-    """For rerankers."""
 
 
 class PageTrainer(ReadsCheckpoints, BaseTrainer):
@@ -84,9 +153,24 @@ class PageTrainer(ReadsCheckpoints, BaseTrainer):
         # In a notebook the host shows a table of its own, which stays.
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ShortProgress)
-            self.add_callback(ShortLogs)
         elif self.pop_callback(PrinterCallback) is not None:
             self.add_callback(ShortLogs)
+
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """The host's model card with everything that the host fills in, except from the rows.
+
+        The host decodes 100 rows a column for examples and statistics, twice, and copies pages into ``assets/`` of
+        every checkpoint, from where a push to the Hub would publish them (sentence-transformers 6.2).
+        """
+        card = self.model_card_callback_class(default_args_dict)
+        self.add_callback(card)
+        without_rows = copy.copy(self)
+        without_rows.train_dataset = without_rows.eval_dataset = None
+        card.on_init_end(self.args, self.state, self.control, model=self.model, trainer=without_rows)
+        data: Any = self.model.model_card_data
+        data.generate_widget_examples = False
+        if isinstance(data, SentenceTransformerModelCardData):
+            data.ir_model = True
 
     def get_train_dataloader(self) -> DataLoader:
         """The host's data loader; its sampler stays in ``train_sampler``."""
@@ -103,27 +187,90 @@ class PageTrainer(ReadsCheckpoints, BaseTrainer):
             super().read_checkpoint(folder)
 
 
+class EmbeddingCollator(TextsAsTexts, SentenceTransformerDataCollator):
+    """For embedding models."""
+
+
 class EmbeddingTrainer(PageTrainer, SentenceTransformerTrainer):
     """``SentenceTransformerTrainer`` on pages."""
 
     data_collator_class = EmbeddingCollator
-    model_card_callback_class = EmbeddingCard
+
+
+class LateInteractionCollator(TextsAsTexts, MultiVectorEncoderDataCollator):
+    """For models of late interaction."""
 
 
 class LateInteractionTrainer(PageTrainer, MultiVectorEncoderTrainer):
     """``MultiVectorEncoderTrainer`` on pages."""
 
     data_collator_class = LateInteractionCollator
-    model_card_callback_class = LateInteractionCard
+
+
+class RerankingCollator(TextsAsTexts, CrossEncoderDataCollator):
+    """For rerankers."""
 
 
 class RerankingTrainer(PageTrainer, CrossEncoderTrainer):
     """``CrossEncoderTrainer`` on pages."""
 
     data_collator_class = RerankingCollator
-    model_card_callback_class = RerankingCard
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if isinstance(self.data_collator, RerankingCollator):
             self.data_collator.says_texts = self.model.supports("message")
+
+
+# Kinds
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of model, with what trains it and where its recipe differs.
+
+    Attributes:
+        arguments_class: The host's training arguments.
+        trainer_class: The host's trainer, for pages.
+        load: Makes a model from a folder or a name on the Hub.
+        cached_loss: In-batch negatives with cached gradients; takes the model and ``mini_batch_size``. ``None`` for
+            rerankers, which compare what they read in one pass.
+        truncates: Whether embeddings can be cut to fewer dimensions (Matryoshka).
+        batch_size: Rows a device at most, in the recipe.
+        accumulation_steps: Batches whose gradients make one step at most, in the recipe.
+        learning_rate: In the recipe.
+    """
+
+    arguments_class: type[BaseTrainingArguments]
+    trainer_class: type[PageTrainer]
+    load: Callable[[str], HostModel]
+    cached_loss: Callable[..., nn.Module] | None = None
+    truncates: bool = False
+    batch_size: int = 64
+    accumulation_steps: int = 1
+    learning_rate: float = 2e-5
+
+
+EMBEDDING = Kind(
+    arguments_class=SentenceTransformerTrainingArguments,
+    trainer_class=EmbeddingTrainer,
+    load=load_model,
+    cached_loss=CachedMultipleNegativesRankingLoss,
+    truncates=True,
+)
+
+LATE_INTERACTION = Kind(
+    arguments_class=MultiVectorEncoderTrainingArguments,
+    trainer_class=LateInteractionTrainer,
+    load=build_late_interaction,
+    cached_loss=CachedMultiVectorMultipleNegativesRankingLoss,
+)
+
+RERANKING = Kind(
+    arguments_class=CrossEncoderTrainingArguments,
+    trainer_class=RerankingTrainer,
+    load=build_reranker,
+    batch_size=8,
+    accumulation_steps=4,
+    learning_rate=5e-6,
+)

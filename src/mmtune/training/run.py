@@ -1,0 +1,297 @@
+"""What ``finetune`` and ``finetune_reranker`` share: a call from its arguments to its result."""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from sentence_transformers import MultiVectorEncoder
+from sentence_transformers.base.training_args import BaseTrainingArguments
+from sentence_transformers.util.distributed import distributed_evaluation
+from torch import nn
+
+from mmtune.arguments import listed
+from mmtune.data.dataset import RetrievalDataset
+from mmtune.data.documents import DocumentKind
+from mmtune.errors import ConfigError
+from mmtune.evaluation.mean import AnyEvaluator
+from mmtune.host import let_read_typed_texts
+from mmtune.models.adapters import encoders_of, has_lora, save_model
+from mmtune.models.fresh import fresh_layers, mark_fresh
+from mmtune.models.kinds import HostModel
+from mmtune.models.late_interaction import mark_fresh_projections
+from mmtune.models.loading import check_documents, describe_model
+from mmtune.models.lora import LoraChoice, add_lora, check_lora
+from mmtune.models.parts import describe_training, freeze_parts, model_parts, part_names
+from mmtune.models.routes import check_routes, freeze_unreached, mark_fresh_routes
+from mmtune.training import recipe
+from mmtune.training.checks import (
+    check_host_arguments,
+    check_metric,
+    check_resumed,
+    check_training_arguments,
+    warn_of_rounding,
+)
+from mmtune.training.inputs import DatasetsLike, Form, TrainingSets, evaluation_sets, refuse_overlap
+from mmtune.training.losses import Loss
+from mmtune.training.output import check_output_dir, clear_run, resolve_output_dir
+from mmtune.training.result import FinetuneResult, describe_data, describe_recipe, describe_steps
+from mmtune.training.trainers import Kind, PageTrainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetuning(ABC):
+    """A call: what it was given, as ``finetune`` documents it, and the steps that each kind of call takes in its way.
+
+    Attributes:
+        kind: The kind of ``model``.
+    """
+
+    kind: Kind
+    model: HostModel | str | os.PathLike[str]
+    train_dataset: DatasetsLike
+    eval_dataset: DatasetsLike | None
+    output_dir: str | os.PathLike[str] | None
+    loss: Loss | Mapping[str, Loss] | None
+    args: BaseTrainingArguments | None
+    documents: DocumentKind
+    lora: LoraChoice
+    freeze: Sequence[str]
+    allow_overlap: bool
+    overwrite: bool
+    resume: bool
+    seed: int
+    training_arguments: Mapping[str, Any]
+
+    @abstractmethod
+    def check_arguments(self) -> None:
+        """Make sure of the arguments that only this kind of call has, without data and model."""
+
+    @abstractmethod
+    def form_of(self, loss: Any) -> Form:
+        """The rows that a loss reads, given or built."""
+
+    @abstractmethod
+    def read_rows(self, form: Form) -> TrainingSets:
+        """The training data with its rows."""
+
+    @abstractmethod
+    def check_data(
+        self, train: TrainingSets, evaluation: Mapping[str, RetrievalDataset], args: BaseTrainingArguments
+    ) -> None:
+        """Make sure that the data go with the arguments, before weights load."""
+
+    @abstractmethod
+    def build_loss(self, model: Any, batch_size: int) -> nn.Module | dict[str, nn.Module]:
+        """The loss for the model."""
+
+    @abstractmethod
+    def build_evaluator(
+        self, evaluation: Mapping[str, RetrievalDataset], model: Any, loss: Any, args: BaseTrainingArguments
+    ) -> AnyEvaluator:
+        """The evaluator over one evaluation set or more."""
+
+    @abstractmethod
+    def settle_prompts(self, model: Any, train: TrainingSets, args: BaseTrainingArguments) -> Any:
+        """The prompts to train with, for the host's arguments; what the model is to use besides is written into it."""
+
+    @abstractmethod
+    def describe(
+        self, train: TrainingSets, evaluator: AnyEvaluator | None, model: Any, loss: Any
+    ) -> dict[str, dict[str, Any]]:
+        """The settings that only this kind of call has: ``data`` and ``training``."""
+
+
+def run(call: Finetuning) -> FinetuneResult:
+    """A call from its arguments to its result."""
+    # what can be known before weights load is checked before, the cheapest first
+    given = check_training_arguments(call.kind, call.args, call.training_arguments)
+    call = replace(call, training_arguments=given)
+    call.check_arguments()
+    check_lora(call.lora)
+    folder = resolve_output_dir(call.output_dir, call.args.output_dir if call.args else None)
+    inputs = (call.model, call.train_dataset, call.eval_dataset)
+    checkpoint = check_output_dir(folder, overwrite=call.overwrite, resume=call.resume, inputs=inputs)
+
+    train = call.read_rows(call.form_of(call.loss))
+    evaluation = evaluation_sets(call.eval_dataset, call.documents)
+    if not call.allow_overlap:
+        refuse_overlap(train, evaluation)
+    args = _fit_arguments(call, folder, train, evaluation)
+
+    choices = {"documents": call.documents, "freeze": call.freeze, "lora": call.lora, "seed": call.seed}
+    with ready_model(call.model, call.kind, **choices) as start:
+        model = start.model
+        check_resumed(checkpoint, has_adapters=bool(start.facts["lora"]))
+        loss = call.build_loss(model, args.per_device_train_batch_size)
+        if call.form_of(loss) != train.form:  # a callable has only now told what it makes
+            train = call.read_rows(call.form_of(loss))
+            args = _fit_arguments(call, folder, train, evaluation)
+
+        evaluator = call.build_evaluator(evaluation, model, loss, args) if evaluation else None
+        args = recipe.complete_arguments(
+            args,
+            model,
+            loss,
+            train.columns,
+            prompts=call.settle_prompts(model, train, args),
+            metric=evaluator.metric_name(model) if evaluator else None,
+            rates=None if call.args else recipe.choose_rates(args, model, start.fresh, checkpoint, given),
+        )
+        warn_of_rounding(model, args.learning_rate)
+        trainer = call.kind.trainer_class(
+            model=model,
+            args=args,
+            train_dataset=train.for_host,
+            loss=loss,
+            evaluator=evaluator,
+            callbacks=[] if call.args or recipe.follows_own_schedule(given) else [recipe.EvenTenths()],
+        )
+
+        own, found = call.describe(train, evaluator, model, loss), describe_data(train, evaluation)
+        settings = {
+            "model": start.facts,
+            "data": {**found["data"], **own["data"], "seed_of_filling": call.seed},
+            "training": {**describe_recipe(trainer), **own["training"]},
+            "audit": found["audit"],
+        }
+        return _train(trainer, evaluator, start, settings, folder, checkpoint, overwrite=call.overwrite)
+
+
+def _fit_arguments(
+    call: Finetuning, folder: Path, train: TrainingSets, evaluation: Mapping[str, RetrievalDataset]
+) -> BaseTrainingArguments:
+    """The caller's arguments, or the recipe's for these rows, checked against the data."""
+    facts = {"evaluates": bool(evaluation), "in_batch_negatives": train.form == "columns"}
+    args = call.args or recipe.training_arguments(
+        call.kind, train.num_rows, output_dir=str(folder), seed=call.seed, **facts, **call.training_arguments
+    )
+    check_host_arguments(args, **facts)
+    call.check_data(train, evaluation, args)
+    return args
+
+
+def _train(
+    trainer: PageTrainer,
+    evaluator: AnyEvaluator | None,
+    start: "Start",
+    settings: dict[str, dict[str, Any]],
+    folder: Path,
+    checkpoint: Path | None,
+    *,
+    overwrite: bool,
+) -> FinetuneResult:
+    """Train, measured before and after, and write everything that the run leaves behind."""
+    model, is_first_process = start.model, trainer.is_world_process_zero()
+    before = measure(trainer, evaluator)
+    check_metric(trainer.args, before)
+    if overwrite and is_first_process:
+        clear_run(folder)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    for layer in start.fresh.values():
+        mark_fresh(layer, fresh=False)
+    after = measure(trainer, evaluator)
+    if is_first_process:
+        save_model(model, folder / "final")
+    settings = {**settings, "training": {**settings["training"], **describe_steps(trainer)}}
+    metric = evaluator.metric_name(model) if evaluator else None
+    result = FinetuneResult(model.eval(), trainer, before, after, metric, folder, settings)
+    if is_first_process:
+        result.save()
+    # A script that goes on with final/ in every process finds it whole.
+    trainer.accelerator.wait_for_everyone()
+    return result
+
+
+def measure(trainer: PageTrainer, evaluator: AnyEvaluator | None) -> dict[str, float]:
+    """The evaluator's metrics for the model as it is, shared among the processes; empty without an evaluator.
+
+    Not by ``trainer.evaluate()``: called before ``train()`` with several processes, it makes the trainer take the model
+    for wrapped already, the loss never gets the wrapped one, and the processes train apart without a word
+    (sentence-transformers 6.2, transformers 5.23).
+    """
+    if evaluator is None:
+        return {}
+    with distributed_evaluation(trainer.model) as evaluates:
+        metrics = evaluator(trainer.model) if evaluates else {}
+    return {key: float(value) for key, value in broadcast_object_list([metrics])[0].items()}
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model before training.
+
+    Attributes:
+        model: As it will be trained.
+        facts: What it is, and which of its weights will change, for ``settings``.
+        fresh: Its layers that start from random numbers, by name.
+    """
+
+    model: HostModel
+    facts: dict[str, Any]
+    fresh: dict[str, nn.Module]
+
+
+@contextmanager
+def ready_model(
+    model: HostModel | str | os.PathLike[str],
+    kind: Kind,
+    *,
+    documents: DocumentKind,
+    freeze: Iterable[str] | None,
+    lora: LoraChoice,
+    seed: int,
+) -> Iterator[Start]:
+    """The model as it will be trained, loaded, checked, parts frozen, adapters attached; in place where it was given.
+
+    A call that is refused here leaves what was frozen, and what was not, as it was. In the end the parts learn again
+    that ``freeze`` kept as they were: it is a choice of one run, not of the model. What lies beside adapters stays
+    frozen for as long as these are there.
+
+    Raises:
+        ConfigError: The model does not embed these documents, lacks a part, or nothing is left to train.
+        MissingExtraError: peft, or another package that the model needs, is not installed.
+    """
+    ready = kind.load(os.fspath(model)) if isinstance(model, (str, os.PathLike)) else model
+    let_read_typed_texts(ready)
+    check_documents(ready, documents)
+    check_routes(ready, documents)
+    names = part_names(freeze)
+    before = [(parameter, parameter.requires_grad) for parameter in ready.parameters()]
+    try:
+        freeze_parts(ready, names)
+        freeze_unreached(ready, documents)
+        frozen = [parameter for parameter, learned in before if learned and not parameter.requires_grad]
+        adapters = add_lora(ready, lora, freeze=names, seed=seed)
+        parts = model_parts(ready)
+        if not any(parameter.requires_grad for part in parts.values() for parameter in part):
+            raise ConfigError(
+                f"Nothing is left to train: all parts of the model ({listed(list(parts))}) are frozen. Expected one "
+                "that learns. Call requires_grad_(True) on the model or a part of it, or pass lora=True."
+            )
+    except Exception:
+        for parameter, learned in before:
+            parameter.requires_grad_(learned)
+        raise
+    fresh = _find_fresh(ready)
+    facts = {**describe_model(ready), **describe_training(ready), "lora": adapters, "fresh_layers": list(fresh)}
+    encoders = encoders_of(ready) if has_lora(ready) else []
+    beside_adapters = {id(parameter) for encoder in encoders for parameter in encoder.parameters()}
+    try:
+        yield Start(ready, facts, fresh)
+    finally:
+        for parameter in frozen:
+            if id(parameter) not in beside_adapters:
+                parameter.requires_grad_(True)
+
+
+def _find_fresh(model: HostModel) -> dict[str, nn.Module]:
+    """The layers that start from random numbers, by their names."""
+    mark_fresh_routes(model)
+    if isinstance(model, MultiVectorEncoder):
+        mark_fresh_projections(model)
+    return fresh_layers(model)
