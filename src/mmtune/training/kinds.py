@@ -20,11 +20,9 @@ from torch import nn
 
 from mmtune.errors import ConfigError
 from mmtune.evaluation.corpus import Retriever
-from mmtune.models.checkpoints import read_encoders
 from mmtune.models.kinds import HostModel
 from mmtune.models.late_interaction import build_late_interaction, is_late_interaction
 from mmtune.models.loading import check_checkpoint, load_model
-from mmtune.models.opening import checked_name, checkpoint_files
 from mmtune.models.rerankers import build_reranker
 from mmtune.training.trainers import EmbeddingTrainer, LateInteractionTrainer, PageTrainer, RerankingTrainer
 
@@ -116,8 +114,8 @@ def require_reranker(model: object, documents: str) -> None:
         ConfigError: It is neither, or a checkpoint that can't be loaded.
     """
     if isinstance(model, (str, os.PathLike)):
-        files = checkpoint_files(checked_name(os.fspath(model)), {})
-        read_encoders(files, "image" if "image" in str(documents) else "text", model_class=CrossEncoder)
+        modality = "image" if "image" in str(documents) else "text"
+        check_checkpoint(os.fspath(model), model_class=CrossEncoder, modalities=(modality,))
     elif not isinstance(model, CrossEncoder):
         raise ConfigError(
             f"Expected a CrossEncoder, a checkpoint's folder or its name, got {type(model).__name__}. "

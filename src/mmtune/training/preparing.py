@@ -6,19 +6,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic
 
-from sentence_transformers import MultiVectorEncoder
 from torch import nn
 
 from mmtune.data.documents import DocumentKind
 from mmtune.errors import ConfigError
 from mmtune.host import let_read_typed_texts
 from mmtune.models.adapters import encoders_of, has_lora
-from mmtune.models.fresh import fresh_layers
-from mmtune.models.late_interaction import mark_fresh_projections
+from mmtune.models.fresh import fresh_layers, guess_fresh_layers
 from mmtune.models.loading import check_documents, describe_model
 from mmtune.models.lora import LoraChoice, add_lora
 from mmtune.models.parts import describe_training, freeze_parts, model_parts, part_names
-from mmtune.models.routes import check_routes, freeze_unreached, mark_fresh_routes
+from mmtune.models.routes import check_routes, freeze_unreached
 from mmtune.training.kinds import Kind, Model
 
 
@@ -66,9 +64,7 @@ def ready_model(
     let_read_typed_texts(ready)
     check_documents(ready, documents)
     check_routes(ready, documents)
-    mark_fresh_routes(ready)
-    if isinstance(ready, MultiVectorEncoder):
-        mark_fresh_projections(ready)
+    guess_fresh_layers(ready)
     names = part_names(freeze)
     with _kept_if_refused(ready) as trainable:
         freeze_parts(ready, names)
