@@ -37,7 +37,7 @@ from transformers import (
 
 from mmtune import testing
 from mmtune.testing.models import LLAVA_CHAT_TEMPLATE as CHAT_TEMPLATE
-from mmtune.testing.models import _encoder, _save, _seeded, _text, _tokenizer
+from mmtune.testing.models import _draw, _encoder, _save, _text, _tokenizer
 
 SIZE = 64
 """Width of every encoder."""
@@ -78,8 +78,7 @@ def tiny_idefics3(folder: Path, *, padding_side: str = "left") -> str:
         scale_factor=2,
     )
     config.pad_token_id = tokenizer.pad_token_id
-    with _seeded(0):
-        model = Idefics3ForConditionalGeneration(config)
+    model = _draw(Idefics3ForConditionalGeneration, config, 0)
     return _save(folder, model, processor)
 
 
@@ -93,8 +92,7 @@ def tiny_modernvbert(folder: Path) -> str:
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         pixel_shuffle_factor=2,
     )
-    with _seeded(0):
-        model = ModernVBertModel(config)
+    model = _draw(ModernVBertModel, config, 0)
     return _save(folder, model, processor)
 
 
@@ -112,8 +110,7 @@ def tiny_paligemma(folder: Path) -> str:
         projection_dim=SIZE,
         hidden_size=SIZE,
     )
-    with _seeded(0):
-        model = PaliGemmaForConditionalGeneration(config)
+    model = _draw(PaliGemmaForConditionalGeneration, config, 0)
     return _save(folder, model, processor)
 
 
@@ -121,8 +118,7 @@ def tiny_git(folder: Path) -> str:
     """A family that takes text alone, and images only with text."""
     tokenizer = _tokenizer(max_length=64, bos="<s>", eos="</s>")
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    with _seeded(0):
-        model = GitModel(GitConfig(**_encoder(SIZE, 2), **_text(tokenizer), **no_dropout, vision_config=VISION))
+    model = _draw(GitModel, GitConfig(**_encoder(SIZE, 2), **_text(tokenizer), **no_dropout, vision_config=VISION), 0)
     return _save(folder, model, GitProcessor(CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE), tokenizer))
 
 
@@ -133,8 +129,7 @@ def tiny_chinese_clip(folder: Path) -> str:
     config = ChineseCLIPConfig(
         text_config=_encoder(SIZE, 2) | _text(tokenizer) | no_dropout, vision_config=VISION, projection_dim=SIZE
     )
-    with _seeded(0):
-        model = ChineseCLIPModel(config)
+    model = _draw(ChineseCLIPModel, config, 0)
     image_processor = ChineseCLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE)
     return _save(folder, model, ChineseCLIPProcessor(image_processor, tokenizer))
 
@@ -143,8 +138,7 @@ def tiny_raw_siglip(folder: Path, *, model_max_length: int | None = None) -> str
     """SigLIP as it lies on the Hub: nothing says that its texts must be padded."""
     tokenizer = _tokenizer(max_length=64, eos="</s>")
     text = _encoder(SIZE, 2) | _text(tokenizer)
-    with _seeded(0):
-        model = SiglipModel(SiglipConfig(text_config=text, vision_config=VISION))
+    model = _draw(SiglipModel, SiglipConfig(text_config=text, vision_config=VISION), 0)
     tokenizer.model_max_length = model_max_length or tokenizer.model_max_length
     return _save(folder, model, SiglipProcessor(SiglipImageProcessorPil(size=SQUARE), tokenizer))
 
@@ -154,7 +148,6 @@ def tiny_siglip2_naflex(folder: Path) -> str:
     tokenizer = _tokenizer(max_length=64, eos="<eos>", bos="<bos>", special=("<unk>", "<mask>"))
     text = _encoder(SIZE, 2) | _text(tokenizer)
     vision = {**_encoder(SIZE, 2), "patch_size": PATCH_SIZE, "num_patches": 16}
-    with _seeded(0):
-        model = Siglip2Model(Siglip2Config(text_config=text, vision_config=vision))
+    model = _draw(Siglip2Model, Siglip2Config(text_config=text, vision_config=vision), 0)
     image_processor = Siglip2ImageProcessorPil(patch_size=PATCH_SIZE, max_num_patches=16)
     return _save(folder, model, Siglip2Processor(image_processor, tokenizer))

@@ -29,13 +29,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from mmtune import ConfigError, ImageDecodeError, RetrievalDataset, build_evaluator
 from mmtune.data.documents import as_host_input
-from mmtune.models.fresh import fresh_layers
-from mmtune.models.late_interaction import (
-    build_late_interaction,
-    is_as_drawn,
-    is_late_interaction,
-    mark_fresh_projections,
-)
+from mmtune.models.fresh import fresh_layers, guess_fresh_layers, is_even
+from mmtune.models.late_interaction import build_late_interaction, is_late_interaction
 
 PAGE = Image.new("RGB", (300, 400), "white")
 QUESTIONS = ["total revenue", "growth of Cobalt in Asia in 2021"]
@@ -272,37 +267,42 @@ def test_small_files_say_it(content_by_name: dict[str, object], expected: bool, 
     assert is_late_interaction(tmp_path) is expected
 
 
-def test_a_projection_that_the_host_added_is_found_also_after_saving(qwen3_vl_path: str, tmp_path: Path) -> None:
+def test_a_projection_that_the_host_added_is_found_also_after_saving(
+    qwen3_vl_path: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     host = MultiVectorEncoder(qwen3_vl_path, device="cpu")
     assert not fresh_layers(host)
-    assert list(fresh_layers(mark_fresh_projections(host))) == ["1"]
+    assert guess_fresh_layers(host) == ("1",)
+    assert list(fresh_layers(host)) == ["1"]
+    assert "The layer '1' is taken for fresh: its weights are even, as torch draws them." in caplog.text
+    assert guess_fresh_layers(host) == (), "what is marked is not guessed"
     host.save_pretrained(str(tmp_path / "untrained"))
-    assert list(fresh_layers(build_late_interaction(tmp_path / "untrained", device="cpu"))) == ["1"]
+    assert guess_fresh_layers(build_late_interaction(tmp_path / "untrained", device="cpu")) == ("1",)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [(64, 16), (64, 128), (1536, 128)])
-def test_a_layer_is_as_drawn_until_it_is_trained(dtype: torch.dtype, size: tuple[int, int]) -> None:
+def test_a_layer_is_even_until_it_is_trained(dtype: torch.dtype, size: tuple[int, int]) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         layers = [nn.Linear(*size).to(dtype) for _ in range(20)]
         inputs = torch.randn(4, size[0], dtype=dtype)
-    assert all(map(is_as_drawn, layers))
+    assert all(map(is_even, layers))
     for layer in layers:
         optimizer = torch.optim.Adam(layer.parameters(), lr=1e-3)
         for _ in range(5):
             layer(inputs).square().sum().backward()
             optimizer.step()
-    assert not any(map(is_as_drawn, layers))
+    assert not any(map(is_even, layers))
 
 
 def test_other_starts_are_not_taken_for_a_fresh_one() -> None:
     layer = nn.Linear(64, 128)
     for start in (nn.init.zeros_, nn.init.orthogonal_, nn.init.xavier_uniform_, nn.init.eye_):
         start(layer.weight)
-        assert not is_as_drawn(layer), start
+        assert not is_even(layer), start
     nn.init.trunc_normal_(layer.weight, std=1 / 8, a=-1 / 8, b=1 / 8)
-    assert not is_as_drawn(layer)
+    assert not is_even(layer)
 
 
 # training with the host
@@ -351,7 +351,8 @@ def test_the_hosts_trainer_trains_it_on_training_rows(qwen3_vl_path: str, pages:
         loss=CachedMultiVectorMultipleNegativesRankingLoss(model, mini_batch_size=4),
     ).train()
     assert 5e-4 < (model[1].linear.weight - start).abs().max() < 3e-3
-    assert not fresh_layers(mark_fresh_projections(model))
+    assert guess_fresh_layers(model) == ()
+    assert not fresh_layers(model), "it was trained since"
     model.save_pretrained(str(tmp_path / "final"))
     loaded = MultiVectorEncoder(str(tmp_path / "final"), device="cpu")
     assert (embed(loaded) - embed(model.eval())).abs().max() < 1e-6

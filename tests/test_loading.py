@@ -40,7 +40,7 @@ from families import (
 from mmtune.errors import ConfigError, MissingExtraError
 from mmtune.models import load_model
 from mmtune.models.loading import check_checkpoint, check_documents, describe_model, load_host_model
-from mmtune.models.options import LoadOptions
+from mmtune.models.opening import LoadOptions
 from mmtune.models.pixels import PixelLimits, image_arguments, warn_unused_limits
 from mmtune.testing import tiny_clip
 
@@ -156,10 +156,10 @@ def test_dtype_and_attention_fit_the_gpu(
     clip_path, monkeypatch, computes_bfloat16, has_flash_attention, dtype, expected
 ):
     asked = {}
-    monkeypatch.setattr("mmtune.models.options.get_device_name", lambda: "cuda:0")
+    monkeypatch.setattr("mmtune.models.opening.get_device_name", lambda: "cuda:0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: computes_bfloat16)
-    monkeypatch.setattr("mmtune.models.options.is_flash_attn_2_available", lambda: has_flash_attention)
+    monkeypatch.setattr("mmtune.models.opening.is_flash_attn_2_available", lambda: has_flash_attention)
     monkeypatch.setattr("mmtune.models.loading.build", lambda kind, name, **kwargs: asked.update(kwargs) or stop())
     with pytest.raises(InterruptedError, match="before the weights"):
         load_model(clip_path, dtype=dtype)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
+from safetensors.torch import load_file
 from sentence_transformers import (
     MultiVectorEncoder,
     SentenceTransformer,
@@ -324,6 +325,26 @@ def test_a_base_model_that_is_gone_is_saved_merged(tmp_path):
     shutil.rmtree(tmp_path / "base")
     assert save_model(model, tmp_path / "saved")
     assert abs(embeddings(load(tmp_path / "saved")) - embeddings(model)).max() < 1e-6
+
+
+def test_saving_builds_no_second_model(build, tmp_path, monkeypatch):
+    model = learned_adapters(build("clip"))
+    monkeypatch.setattr(type(model[0].model), "from_pretrained", None)
+    assert not save_model(model, tmp_path / "saved")
+
+
+def test_a_model_without_some_layers_of_its_checkpoint_is_saved_merged(build, tmp_path):
+    model = build("text")
+    model[0].model.encoder.layer = model[0].model.encoder.layer[:1]
+    assert save_model(learned_adapters(model), tmp_path / "saved")
+
+
+def test_a_base_model_that_torch_saved_is_the_same(tmp_path):
+    base = Path(tiny_clip(tmp_path / "base"))
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    assert not save_model(learned_adapters(load(base)), tmp_path / "same")
+    assert save_model(learned_adapters(learned(load(base))), tmp_path / "other")
 
 
 @pytest.mark.parametrize("inside", ["", "base"])

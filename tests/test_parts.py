@@ -265,6 +265,13 @@ def test_frozen_batch_normalisation_keeps_its_statistics():
     assert not torch.equal(next(model[0].norm.buffers()), before[0]), "what learns again keeps statistics again"
 
 
+def test_freezing_again_holds_statistics_once():
+    model = SentenceTransformer(modules=[Normalized(), Dense(4, 2)], device="cpu")
+    for _ in range(3):
+        freeze_parts(model, ("text",))
+    assert len(model[0].norm._forward_pre_hooks) == 1
+
+
 # refused
 
 

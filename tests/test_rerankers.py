@@ -17,8 +17,7 @@ from transformers import AutoProcessor, BertForSequenceClassification, LlavaForC
 from families import tiny_llava, tiny_paligemma
 from mmtune.errors import ConfigError
 from mmtune.models import load_model
-from mmtune.models.answers import find_answers
-from mmtune.models.chat_roles import pair_template, role_failure
+from mmtune.models.chat import find_answers, pair_template, role_failure
 from mmtune.models.rerankers import HEADS, build_reranker
 
 SIZES = [(64, 64), (96, 64), (128, 128), (300, 500)]

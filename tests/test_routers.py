@@ -32,10 +32,10 @@ from transformers import (
 from mmtune.data import RetrievalDataset
 from mmtune.errors import ConfigError
 from mmtune.host import let_read_typed_texts
-from mmtune.models.fresh import fresh_layers
+from mmtune.models.fresh import fresh_layers, guess_fresh_layers
 from mmtune.models.loading import check_checkpoint, load_model
 from mmtune.models.routers import compose_router, router_mapping
-from mmtune.models.routes import check_routes, extract_route, mark_fresh_routes
+from mmtune.models.routes import check_routes, extract_route
 from mmtune.testing import generated_pages
 
 PAGE = Image.effect_noise((300, 200), 80).convert("RGB")
@@ -257,7 +257,7 @@ def test_a_router_is_loaded_in_float32_where_a_gpu_computes_in_bfloat16(
     text_encoder_path, siglip_path, tmp_path, monkeypatch
 ):
     compose(text_encoder_path, siglip_path, dimension=32).save_pretrained(str(tmp_path / "router"))
-    monkeypatch.setattr("mmtune.models.options._target_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr("mmtune.models.opening._target_device", lambda device: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     assert load_model(tmp_path / "router", device="cpu").dtype == torch.float32
     assert load_model(siglip_path, device="cpu").dtype == torch.bfloat16
@@ -267,13 +267,13 @@ def test_a_projection_is_fresh_until_it_was_trained_also_after_loading(text_enco
     compose(text_encoder_path, siglip_path, dimension=32).save_pretrained(str(tmp_path / "router"))
     loaded = SentenceTransformer(str(tmp_path / "router"), device="cpu")
     assert fresh_layers(loaded) == {}
-    mark_fresh_routes(loaded)
+    assert len(guess_fresh_layers(loaded)) == 2
     assert len(fresh_layers(loaded)) == 2
     trained = SentenceTransformer(str(tmp_path / "router"), device="cpu")
     for module in trained.modules():
         if isinstance(module, Dense):
             module.linear.weight.data += 1e-3
-    mark_fresh_routes(trained)
+    guess_fresh_layers(trained)
     assert fresh_layers(trained) == {}
 
 

@@ -4,6 +4,7 @@ Seen in sentence-transformers 6.2, transformers 5.23, datasets 5.2 and peft 0.21
 is called, so that the data layer, which has no models, can use what it needs.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import MethodType
@@ -140,19 +141,50 @@ def supports_flash_attention(model_class: Any) -> bool:
     return getattr(model_class, "_supports_flash_attn", False)
 
 
-def forget_conversions(model: Any) -> None:
-    """Save the weights of a model under the names that it has.
-
-    Loading adapters leaves a renaming behind that is for their files: merged weights would be saved under names that no
-    model has, and load as random numbers with no more than a log entry. A ``delete_adapter`` that takes it along would
-    replace it.
-    """
-    vars(model).pop("_weight_conversions", None)
-
-
 def forget_adapter(model: Any) -> None:
     """Let an adapter be attached after an attempt that failed: the mark is set before anything is attached."""
     model._hf_peft_config_loaded = False
+
+
+def adapter_layers(model: Any) -> list[tuple[str, Any]]:
+    """The layers of a transformers model that peft has wrapped, with their names.
+
+    Documented for models of peft's own, by an inner module. A public way to list them would replace the import.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
+
+
+def take_out_adapters(model: Any, *, merge: bool) -> None:
+    """Put the layers of a transformers model back that peft has wrapped, with the adapters added or without.
+
+    peft has this for its own models only. An ``unload`` in the integration of transformers would replace it.
+    """
+    from peft.utils import ModulesToSaveWrapper
+
+    for name, layer in adapter_layers(model):
+        if merge:
+            layer.merge(safe_merge=True)
+        model.set_submodule(name, layer.get_base_layer())
+    for name, wrapper in list(model.named_modules()):
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            kept = wrapper.modules_to_save[wrapper.active_adapters[0]] if merge else wrapper.original_module
+            model.set_submodule(name, kept)
+    model.delete_adapter(list(model.peft_config))
+    if merge:
+        # Loading adapters leaves a renaming behind that is for their files: merged weights would be saved under names
+        # that no model has, and load as random numbers with no more than a log entry.
+        vars(model).pop("_weight_conversions", None)
+
+
+def weights_beside_adapters(model: Any) -> dict[str, Any]:
+    """The weights of a transformers model by the names that they had before peft wrapped them, tied ones as one object.
+
+    Its words for what it has wrapped are in no documentation. A ``state_dict`` without adapters would replace it.
+    """
+    wrappers = re.compile(r"\.(base_layer|original_module|token_adapter)(?=\.)")
+    return {wrappers.sub("", name): weight for name, weight in model.state_dict(keep_vars=True).items()}
 
 
 def uncompiled(model: Any) -> Any:

@@ -7,24 +7,26 @@ Host models that end in one encoder save and load adapters themselves. The host 
 
 import copy
 import json
-import re
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from sentence_transformers.base.model import BaseModel
 from sentence_transformers.base.modules import Router, Transformer
 from torch import nn
 
 from mmtune.errors import ConfigError
-from mmtune.host import forget_conversions
+from mmtune.host import take_out_adapters, weights_beside_adapters
+from mmtune.models.checkpoints import CheckpointFiles
 
 ADAPTER_FILE = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
-WRAPPERS = re.compile(r"\.(base_layer|original_module|token_adapter)(?=\.)")
-"""Words that peft puts into the name of a weight that it has wrapped."""
 
 
 def has_lora(model: BaseModel) -> bool:
@@ -59,8 +61,7 @@ def merge_lora(model: BaseModel) -> BaseModel:
             "weights as they are. Save the model, load that folder without quantization_config, and merge it then."
         )
     for module in adapted:
-        take_out(module, merge=True)
-        forget_conversions(module.model)
+        take_out_adapters(module.model, merge=True)
         module.model.requires_grad_(True)
         # these weights are in no checkpoint yet, on which other adapters could be loaded again
         module.model.name_or_path = ""
@@ -72,7 +73,8 @@ def save_model(model: BaseModel, folder: str | Path) -> bool:
 
     Adapters are saved without their base model, which is named beside them and must stay where it is. A merged copy is
     saved where they would load as another model: inside a Router, beside weights that are not those of the named
-    checkpoint (any more), which is read to find out, and where that checkpoint lies in the folder that is written.
+    checkpoint (any more), whose files are read to find out, and where that checkpoint lies in the folder that is
+    written.
 
     Args:
         model: Any host model; it embeds as before.
@@ -118,28 +120,6 @@ def encoders_of(model: nn.Module) -> list[Transformer]:
     return [module for module in model.modules() if isinstance(module, Transformer)]
 
 
-def adapter_layers(module: Transformer) -> list[tuple[str, Any]]:
-    """The layers of an encoder that have adapters, with their names."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return [(name, layer) for name, layer in module.model.named_modules() if isinstance(layer, BaseTunerLayer)]
-
-
-def take_out(module: Transformer, *, merge: bool) -> None:
-    """Put the layers back that the adapters are wrapped around. peft has this for its own models only."""
-    from peft.utils import ModulesToSaveWrapper
-
-    for name, layer in adapter_layers(module):
-        if merge:
-            layer.merge(safe_merge=True)
-        module.model.set_submodule(name, layer.get_base_layer())
-    for name, wrapper in list(module.model.named_modules()):
-        if isinstance(wrapper, ModulesToSaveWrapper):
-            kept = wrapper.modules_to_save[wrapper.active_adapters[0]] if merge else wrapper.original_module
-            module.model.set_submodule(name, kept)
-    module.model.delete_adapter(list(module.model.peft_config))
-
-
 def is_quantized(module: Transformer) -> bool:
     """Whether the weights of an encoder are quantised."""
     return bool(getattr(module.model, "is_quantized", False))
@@ -155,42 +135,69 @@ def _copy_on_cpu(model: BaseModel) -> BaseModel:
 
 
 def _host_can_reload(model: BaseModel, folder: Path) -> bool:
-    in_router = [module for router in model.modules() if isinstance(router, Router) for module in encoders_of(router)]
-    for module in encoders_of(model):
-        if has_adapters(module) and (
-            any(module is other for other in in_router) or not _is_beside_checkpoint(module, folder)
-        ):
+    """Whether the host will load the adapters beside the weights that they have now, and writing leaves these."""
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    in_routers = {id(module) for router in routers for module in encoders_of(router)}
+    for module in filter(has_adapters, encoders_of(model)):
+        base = next(iter(module.model.peft_config.values())).base_model_name_or_path
+        if not base or id(module) in in_routers:
+            return False
+        if is_quantized(module):  # these can't be trained, and not be merged either
+            continue
+        path = Path(base).resolve()
+        is_overwritten = path.is_dir() and folder.resolve() in (path, *path.parents)
+        if is_overwritten or not _has_weights_of(module, str(base)):
             return False
     return True
 
 
-def _is_beside_checkpoint(module: Transformer, folder: Path) -> bool:
-    """Whether the weights beside the adapters are those that the host will load, and writing the folder leaves them."""
-    base = next(iter(module.model.peft_config.values())).base_model_name_or_path
-    if not base:
-        return False
-    # quantised weights can't be trained, and not be merged either
-    return is_quantized(module) or (not _lies_in(str(base), folder) and _has_weights_of(module, str(base)))
-
-
-def _lies_in(base: str, folder: Path) -> bool:
-    path = Path(base).resolve()
-    return path.is_dir() and folder.resolve() in (path, *path.parents)
-
-
 def _has_weights_of(module: Transformer, base: str) -> bool:
+    """Whether the weights beside the adapters are those of a checkpoint, which is read one tensor at a time.
+
+    Nothing tells whether weights were trained before adapters came to them, so they are compared. transformers renames
+    some as it loads them: one may lie there under a name with another beginning, but with the same layer's number.
+    """
     model_class: Any = type(module.model)
+    weights = weights_beside_adapters(module.model)
+    saved: dict[str, Callable[[], torch.Tensor]] = {}
     try:
-        with torch.random.fork_rng(devices=[]):  # weights that the checkpoint lacks are drawn
-            loaded = model_class.from_pretrained(base, dtype=module.model.dtype, local_files_only=True).state_dict()
+        with ExitStack() as opened:
+            for path in CheckpointFiles(base, {"local_files_only": True}).weight_files():
+                if path.suffix == ".safetensors":
+                    file = opened.enter_context(safe_open(path, framework="pt"))
+                    saved |= {name: partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118 - no mapping
+                else:
+                    tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+                    saved |= {name: partial(tensors.get, name) for name in tensors}
+            # what the host will build: other layers than there are now need other weights
+            with torch.device("meta"):
+                config = model_class.config_class.from_pretrained(base, local_files_only=True)
+                expected = model_class(config).state_dict().keys()
+            return expected <= weights.keys() and _are_saved({name: weights[name] for name in expected}, saved)
     except (OSError, ValueError, RuntimeError, SafetensorError):  # not there (any more), or of another structure
         return False
-    weights = {WRAPPERS.sub("", name): value for name, value in module.model.state_dict().items()}
-    return all(name in weights and _same(weights[name], value) for name, value in loaded.items())
 
 
-def _same(weight: torch.Tensor, loaded: torch.Tensor) -> bool:
-    return torch.equal(weight.cpu(), loaded.to(weight.dtype))
+def _are_saved(weights: dict[str, torch.Tensor], saved: dict[str, Callable[[], torch.Tensor]]) -> bool:
+    names_by_end: dict[str, list[str]] = defaultdict(list)
+    for name in saved:
+        words = name.split(".")
+        for start in range(len(words)):
+            names_by_end[".".join(words[start:])].append(name)
+
+    def is_saved(name: str) -> bool:
+        words = name.split(".")
+        number = next((at for at, word in enumerate(words) if word.isdigit()), len(words) - 1)
+        ends = (".".join(words[start:]) for start in range(max(1, number)))
+        alike = next((names_by_end[end] for end in ends if end in names_by_end), [])
+        weight = weights[name].detach().cpu()
+        return any(torch.equal(weight, saved[other]().to(weight.dtype)) for other in alike)
+
+    # tied weights are saved once
+    names_by_weight: dict[int, list[str]] = defaultdict(list)
+    for name, weight in weights.items():
+        names_by_weight[id(weight)].append(name)
+    return all(any(map(is_saved, names)) for names in names_by_weight.values())
 
 
 def _load_module(module: nn.Module, folder: Path, path: str) -> None:

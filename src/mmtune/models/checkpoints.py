@@ -1,21 +1,25 @@
 """What a checkpoint is, read from its small files: the weights are not touched."""
 
-import difflib
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from PIL import Image
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
 from transformers import MODEL_MAPPING, AutoConfig, AutoProcessor, ImageProcessingMixin, PreTrainedConfig
 
+from mmtune.arguments import nearest_name
 from mmtune.errors import ConfigError, MissingExtraError
-from mmtune.models.blueprints import Blueprint, refusals
+from mmtune.host import WithoutWeights
 from mmtune.models.kinds import HostModel
 
 MARKERS = ("modules.json", "config.json", "adapter_config.json")
@@ -25,6 +29,9 @@ TEXT_ONLY = frozenset({"text"})
 
 TEXT_MODULES = ("StaticEmbedding", "WordEmbeddings", "BoW")
 """The host's encoders that are no transformers models."""
+
+SAMPLES = {"text": "total revenue of the year", "image": Image.new("RGB", (64, 64), "white")}
+"""What encoders are tried with: a short text and a small blank page."""
 
 EXTRA_BY_PACKAGE = {"torchvision": "vlm", "peft": "lora", "bitsandbytes": "qlora"}
 
@@ -51,7 +58,7 @@ class Encoder:
 
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """Reads a checkpoint's small files, from a folder or from the Hub and its cache.
+    """Reads a checkpoint's files, from a folder or from the Hub and its cache.
 
     Attributes:
         name: A folder, or the full name of a repository.
@@ -65,15 +72,48 @@ class CheckpointFiles:
     processor_kwargs: Mapping[str, Any] = field(default_factory=dict)
     config_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
+    def path(self, filename: str, subfolder: str = "") -> Path | None:
+        """Where a file lies on this machine, downloaded if need be, or ``None`` where the checkpoint has none."""
+        if Path(self.name).is_dir():
+            path = Path(self.name, subfolder, filename)
+            return path if path.is_file() else None
+        try:
+            return Path(hf_hub_download(self.name, filename, subfolder=subfolder or None, **self.hub))
+        except EntryNotFoundError:
+            return None
+
     def read_json(self, filename: str, subfolder: str = "") -> Any:
         """The content of a JSON file, or ``None`` where the checkpoint has no such file."""
-        path = Path(self.name, subfolder, filename)
-        if not Path(self.name).is_dir():
-            try:
-                path = Path(hf_hub_download(self.name, filename, subfolder=subfolder or None, **self.hub))
-            except EntryNotFoundError:
-                return None
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        path = self.path(filename, subfolder)
+        return None if path is None else json.loads(path.read_text(encoding="utf-8"))
+
+    @cached_property
+    def modules(self) -> list[dict[str, Any]] | None:
+        """What the host saved of each module; ``None`` for a checkpoint that was made for something else."""
+        return self.read_json("modules.json")
+
+    @cached_property
+    def saved_type(self) -> str | None:
+        """``model_type`` of a checkpoint that the host, or PyLate, saved; ``None`` for any other."""
+        if self.modules is None:
+            return None
+        return (self.read_json("config_sentence_transformers.json") or {}).get("model_type", "SentenceTransformer")
+
+    @cached_property
+    def architectures(self) -> list[str]:
+        """The model classes of a checkpoint without ``modules.json``; empty for any other."""
+        config = None if self.modules is not None else self.read_json("config.json")
+        return (config or {}).get("architectures") or []
+
+    def weight_files(self) -> list[Path]:
+        """Where the weights lie on this machine, as safetensors or as torch saves them; empty where there are none."""
+        for filename in ("model.safetensors", "pytorch_model.bin"):
+            index = self.read_json(f"{filename}.index.json")
+            filenames = sorted(set(index["weight_map"].values())) if index else [filename]
+            paths = [path for path in map(self.path, filenames) if path is not None]
+            if paths:
+                return paths
+        return []
 
     def config(self, subfolder: str) -> PreTrainedConfig | None:
         """The transformers config, or ``None`` for an adapter, whose config is that of its base model."""
@@ -85,14 +125,81 @@ class CheckpointFiles:
         """Tokenizer, image processor, or both in one."""
         return AutoProcessor.from_pretrained(self.name, **self.hub, **{"subfolder": subfolder, **self.processor_kwargs})
 
-    def blueprint(self) -> Blueprint:
-        """What the host makes of a checkpoint without ``modules.json``, without weights."""
-        return Blueprint(
-            self.name,
-            model_kwargs={"trust_remote_code": self.config_kwargs.get("trust_remote_code", False)},
-            processor_kwargs={**self.hub, **self.processor_kwargs},
-            config_kwargs={**self.hub, **self.config_kwargs},
+
+class Blueprint(WithoutWeights, Transformer):
+    """The host's encoder without weights: its processor, and the modalities that the host finds in it."""
+
+
+def find_checkpoint(name: str, *, hub: Mapping[str, Any] | None = None, **kwargs: Mapping[str, Any]) -> CheckpointFiles:
+    """The files of a checkpoint in a folder or on the Hub, by the names that the host takes.
+
+    Args:
+        name: A folder, ``"organisation/model"``, or a bare name as the host completes it.
+        hub: See ``CheckpointFiles``.
+        **kwargs: ``processor_kwargs`` and ``config_kwargs``, see ``CheckpointFiles``.
+
+    Raises:
+        ConfigError: Nothing is there, or nothing that is a checkpoint.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if not _holds_checkpoint(path):
+            entries = sorted(path.iterdir())
+            inside = next(filter(_holds_checkpoint, entries), None)
+            remedy = f"Pass {str(inside)!r}, which holds one." if inside else "Pass the folder that holds these files."
+            more = f" and {len(entries) - 10} more" if len(entries) > 10 else ""
+            listing = ", ".join(entry.name for entry in entries[:10]) + more or "no files"
+            raise ConfigError(
+                f"{str(path)!r} holds no checkpoint: found {listing}. Expected one of {', '.join(MARKERS)}. {remedy}"
+            )
+        return CheckpointFiles(name, hub or {}, **kwargs)
+    if path.is_file():
+        raise ConfigError(f"{name!r} is a file. Expected the folder of a checkpoint: pass {str(path.parent)!r}.")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise ConfigError(
+            f"{str(path)!r} does not exist: {_nearest_folder(path)}. Expected the folder of a checkpoint, or a name on "
+            f"the Hub such as 'Qwen/Qwen3-VL-Embedding-2B'. Correct the path."
         )
+    return CheckpointFiles(_find_on_hub(name, dict(hub or {})), hub or {}, **kwargs)
+
+
+def _holds_checkpoint(folder: Path) -> bool:
+    return any((folder / marker).is_file() for marker in MARKERS)
+
+
+def _find_on_hub(name: str, hub: dict[str, Any]) -> str:
+    organization = SentenceTransformer.default_huggingface_organization
+    candidates = [name] if "/" in name else [f"{organization}/{name}", name]
+    failure: Exception | None = None
+    for candidate in candidates:
+        for marker in MARKERS:
+            try:
+                hf_hub_download(candidate, marker, **hub)
+                return candidate
+            except LocalEntryNotFoundError as error:
+                # no connection: each further try would wait through the retries again
+                hub["local_files_only"] = True
+                failure = failure or error
+            except EntryNotFoundError:
+                continue
+            except (OSError, ValueError) as error:
+                failure = failure or error
+                break
+    reason = first_line(failure) if failure else f"The repository has none of {', '.join(MARKERS)}."
+    raise ConfigError(
+        f"{name!r} was not found: {_nearest_folder(Path(name))}, and the Hub and its cache did not give it either. "
+        f"{reason} Expected the folder of a checkpoint or the name of a model on the Hub, such as "
+        f"'Qwen/Qwen3-VL-Embedding-2B'. Check the spelling and the connection, and for a private or gated model run "
+        f"`hf auth login`."
+    ) from failure
+
+
+def _nearest_folder(path: Path) -> str:
+    parent = next(parent for parent in path.absolute().parents if parent.is_dir())
+    missing = path.absolute().relative_to(parent).parts[0]
+    alike = nearest_name(missing, [entry.name for entry in parent.iterdir()], cutoff=0.6)
+    hint = f" (did you mean {alike!r}?)" if alike else ""
+    return f"{str(parent)!r} exists and holds no {missing!r}{hint}"
 
 
 def read_encoders(
@@ -114,7 +221,11 @@ def read_encoders(
         MissingExtraError: A package that its processor needs is not installed.
     """
     try:
-        encoders = _saved_encoders(files) or [_fresh_encoder(files, model_class)]
+        modules = files.modules
+        if modules:
+            encoders = _saved_encoders(files, modules[0]["type"], modules[0]["path"])
+        else:
+            encoders = [_fresh_encoder(files, model_class)]
     except ImportError as error:
         raise missing_extra(files.name, error) from error
     except (OSError, ValueError) as error:
@@ -126,46 +237,105 @@ def read_encoders(
     return encoders
 
 
+def _saved_encoders(files: CheckpointFiles, module_type: str, subfolder: str) -> list[Encoder]:
+    """The encoders of a module that the host saved: itself, or those that begin the routes of a Router."""
+    class_name = module_type.rpartition(".")[2] if module_type.startswith("sentence_transformers.") else ""
+    if class_name in ("Router", "Asym"):
+        router = files.read_json("router_config.json", subfolder) or files.read_json("config.json", subfolder)
+        first_modules = dict.fromkeys(modules[0] for modules in router["structure"].values())
+        return [
+            encoder
+            for module in first_modules
+            for encoder in _saved_encoders(files, router["types"][module], Path(subfolder, module).as_posix())
+        ]
+    if class_name not in ("Transformer", "CLIPModel"):
+        return [Encoder(modalities=TEXT_ONLY if class_name in TEXT_MODULES else None)]
+    saved = files.read_json("sentence_bert_config.json", subfolder) or {}
+    # combinations are saved as "image+text"; versions before 5.4 saved none, and CLIP had a class of its own
+    keys = saved.get("modality_config", ["text", "image"] if class_name == "CLIPModel" else ["text"])
+    modalities = frozenset(part for key in keys for part in key.split("+"))
+    encoder = Encoder(
+        modalities=modalities,
+        config=files.config(subfolder),
+        processor=files.processor(subfolder) if "image" in modalities else None,
+        image_arguments=saved.get("processing_kwargs", {}).get("image", {}),
+    )
+    return [encoder]
+
+
+def _fresh_encoder(files: CheckpointFiles, model_class: type[HostModel]) -> Encoder:
+    """What the host would make of a checkpoint without ``modules.json``."""
+    config = files.config("")
+    if config is not None and type(config) in MODEL_MAPPING and issubclass(model_class, SentenceTransformer):
+        blueprint = Blueprint(
+            files.name,
+            model_kwargs={"trust_remote_code": files.config_kwargs.get("trust_remote_code", False)},
+            processor_kwargs={**files.hub, **files.processor_kwargs},
+            config_kwargs={**files.hub, **files.config_kwargs},
+        )
+        refused = _refusals(blueprint)
+        alone = {key for key in blueprint.modalities if isinstance(key, str) and key != "message"} - refused.keys()
+        return Encoder(frozenset(alone), blueprint.config, blueprint.processor, refusals=refused)
+    processor = files.processor("")
+    is_image_processor = isinstance(processor, ImageProcessingMixin)
+    takes_images = is_image_processor or hasattr(processor, "image_processor")
+    modalities = (["image"] if takes_images else []) + ([] if is_image_processor else ["text"])
+    return Encoder(frozenset(modalities), config, processor)
+
+
+def _refusals(encoder: Transformer) -> dict[str, str]:
+    """Why an encoder does not embed a text alone, or an image alone, as the end of a sentence."""
+    reasons: dict[str, str] = {}
+    for modality, sample in SAMPLES.items():
+        if modality not in encoder.modalities:
+            for key in encoder.modalities:
+                if isinstance(key, tuple) and modality in key:
+                    reasons[modality] = f"it takes {' and '.join(sorted(key))} only together"
+            continue
+        try:
+            features = encoder.preprocess([sample])
+        except ImportError:
+            raise
+        except Exception as error:  # processors refuse in every way
+            reasons[modality] = f"its processor does not take one by itself ({type(error).__name__}: {error})"
+            continue
+        if modality == "image" and "input_ids" not in features:
+            # images that go the way of the tokens, and not through a tower of their own, need a place among these
+            methods = {str(key): params["method"] for key, params in encoder.modality_config.items()}
+            by_forward = all(methods.get(key) == "forward" for key in SAMPLES)
+            if by_forward and isinstance(encoder.model.get_input_embeddings(), torch.nn.Embedding):
+                reasons[modality] = "it has no chat template that gives an image its place in a text"
+    return reasons
+
+
 def require_modality(files: CheckpointFiles, encoders: list[Encoder], modality: str) -> None:
     """Make sure that one of a checkpoint's encoders takes a modality by itself.
 
     Raises:
         ConfigError: None does; the message has the reason.
     """
-    if not any(encoder.modalities is None or modality in encoder.modalities for encoder in encoders):
-        raise ConfigError(_lacking_message(files.name, encoders, modality))
-
-
-def find_checkpoint(name: str, *, hub: Mapping[str, Any] | None = None, **kwargs: Mapping[str, Any]) -> CheckpointFiles:
-    """The files of a checkpoint in a folder or on the Hub, by the names that the host takes.
-
-    Args:
-        name: A folder, ``"organisation/model"``, or a bare name as the host completes it.
-        hub: See ``CheckpointFiles``.
-        **kwargs: ``processor_kwargs`` and ``config_kwargs``, see ``CheckpointFiles``.
-
-    Raises:
-        ConfigError: Nothing is there, or nothing that is a checkpoint.
-    """
-    path = Path(name)
-    if path.is_dir():
-        if not any((path / marker).is_file() for marker in MARKERS):
-            raise ConfigError(_no_checkpoint_message(path))
-        return CheckpointFiles(name, hub or {}, **kwargs)
-    if path.is_file():
-        raise ConfigError(f"{name!r} is a file. Expected the folder of a checkpoint: pass {str(path.parent)!r}.")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise ConfigError(_no_path_message(path))
-    return CheckpointFiles(_find_on_hub(name, dict(hub or {})), hub or {}, **kwargs)
+    if any(encoder.modalities is None or modality in encoder.modalities for encoder in encoders):
+        return
+    kinds = sorted({encoder.config.model_type for encoder in encoders if encoder.config is not None})
+    kind = f" (model type {', '.join(kinds)})" if kinds else ""
+    reason = next((encoder.refusals[modality] for encoder in encoders if modality in encoder.refusals), None)
+    if reason:
+        raise ConfigError(
+            f"{files.name!r} can't embed {modality}s by themselves{kind}: {reason}. Expected a checkpoint that embeds "
+            f"texts, as queries are, and images, as pages are, each alone. Pass one such as Qwen3-VL, CLIP or SigLIP."
+        )
+    modalities = ", ".join(sorted(frozenset().union(*(encoder.modalities or () for encoder in encoders))))
+    expected = {
+        "image": "a checkpoint with an image processor, such as Qwen3-VL, CLIP or SigLIP. Pass one of those, or join "
+        "this one with an image encoder by compose_router",
+        "text": "a checkpoint with a tokenizer, such as MiniLM. Pass one, or join this one with a text encoder by "
+        "compose_router",
+    }
+    raise ConfigError(f"{files.name!r} embeds no {modality}s, only {modalities}{kind}. Expected {expected[modality]}.")
 
 
 def missing_extra(name: str, error: ImportError) -> MissingExtraError:
-    """The error for a package that a checkpoint needs, with the extra of mmtune that brings it.
-
-    Args:
-        name: The checkpoint.
-        error: What transformers or the host raised.
-    """
+    """The error for a package that a checkpoint needs, with the extra of mmtune that brings it."""
     package = next((package for package in EXTRA_BY_PACKAGE if package in str(error).lower()), None)
     package = package or next(iter(re.findall(r"pip install `?([\w-]+)", str(error))), None)
     requirement = f'"mmtune[{EXTRA_BY_PACKAGE[package]}]"' if package in EXTRA_BY_PACKAGE else package
@@ -179,141 +349,3 @@ def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     line = lines[0] if lines else type(error).__name__
     return line if line.endswith((".", "!", "?")) else f"{line}."
-
-
-def _saved_encoders(files: CheckpointFiles) -> list[Encoder]:
-    modules = files.read_json("modules.json")
-    return _encoders(files, modules[0]["type"], modules[0]["path"]) if modules else []
-
-
-def _encoders(files: CheckpointFiles, module_type: str, subfolder: str) -> list[Encoder]:
-    class_name = module_type.rpartition(".")[2] if module_type.startswith("sentence_transformers.") else ""
-    if class_name in ("Router", "Asym"):
-        return _route_encoders(files, subfolder)
-    if class_name in ("Transformer", "CLIPModel"):
-        return [_saved_encoder(files, subfolder, default={"text", "image"} if class_name == "CLIPModel" else {"text"})]
-    return [Encoder(modalities=TEXT_ONLY if class_name in TEXT_MODULES else None)]
-
-
-def _route_encoders(files: CheckpointFiles, subfolder: str) -> list[Encoder]:
-    router = files.read_json("router_config.json", subfolder) or files.read_json("config.json", subfolder)
-    first_modules = dict.fromkeys(modules[0] for modules in router["structure"].values())
-    return [
-        encoder
-        for module in first_modules
-        for encoder in _encoders(files, router["types"][module], Path(subfolder, module).as_posix())
-    ]
-
-
-def _saved_encoder(files: CheckpointFiles, subfolder: str, *, default: set[str]) -> Encoder:
-    saved = files.read_json("sentence_bert_config.json", subfolder) or {}
-    # combinations are saved as "image+text"; versions before 5.4 saved none, and were as the default says
-    modalities = frozenset(part for key in saved.get("modality_config", default) for part in key.split("+"))
-    return Encoder(
-        modalities=modalities,
-        config=files.config(subfolder),
-        processor=files.processor(subfolder) if "image" in modalities else None,
-        image_arguments=saved.get("processing_kwargs", {}).get("image", {}),
-    )
-
-
-def _fresh_encoder(files: CheckpointFiles, model_class: type[HostModel]) -> Encoder:
-    config = files.config("")
-    if config is not None and type(config) in MODEL_MAPPING and issubclass(model_class, SentenceTransformer):
-        return _blueprint_encoder(files.blueprint())
-    processor = files.processor("")
-    takes_images = isinstance(processor, ImageProcessingMixin) or hasattr(processor, "image_processor")
-    takes_text = not isinstance(processor, ImageProcessingMixin)
-    modalities = frozenset({"image"} if takes_images else ()) | frozenset({"text"} if takes_text else ())
-    return Encoder(modalities=modalities, config=config, processor=processor)
-
-
-def _blueprint_encoder(blueprint: Blueprint) -> Encoder:
-    refused = refusals(blueprint)
-    alone = {key for key in blueprint.modalities if isinstance(key, str) and key != "message"} - refused.keys()
-    return Encoder(
-        modalities=frozenset(alone),
-        config=blueprint.config,
-        processor=blueprint.processor,
-        refusals=refused,
-    )
-
-
-def _find_on_hub(name: str, hub: dict[str, Any]) -> str:
-    organization = SentenceTransformer.default_huggingface_organization
-    candidates = [name] if "/" in name else [f"{organization}/{name}", name]
-    failure: Exception | None = None
-    for candidate in candidates:
-        for marker in MARKERS:
-            try:
-                hf_hub_download(candidate, marker, **hub)
-                return candidate
-            except LocalEntryNotFoundError as error:
-                # no connection: each further try would wait through the retries again
-                hub["local_files_only"] = True
-                failure = failure or error
-            except EntryNotFoundError:
-                continue
-            except (OSError, ValueError) as error:
-                failure = failure or error
-                break
-    raise ConfigError(_not_on_hub_message(name, failure)) from failure
-
-
-def _not_on_hub_message(name: str, failure: Exception | None) -> str:
-    reason = first_line(failure) if failure else f"The repository has none of {', '.join(MARKERS)}."
-    return (
-        f"{name!r} was not found: {_folder_here(Path(name))}, and the Hub and its cache did not give it either. "
-        f"{reason} Expected the folder of a checkpoint or the name of a model on the Hub, such as "
-        f"'Qwen/Qwen3-VL-Embedding-2B'. Check the spelling and the connection, and for a private or gated model run "
-        f"`hf auth login`."
-    )
-
-
-def _no_path_message(path: Path) -> str:
-    return (
-        f"{str(path)!r} does not exist: {_folder_here(path)}. Expected the folder of a checkpoint, or a name on the "
-        f"Hub such as 'Qwen/Qwen3-VL-Embedding-2B'. Correct the path."
-    )
-
-
-def _folder_here(path: Path) -> str:
-    parent = next(parent for parent in path.absolute().parents if parent.is_dir())
-    nearest = path.absolute().relative_to(parent).parts[0]
-    names = sorted(entry.name for entry in parent.iterdir())
-    alike = difflib.get_close_matches(nearest, names, n=1)
-    hint = f" (did you mean {alike[0]!r}?)" if alike else ""
-    return f"{str(parent)!r} exists and holds no {nearest!r}{hint}"
-
-
-def _no_checkpoint_message(folder: Path) -> str:
-    inside = [entry for entry in sorted(folder.iterdir()) if any((entry / marker).is_file() for marker in MARKERS)]
-    remedy = f"Pass {str(inside[0])!r}, which holds one." if inside else "Pass the folder that holds these files."
-    return (
-        f"{str(folder)!r} holds no checkpoint: found {_listing(folder)}. Expected one of {', '.join(MARKERS)}. {remedy}"
-    )
-
-
-def _listing(folder: Path, limit: int = 10) -> str:
-    names = sorted(entry.name for entry in folder.iterdir())
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more if names else "no files"
-
-
-def _lacking_message(name: str, encoders: list[Encoder], modality: str) -> str:
-    modalities = sorted(frozenset().union(*(encoder.modalities or () for encoder in encoders)))
-    kinds = sorted({encoder.config.model_type for encoder in encoders if encoder.config is not None})
-    kind = f" (model type {', '.join(kinds)})" if kinds else ""
-    reason = next((encoder.refusals[modality] for encoder in encoders if modality in encoder.refusals), None)
-    if reason:
-        return (
-            f"{name!r} can't embed {modality}s by themselves{kind}: {reason}. Expected a checkpoint that embeds texts, "
-            f"as queries are, and images, as pages are, each alone. Pass one such as Qwen3-VL, CLIP or SigLIP."
-        )
-    expected = {
-        "image": "a checkpoint with an image processor, such as Qwen3-VL, CLIP or SigLIP. Pass one of those, or join "
-        "this one with an image encoder by compose_router",
-        "text": "a checkpoint with a tokenizer, such as MiniLM. Pass one, or join this one with a text encoder by "
-        "compose_router",
-    }
-    return f"{name!r} embeds no {modality}s, only {', '.join(modalities)}{kind}. Expected {expected[modality]}."

@@ -1,10 +1,11 @@
-"""What a fresh checkpoint needs to become an embedding model, found out by trying it.
+"""What a checkpoint needs to become an embedding model, found out by trying it: pooling, padding, prompts that arrive.
 
 A checkpoint without ``modules.json`` was not made for embeddings, and the host guesses (sentence-transformers 6.2): the
 mean over all tokens unless the architecture is called ``...ForCausalLM``, and texts padded to the longest of a batch.
 """
 
 import logging
+import warnings
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from sentence_transformers.base.modules.transformer import ProcessingKwargs
 from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import batch_to_device
 
-SAMPLE_TEXT = "total revenue of the year"
+from mmtune.errors import ConfigError
+from mmtune.models.checkpoints import SAMPLES, first_line
+
 PADDING_MATTERS = 0.05
 """Relative change of an embedding, well above the rounding of bfloat16 and far below what SigLIP shows."""
 
@@ -46,9 +49,16 @@ def fit_modules(model: SentenceTransformer) -> SentenceTransformer:
             pooling.pooling_mode = "lasttoken"
             logger.warning("%r is causal: its embedding is the last token, where the host takes the mean.", name)
     if not others:
-        _cap_length(encoder)
+        # the host looks for the number of positions in the config of one tower only
+        positions = getattr(encoder.config.get_text_config(), "max_position_embeddings", None)
+        if positions and (encoder.max_seq_length or positions) >= positions:
+            encoder.max_seq_length = positions
         if padding_matters(encoder, model.device):
-            _pad_texts(encoder)
+            # Without a mask, as in the training of SigLIP. With one, the host's cached losses would cut the padding off
+            # each mini-batch, and train other embeddings than those in use (sentence-transformers 6.2).
+            fixed = {"padding": "max_length", "return_attention_mask": False}
+            kwargs = encoder.processing_kwargs
+            encoder.processing_kwargs = {**kwargs, "text": {**kwargs.get("text", {}), **fixed}}
             logger.warning("%r feels padding: every text is padded to %d tokens.", name, encoder.max_seq_length)
     return model
 
@@ -58,10 +68,6 @@ def is_causal(encoder: Transformer, device: torch.device) -> bool:
 
     By definition and not by name: the gradient of the first token's embedding with respect to the last token is exactly
     zero then. A config's ``is_causal`` is absent, or overruled by a bidirectional mask, in several families.
-
-    Args:
-        encoder: In evaluation mode.
-        device: Where it is.
     """
     seen: list[torch.Tensor] = []
 
@@ -94,20 +100,38 @@ def padding_matters(encoder: Transformer, device: torch.device) -> bool:
     return bool((alone - padded).norm() > PADDING_MATTERS * alone.norm())
 
 
-def _cap_length(encoder: Transformer) -> None:
-    """Cut texts to the positions that there are: the host looks for them in the config of one tower only."""
-    positions = getattr(encoder.config.get_text_config(), "max_position_embeddings", None)
-    if positions and (encoder.max_seq_length or positions) >= positions:
-        encoder.max_seq_length = positions
-
-
-def _pad_texts(encoder: Transformer) -> None:
-    # Without a mask, as in the training of SigLIP. With one, the host's cached losses would cut the padding off each
-    # mini-batch, and train other embeddings than those in use (sentence-transformers 6.2).
-    fixed = {"padding": "max_length", "return_attention_mask": False}
-    kwargs = encoder.processing_kwargs
-    encoder.processing_kwargs = {**kwargs, "text": {**kwargs.get("text", {}), **fixed}}
-
-
 def _features(encoder: Transformer, device: torch.device, kwargs: ProcessingKwargs | None = None) -> dict[str, Any]:
-    return batch_to_device(encoder.preprocess([SAMPLE_TEXT], processing_kwargs=kwargs), device)
+    return batch_to_device(encoder.preprocess([SAMPLES["text"]], processing_kwargs=kwargs), device)
+
+
+def check_prompts(model: SentenceTransformer) -> None:
+    """Make sure that a model's prompts reach its tokens, where they go into a chat template as a system message.
+
+    Raises:
+        ConfigError: The template takes no system message.
+
+    Warns:
+        UserWarning: The template leaves system messages out.
+    """
+    if not isinstance(model[0], Transformer) or not {"message", "text"} <= set(model.modalities):
+        return
+    plain = model.preprocess([SAMPLES["text"]])["input_ids"]
+    for name, prompt in model.prompts.items():
+        if not prompt:
+            continue
+        try:
+            prompted = model.preprocess([SAMPLES["text"]], prompt=prompt)["input_ids"]
+        except Exception as error:  # a template raises what it likes, under jinja2's name
+            raise ConfigError(
+                f"The prompt {name!r} ({prompt!r}) can't be used: {first_line(error)} The host makes a system message "
+                f"of it, and the model's chat template takes none. Pass processor_kwargs={{'chat_template': ...}} with "
+                f"one that does, or remove the prompt."
+            ) from error
+        if torch.equal(prompted, plain):
+            warnings.warn(
+                f"The prompt {name!r} ({prompt!r}) has no effect: the model's chat template leaves out system "
+                f"messages, which the host makes of prompts. Pass processor_kwargs={{'chat_template': ...}} with one "
+                f"that renders them, or remove the prompt.",
+                UserWarning,
+                stacklevel=4,
+            )

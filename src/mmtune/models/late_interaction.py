@@ -1,8 +1,5 @@
 """Models of late interaction: a vector a token, for ColPali-style retrieval, loaded or made from a backbone."""
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -12,29 +9,21 @@ import transformers
 from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.modules import Dense, Transformer
 from torch import nn
-from transformers import PreTrainedConfig
 
 from mmtune.errors import ConfigError
 from mmtune.models.checkpoints import CheckpointFiles
-from mmtune.models.fresh import mark_fresh
+from mmtune.models.fresh import TOKENS, mark_fresh, seeded
 from mmtune.models.loading import load_host_model
-from mmtune.models.opening import checked_name, checkpoint_files
-from mmtune.models.options import LoadOptions
+from mmtune.models.opening import LoadOptions, open_checkpoint, require_dimension
 
 FRESH_DIMENSION = 128
 """Of a token vector where nothing else is asked for; ColBERT's, and the host's."""
-
-TOKENS = "token_embeddings"
-"""Where the host's modules pass on a vector a token."""
 
 SAVED_TYPES = ("MultiVectorEncoder", "ColBERT")
 """``model_type`` of saved models of late interaction: the host's, and PyLate's."""
 
 ONE_VECTOR_MODULES = ("CLIPModel", "Router", "Asym", "StaticEmbedding", "BoW")
 """First modules of checkpoints that have no single encoder with token embeddings behind them."""
-
-ENOUGH_TO_EXPECT = 20
-"""How many numbers of a fresh layer lie, on average, in the outermost strip that must not be empty."""
 
 
 def build_late_interaction(
@@ -69,8 +58,8 @@ def build_late_interaction(
         **host_kwargs: Further arguments of ``MultiVectorEncoder``; see ``load_model``.
 
     Returns:
-        A new model. A projection that has not been trained is marked as fresh, so that ``finetune`` trains it at a
-        larger rate.
+        A new model. A projection that was drawn here is marked as fresh, so that ``finetune`` trains it at a larger
+        rate.
 
     Raises:
         ConfigError: The checkpoint gives one vector a text or page, has another dimension than asked for, embeds no
@@ -81,16 +70,29 @@ def build_late_interaction(
         >>> model = build_late_interaction("Qwen/Qwen3-VL-2B-Instruct", max_pixels=600 * 600)  # doctest: +SKIP
     """
     options = LoadOptions(max_pixels, min_pixels, dtype, attention, device, host_kwargs)
-    files = _files(name_or_path, options)
+    dimension = require_dimension(dimension, "a vector")
+    files = open_checkpoint(name_or_path, options)
     source = read_source(files)
-    _check_dimension(files.name, dimension, source.dimension)
-    with _seeded(seed):
+    _check_own_dimension(files.name, dimension, source.dimension)
+    with seeded(seed):
         model = load_host_model(MultiVectorEncoder, name_or_path, options)
-        _require_tokens(model, files.name)
-        if not source.has_projection:
-            _replace_projection(model, dimension or FRESH_DIMENSION, seed)
-    _check_dimension(files.name, dimension, model.get_embedding_dimension())
-    return mark_fresh_projections(model)
+    encoder = model[0]
+    if isinstance(encoder, Transformer):
+        # some pool by themselves, which shows only once they are built
+        pooled = [params["method_output_name"] for params in encoder.modality_config.values()].count("pooler_output")
+        if encoder.module_output_name != TOKENS or pooled:
+            raise _no_tokens(files.name, f"pools by itself (model type {encoder.config.model_type})")
+    if not source.has_projection:
+        # one that is drawn from the seed alone, in place of the one that the host has drawn
+        dense = [(at, module) for at, module in enumerate(model) if isinstance(module, Dense)]
+        at, drawn = next((at, module.linear.weight) for at, module in dense if module.module_input_name == TOKENS)
+        sizes = (drawn.shape[1], dimension or FRESH_DIMENSION)
+        with seeded(seed), torch.device("cpu"):
+            projection = Dense(*sizes, bias=False, activation_function=nn.Identity(), module_input_name=TOKENS)
+        model[at] = projection.to(drawn.device, drawn.dtype)
+        mark_fresh(projection)
+    _check_own_dimension(files.name, dimension, model.get_embedding_dimension())
+    return model
 
 
 def is_late_interaction(name_or_path: str | Path, options: LoadOptions | None = None) -> bool:
@@ -103,37 +105,8 @@ def is_late_interaction(name_or_path: str | Path, options: LoadOptions | None = 
     Raises:
         ConfigError: There is no checkpoint.
     """
-    files = _files(name_or_path, options or LoadOptions())
-    return _saved_type(files) in SAVED_TYPES or _has_native_head(files)
-
-
-def mark_fresh_projections(model: MultiVectorEncoder) -> MultiVectorEncoder:
-    """Mark the projections of token embeddings that have not been trained, also in a model that the host made.
-
-    The host adds a random projection to a bare backbone and keeps no note of it, in memory or on disk.
-
-    Returns:
-        The same model.
-    """
-    for module in model.modules():
-        if isinstance(module, Dense) and module.module_input_name == TOKENS:
-            mark_fresh(module, fresh=is_as_drawn(module.linear))
-    return model
-
-
-def is_as_drawn(layer: nn.Linear) -> bool:
-    """Whether the weights of a layer are as torch draws them: even between plus and minus ``1 / sqrt(in_features)``.
-
-    Training takes some weights across that edge within a few steps, and in the end leaves nothing even.
-    """
-    weights = layer.weight.detach().flatten()
-    edge, count = layer.in_features**-0.5, len(weights)
-    # rounded as the weights are: in half precision, those at the edge may lie beyond it
-    strip = torch.tensor([edge * (1 - ENOUGH_TO_EXPECT / count), edge * (1 + 1e-6)]).to(weights.dtype).tolist()
-    largest = weights.abs().max().item()
-    variance = weights.double().square().mean().item()
-    # the mean square of n even draws varies by sqrt(0.8 / n) of itself
-    return strip[0] <= largest <= strip[1] and abs(3 * variance / edge**2 - 1) < 6 * math.sqrt(0.8 / count)
+    files = open_checkpoint(name_or_path, options)
+    return files.saved_type in SAVED_TYPES or _has_native_head(files)
 
 
 @dataclass(frozen=True)
@@ -155,7 +128,7 @@ def read_source(files: CheckpointFiles) -> Source:
     Raises:
         ConfigError: It gives one vector a text or page, so that there are no token embeddings.
     """
-    modules = files.read_json("modules.json")
+    modules = files.modules
     if modules is None:
         if _has_native_head(files):
             config = files.read_json("config.json")
@@ -165,60 +138,30 @@ def read_source(files: CheckpointFiles) -> Source:
     class_name = modules[0]["type"].rpartition(".")[2]
     if class_name in ONE_VECTOR_MODULES:
         raise _no_tokens(files.name, f"starts with a {class_name}")
-    saved_type = _saved_type(files)
-    if saved_type not in SAVED_TYPES:
+    if files.saved_type not in SAVED_TYPES:
         _refuse_dual_encoder(files, modules[0]["path"])
     heads = [files.read_json("config.json", module["path"]) for module in modules if module["type"].endswith(".Dense")]
-    kept = saved_type in (*SAVED_TYPES, "SentenceTransformer")
+    kept = files.saved_type in (*SAVED_TYPES, "SentenceTransformer")
     dimension = heads[-1].get("out_features") if heads and kept else None
-    return Source(saved_type in SAVED_TYPES or dimension is not None, dimension)
-
-
-def _files(name_or_path: str | Path, options: LoadOptions) -> CheckpointFiles:
-    host_kwargs = {**options.host_kwargs, "processor_kwargs": options.processor_kwargs}
-    return checkpoint_files(checked_name(name_or_path), host_kwargs)
-
-
-def _saved_type(files: CheckpointFiles) -> str | None:
-    """``model_type`` of a checkpoint that the host, or PyLate, saved; ``None`` for any other."""
-    if files.read_json("modules.json") is None:
-        return None
-    return (files.read_json("config_sentence_transformers.json") or {}).get("model_type", "SentenceTransformer")
+    return Source(files.saved_type in SAVED_TYPES or dimension is not None, dimension)
 
 
 def _has_native_head(files: CheckpointFiles) -> bool:
     """Whether a checkpoint without ``modules.json`` is a retriever of transformers, or of Stanford's ColBERT."""
-    if files.read_json("modules.json") is not None:
-        return False
-    architectures = (files.read_json("config.json") or {}).get("architectures") or []
-    return any(name.endswith("ForRetrieval") or name == "HF_ColBERT" for name in architectures)
+    return any(name.endswith("ForRetrieval") or name == "HF_ColBERT" for name in files.architectures)
 
 
 def _refuse_dual_encoder(files: CheckpointFiles, subfolder: str) -> None:
     """Raise a ``ConfigError`` for CLIP, SigLIP and their relatives, whose output is an embedding a side."""
     config = files.config(subfolder)
-    if config is not None and {"text_embeds", "image_embeds"} <= _output_names(config):
-        raise _no_tokens(files.name, f"is a dual encoder (model type {config.model_type})")
-
-
-def _output_names(config: PreTrainedConfig) -> set[str]:
-    """What ``forward`` of the model returns, by its annotation; empty where there is none."""
-    model_class = transformers.MODEL_MAPPING.get(type(config), None)
-    if not isinstance(model_class, type):
-        return set()
-    returned = get_type_hints(model_class.forward).get("return")
-    outputs = [part for part in (returned, *get_args(returned)) if is_dataclass(part)]
-    return {field.name for output in outputs for field in fields(output)}
-
-
-def _require_tokens(model: MultiVectorEncoder, name: str) -> None:
-    """Raise a ``ConfigError`` where only the built encoder shows that it pools by itself."""
-    encoder = model[0]
-    if not isinstance(encoder, Transformer):
+    model_class = None if config is None else transformers.MODEL_MAPPING.get(type(config), None)
+    if config is None or not isinstance(model_class, type):
         return
-    pooled = [params["method_output_name"] for params in encoder.modality_config.values()].count("pooler_output")
-    if encoder.module_output_name != TOKENS or pooled:
-        raise _no_tokens(name, f"pools by itself (model type {encoder.config.model_type})")
+    # what forward returns, by its annotation
+    returned = get_type_hints(model_class.forward).get("return")
+    outputs: list[Any] = [part for part in (returned, *get_args(returned)) if is_dataclass(part)]
+    if {"text_embeds", "image_embeds"} <= {field.name for output in outputs for field in fields(output)}:
+        raise _no_tokens(files.name, f"is a dual encoder (model type {config.model_type})")
 
 
 def _no_tokens(name: str, reason: str) -> ConfigError:
@@ -229,32 +172,9 @@ def _no_tokens(name: str, reason: str) -> ConfigError:
     )
 
 
-def _check_dimension(name: str, dimension: int | None, own: int | None) -> None:
-    if dimension is None:
-        return
-    if isinstance(dimension, bool) or not isinstance(dimension, int) or dimension < 1:
-        raise ConfigError(f"dimension={dimension!r} is no size of a vector. Expected a positive whole number, or None.")
-    if own not in (None, dimension):
+def _check_own_dimension(name: str, dimension: int | None, own: int | None) -> None:
+    if dimension is not None and own not in (None, dimension):
         raise ConfigError(
             f"dimension={dimension} was asked for, and {name!r} has a projection to {own} dimensions. Leave dimension "
             "out to keep it, or start from the backbone that it was trained from."
         )
-
-
-def _replace_projection(model: MultiVectorEncoder, dimension: int, seed: int) -> None:
-    """Put a projection of this dimension, drawn from the seed alone, in place of the one that the host has drawn."""
-    dense = [(at, module) for at, module in enumerate(model) if isinstance(module, Dense)]
-    at, drawn = next((at, module.linear.weight) for at, module in dense if module.module_input_name == TOKENS)
-    with _seeded(seed), torch.device("cpu"):
-        projection = Dense(
-            drawn.shape[1], dimension, bias=False, activation_function=nn.Identity(), module_input_name=TOKENS
-        )
-    model[at] = projection.to(drawn.device, drawn.dtype)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    # torch.manual_seed would also seed, and start, every accelerator
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield

@@ -1,5 +1,6 @@
 """Loading a model for training on pages: what fits the hardware, checked before the weights are read."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,11 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 
 from mmtune.errors import ConfigError
 from mmtune.host import attention_of
-from mmtune.models.checkpoints import (
-    read_encoders,
-    require_modality,
-)
-from mmtune.models.fitting import fit_modules
+from mmtune.models.checkpoints import read_encoders, require_modality
+from mmtune.models.fitting import check_prompts, fit_modules
 from mmtune.models.kinds import HostModel, SameModel
-from mmtune.models.opening import build, check_host_kwargs, check_limits, checked_name, checkpoint_files
-from mmtune.models.options import LoadOptions
-from mmtune.models.pixels import (
-    apply_pixel_limits,
-    effective_pixel_limits,
-)
-from mmtune.models.prompts import check_prompts
+from mmtune.models.opening import LoadOptions, build, check_host_kwargs, check_limits, open_checkpoint
+from mmtune.models.pixels import apply_pixel_limits, effective_pixel_limits
 from mmtune.models.routes import unify_dtypes
 
 
@@ -93,37 +86,43 @@ def load_host_model(
         MissingExtraError: A package that the checkpoint needs is not installed.
     """
     check_host_kwargs(model_class, options.host_kwargs)
-    limits, name = options.limits, checked_name(name_or_path)
-    files = checkpoint_files(name, {**options.host_kwargs, "processor_kwargs": options.processor_kwargs})
+    files = open_checkpoint(name_or_path, options)
     encoders = read_encoders(files, modality, model_class=model_class)
-    check_limits(encoders, limits)
-    model = build(model_class, name, **options.for_host(encoders))
+    check_limits(encoders, options.limits)
+    model = build(model_class, files.name, **options.for_host(encoders))
     unify_dtypes(model)
-    if Path(name).is_dir():
+    if Path(files.name).is_dir():
         # The host looks on the Hub for a model that is called like the folder, and may find one.
         model.model_card_data.local_files_only = True
     _require(model, modality, "pages, which are images" if modality == "image" else "texts")
     if isinstance(model, SentenceTransformer):
-        if files.read_json("modules.json") is None:
+        if files.modules is None:
             fit_modules(model)
         check_prompts(model)
-    return apply_pixel_limits(model, limits)
+    return apply_pixel_limits(model, options.limits)
 
 
-def check_checkpoint(name_or_path: str | Path, *, model_class: type[HostModel] = SentenceTransformer) -> None:
+def check_checkpoint(
+    name_or_path: str | Path,
+    *,
+    model_class: type[HostModel] = SentenceTransformer,
+    modalities: Sequence[str] = ("image", "text"),
+) -> None:
     """Make sure, from its small files alone, that a checkpoint can be loaded for finetuning.
 
     Args:
         name_or_path: As ``load_model`` takes it.
         model_class: What it is loaded as.
+        modalities: What it must embed, each by itself.
 
     Raises:
-        ConfigError: There is none, it does not embed images and texts by themselves, or it can't be read.
+        ConfigError: There is none, it does not embed these, or it can't be read.
         MissingExtraError: A package that it needs is not installed.
     """
-    files = checkpoint_files(checked_name(name_or_path), {})
-    encoders = read_encoders(files, model_class=model_class)
-    require_modality(files, encoders, "text")
+    files = open_checkpoint(name_or_path)
+    encoders = read_encoders(files, modalities[0], model_class=model_class)
+    for modality in modalities[1:]:
+        require_modality(files, encoders, modality)
 
 
 def check_documents(model: HostModel, documents: str = "image") -> None:
@@ -158,52 +157,43 @@ def describe_model(model: HostModel) -> dict[str, Any]:
     limits = effective_pixel_limits(model)
     transformers = [module for module in model.modules() if isinstance(module, Transformer)]
     configs = [module.config for module in transformers]
+    poolings = [module.pooling_mode for module in model.modules() if isinstance(module, Pooling)]
+    paddings = [
+        module.processing_kwargs.get("text", {}).get("padding", True)
+        for module in transformers
+        if "text" in module.modalities
+    ]
     return {
         "base_model": model.model_card_data.base_model or next((c.name_or_path for c in configs), None) or None,
-        "modalities": [_modality_name(modality) for modality in model.modalities],
+        "modalities": list(map(_plus, model.modalities)),
         "embedding_dimension": None if isinstance(model, CrossEncoder) else model.get_embedding_dimension(),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "dtype": _joined(_dtype_name(parameter.dtype) for parameter in model.parameters()),
-        "attention": _joined(attention_of(config) for config in configs),
+        "dtype": _joined(str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()),
+        "attention": _joined(map(attention_of, configs)),
         "device": str(model.device),
         "min_pixels": limits.min_pixels,
         "max_pixels": limits.max_pixels,
-        "pooling": _joined(_pooling_name(module) for module in model.modules() if isinstance(module, Pooling)),
-        "text_padding": _joined(_text_padding(module) for module in transformers if "text" in module.modalities),
+        "pooling": _joined(map(_plus, poolings)),
+        "text_padding": _joined(
+            padding if isinstance(padding, str) else "longest" if padding else "none" for padding in paddings
+        ),
     }
 
 
-def _pooling_name(pooling: Pooling) -> str:
-    mode = pooling.pooling_mode
-    return mode if isinstance(mode, str) else "+".join(mode)
-
-
-def _text_padding(encoder: Transformer) -> str:
-    padding = encoder.processing_kwargs.get("text", {}).get("padding", True)
-    return padding if isinstance(padding, str) else "longest" if padding else "none"
-
-
-def _joined(names: Any) -> str | None:
+def _joined(names: Iterable[str | None]) -> str | None:
     return ", ".join(sorted({name for name in names if name})) or None
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _modality_name(modality: str | tuple[str, ...]) -> str:
-    return modality if isinstance(modality, str) else "+".join(modality)
+def _plus(names: str | Sequence[str]) -> str:
+    return names if isinstance(names, str) else "+".join(names)
 
 
 def _require(model: HostModel, modality: Any, what: str) -> None:
-    if not model.supports(modality):
-        modalities = ", ".join(map(_modality_name, model.modalities))
-        raise ConfigError(
-            f"The model can't embed {what}. Its modalities are {modalities}{_only_together(model, modality)}. Pass a "
-            f"model that also embeds {_modality_name(modality)}, or join it with an encoder that does in a Router."
-        )
-
-
-def _only_together(model: HostModel, modality: Any) -> str:
+    if model.supports(modality):
+        return
     together = [key for key in model.modalities if isinstance(key, tuple) and modality in key]
-    return f": it takes {' and '.join(sorted(together[0]))} only together" if together else ""
+    reason = f": it takes {' and '.join(sorted(together[0]))} only together" if together else ""
+    raise ConfigError(
+        f"The model can't embed {what}. Its modalities are {', '.join(map(_plus, model.modalities))}{reason}. Pass a "
+        f"model that also embeds {_plus(modality)}, or join it with an encoder that does in a Router."
+    )

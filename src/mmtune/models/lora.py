@@ -2,8 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -14,8 +13,9 @@ from sentence_transformers.base.modules import Transformer
 from torch import nn
 
 from mmtune.errors import ConfigError, MissingExtraError
-from mmtune.host import forget_adapter
-from mmtune.models.adapters import adapter_layers, encoders_of, has_adapters, is_quantized, take_out
+from mmtune.host import adapter_layers, forget_adapter, take_out_adapters
+from mmtune.models.adapters import encoders_of, has_adapters, is_quantized
+from mmtune.models.fresh import seeded
 from mmtune.models.parts import PROJECTION, encoder_parts, parts_named
 
 if TYPE_CHECKING:
@@ -107,12 +107,42 @@ def add_lora(model: BaseModel, lora: LoraChoice, *, freeze: Sequence[str] = (), 
         )
     frozen = {id(parameter) for part in parts_named(model, freeze).values() for parameter in part}
     adapted = _attach(encoders, lora, frozen | _frozen_before(model), seed)
-    _refuse_frozen_layers(adapted, frozen)
+    inside = [
+        name
+        for module in adapted
+        for name, layer in adapter_layers(module.model)
+        if any(id(parameter) in frozen for parameter in layer.get_base_layer().parameters())
+    ]
+    if inside:
+        for module in adapted:
+            take_out_adapters(module.model, merge=False)
+        raise ConfigError(
+            f"lora: target_modules reaches {len(inside)} layers of frozen parts, e.g. {inside[0]!r}. Expected adapters "
+            f"outside of these. Leave the part out of freeze, or target_modules out of the config."
+        )
+    # peft has frozen the encoders that it reached; a VLM's own projection among them
+    reached = {id(parameter) for module in adapted for parameter in module.parameters()}
     for module in encoders:
         for name, part in encoder_parts(module).items():
-            if name != PROJECTION:
-                _freeze_all_but_adapters(part, adapted)
+            for parameter in part:
+                if name != PROJECTION and id(parameter) not in reached:
+                    parameter.requires_grad_(False)
     return _facts(adapted)
+
+
+def _train_on(encoders: Sequence[Transformer], adapted: Sequence[Transformer]) -> None:
+    """Train the adapters that a model has brought along: the host loads them for inference."""
+    if any(is_quantized(module) and not has_adapters(module) for module in encoders):
+        raise ConfigError(
+            "The weights are quantised, and can't be trained. Expected adapters beside them: pass lora=True, or load "
+            "the model without quantization_config."
+        )
+    for module in adapted:
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            for name in module.model.active_adapters():
+                module.model.peft_config[name].inference_mode = False
+                module.model.set_adapter(name)
+            _make_precise(module)
 
 
 def _frozen_before(model: BaseModel) -> set[int]:
@@ -130,7 +160,8 @@ def _frozen_before(model: BaseModel) -> set[int]:
 def _attach(encoders: Sequence[Transformer], lora: LoraChoice, frozen: set[int], seed: int) -> list[Transformer]:
     """Attach to each encoder what fits it; the encoders that have adapters now."""
     reasons = []
-    with _seeded(seed):
+    # peft draws on the CPU and moves the weights then
+    with seeded(seed), torch.device("cpu"):
         for module in encoders:
             config = _config_for(module, lora, frozen)
             if config is None:
@@ -138,31 +169,30 @@ def _attach(encoders: Sequence[Transformer], lora: LoraChoice, frozen: set[int],
             if is_quantized(module):
                 _prepare_quantized(module)
             try:
-                _add_adapter(module, config)
+                module.model.add_adapter(config)
             except ValueError as error:  # no module has such a name; in a Router another encoder may
                 forget_adapter(module.model)
                 reasons.append(f" {type(module.model).__name__}: {error}")
+                continue
+            _make_precise(module)
+            if config.base_model_name_or_path and Path(config.base_model_name_or_path).is_dir():
+                # a relative path would only load from the folder where the training was started
+                config.base_model_name_or_path = str(Path(config.base_model_name_or_path).resolve())
     adapted = [module for module in encoders if has_adapters(module)]
-    if not adapted:
-        raise ConfigError(_no_layer_message(encoders, lora, reasons))
-    return adapted
-
-
-def _add_adapter(module: Transformer, config: "PeftConfig") -> None:
-    module.model.add_adapter(config)
-    _make_precise(module)
-    base = Path(config.base_model_name_or_path or "")
-    if config.base_model_name_or_path and base.is_dir():
-        # a relative path would only load from the folder where the training was started
-        config.base_model_name_or_path = str(base.resolve())
-
-
-def _make_precise(module: Transformer) -> None:
-    # as peft does in models of its own: small updates of bfloat16 weights are rounded away
-    for _, layer in adapter_layers(module):
-        for name, parameter in layer.named_parameters():
-            if parameter.requires_grad and not name.startswith("base_layer."):
-                parameter.data = parameter.data.float()
+    if adapted:
+        return adapted
+    if not encoders:
+        raise ConfigError(
+            f"lora={lora!r}: the model has no transformers model. Expected one to attach to. Leave lora out."
+        )
+    if reasons:
+        raise ConfigError(
+            f"lora: no layer fits.{' '.join(reasons)} Name layers of the model in target_modules, or leave it out."
+        )
+    raise ConfigError(
+        f"lora={lora!r}: all layers that would get adapters are in frozen parts. Expected adapters outside of these. "
+        f"Leave the language model or an encoder out of freeze, or name other layers in target_modules."
+    )
 
 
 def _config_for(module: Transformer, lora: LoraChoice, frozen: set[int]) -> "PeftConfig | None":
@@ -171,11 +201,10 @@ def _config_for(module: Transformer, lora: LoraChoice, frozen: set[int]) -> "Pef
 
     defaults = LoraConfig(task_type=TaskType.FEATURE_EXTRACTION, **DEFAULTS)
     config: Any = defaults if isinstance(lora, bool) else copy.deepcopy(lora)
-    if getattr(config, "target_modules", None) or getattr(config, "target_parameters", None):
-        return config
-    targets = _linear_layers(module, frozen)
-    config.target_modules = targets
-    return config if targets else None
+    if not getattr(config, "target_modules", None) and not getattr(config, "target_parameters", None):
+        config.target_modules = _linear_layers(module, frozen)
+        return config if config.target_modules else None
+    return config
 
 
 def _linear_layers(module: Transformer, frozen: set[int]) -> set[str]:
@@ -184,68 +213,22 @@ def _linear_layers(module: Transformer, frozen: set[int]) -> set[str]:
     Neither are those of torch's own attention, as in SigLIP's pooling head: it reads their weights and never calls
     them, so that an adapter there would do nothing until it is merged.
     """
-    wanted = {id(parameter) for part in _default_parts(module) for parameter in part} - frozen
-    uncalled = {id(inner) for layer in _layers(module, nn.MultiheadAttention) for inner in layer.children()}
+    parts = {name: part for name, part in encoder_parts(module).items() if name != PROJECTION}
+    # a route for texts may use one side of a dual encoder
+    unused = {"text", "vision"} - {"vision" if key == "image" else key for key in module.modality_config}
+    chosen = [part for name, part in parts.items() if name not in unused or len(parts) == 1]
+    if "language" in parts:
+        chosen = [parts["language"]]
+    wanted = {id(parameter) for part in chosen for parameter in part} - frozen
+
+    attentions = [layer for layer in module.model.modules() if isinstance(layer, nn.MultiheadAttention)]
+    uncalled = {id(inner) for layer in attentions for inner in layer.children()}
     uncalled.add(id(module.model.get_output_embeddings()))
     return {
         name
         for name, layer in module.model.named_modules()
         if isinstance(layer, nn.Linear) and id(layer) not in uncalled and id(layer.weight) in wanted
     }
-
-
-def _default_parts(module: Transformer) -> list[tuple[nn.Parameter, ...]]:
-    parts = {name: part for name, part in encoder_parts(module).items() if name != PROJECTION}
-    if "language" in parts:
-        return [parts["language"]]
-    # a route for texts may use one side of a dual encoder
-    unused = {"text", "vision"} - {"vision" if key == "image" else key for key in module.modality_config}
-    return [part for name, part in parts.items() if name not in unused or len(parts) == 1]
-
-
-def _layers(module: Transformer, kind: type[nn.Module]) -> list[nn.Module]:
-    return [layer for layer in module.model.modules() if isinstance(layer, kind)]
-
-
-def _refuse_frozen_layers(adapted: Sequence[Transformer], frozen: set[int]) -> None:
-    inside = [
-        name
-        for module in adapted
-        for name, layer in adapter_layers(module)
-        if any(id(parameter) in frozen for parameter in layer.get_base_layer().parameters())
-    ]
-    if not inside:
-        return
-    for module in adapted:
-        take_out(module, merge=False)
-    raise ConfigError(
-        f"lora: target_modules reaches {len(inside)} layers of frozen parts, e.g. {inside[0]!r}. Expected adapters "
-        f"outside of these. Leave the part out of freeze, or target_modules out of the config."
-    )
-
-
-def _freeze_all_but_adapters(part: Sequence[nn.Parameter], adapted: Sequence[Transformer]) -> None:
-    # peft has frozen the encoders that it reached; a VLM's own projection among them
-    reached = {id(parameter) for module in adapted for parameter in module.parameters()}
-    for parameter in part:
-        if id(parameter) not in reached:
-            parameter.requires_grad_(False)
-
-
-def _train_on(encoders: Sequence[Transformer], adapted: Sequence[Transformer]) -> None:
-    for module in encoders:
-        if is_quantized(module) and not has_adapters(module):
-            raise ConfigError(
-                "The weights are quantised, and can't be trained. Expected adapters beside them: pass lora=True, or "
-                "load the model without quantization_config."
-            )
-    for module in adapted:
-        # the host loads adapters for inference, with nothing to train
-        if not any(parameter.requires_grad for parameter in module.parameters()):
-            for name in module.model.active_adapters():
-                module.model.peft_config[name].inference_mode = False
-                module.model.set_adapter(name)
-            _make_precise(module)
 
 
 def _prepare_quantized(module: Transformer) -> None:
@@ -262,10 +245,18 @@ def _prepare_quantized(module: Transformer) -> None:
     prepare_model_for_kbit_training(module.model, use_gradient_checkpointing=False)
 
 
+def _make_precise(module: Transformer) -> None:
+    # as peft does in models of its own: small updates of bfloat16 weights are rounded away
+    for _, layer in adapter_layers(module.model):
+        for name, parameter in layer.named_parameters():
+            if parameter.requires_grad and not name.startswith("base_layer."):
+                parameter.data = parameter.data.float()
+
+
 def _facts(adapted: Sequence[Transformer]) -> dict[str, Any]:
     if not adapted:
         return {}
-    layers = [name for module in adapted for name, _ in adapter_layers(module)]
+    layers = [name for module in adapted for name, _ in adapter_layers(module.model)]
     config = next(iter(adapted[0].model.peft_config.values()))
     return {
         "type": getattr(config.peft_type, "value", str(config.peft_type)),
@@ -277,22 +268,3 @@ def _facts(adapted: Sequence[Transformer]) -> dict[str, Any]:
         "parameters": sum(p.numel() for module in adapted for p in module.parameters() if p.requires_grad),
         "quantized": any(is_quantized(module) for module in adapted),
     }
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    # peft draws on the CPU and moves the weights then; torch.manual_seed would also seed, and start, every accelerator
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(seed)
-        yield
-
-
-def _no_layer_message(encoders: Sequence[Transformer], lora: LoraChoice, reasons: Sequence[str]) -> str:
-    if not encoders:
-        return f"lora={lora!r}: the model has no transformers model. Expected one to attach to. Leave lora out."
-    if reasons:
-        return f"lora: no layer fits.{' '.join(reasons)} Name layers of the model in target_modules, or leave it out."
-    return (
-        f"lora={lora!r}: all layers that would get adapters are in frozen parts. Expected adapters outside of these. "
-        f"Leave the language model or an encoder out of freeze, or name other layers in target_modules."
-    )

@@ -1,23 +1,133 @@
-"""From the name of a checkpoint to its files, and to what the host makes of them; errors say what to do."""
+"""From the name of a checkpoint to its files and to what the host makes of them, fitted to the hardware."""
 
-import difflib
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+import transformers
 from safetensors import SafetensorError
+from sentence_transformers.util import get_device_name
+from transformers.utils import is_flash_attn_2_available
 
+from mmtune.arguments import is_whole, nearest_name
 from mmtune.errors import ConfigError
-from mmtune.models.checkpoints import CheckpointFiles, Encoder, find_checkpoint, first_line, missing_extra
+from mmtune.host import supports_flash_attention
+from mmtune.models.checkpoints import TEXT_ONLY, CheckpointFiles, Encoder, find_checkpoint, first_line, missing_extra
 from mmtune.models.kinds import HostModel
 from mmtune.models.pixels import PixelLimits, image_arguments, warn_unused_limits
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 OWN_ARGUMENTS = frozenset({"max_pixels", "min_pixels", "dtype", "attention", "device"})
 """What every function that loads a checkpoint takes besides the host's arguments."""
 
 Built = TypeVar("Built")
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """The arguments that every function which loads a checkpoint takes; ``load_model`` explains them.
+
+    Attributes:
+        limits: The pixel limits, also those that stand in ``processor_kwargs``.
+        processor_kwargs: What the host's processors get, without the pixel limits.
+
+    Raises:
+        ConfigError: A pixel limit is no limit, or is given twice.
+    """
+
+    max_pixels: int | None = None
+    min_pixels: int | None = None
+    dtype: str | torch.dtype = "auto"
+    attention: str = "auto"
+    device: str | torch.device | None = None
+    host_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    limits: PixelLimits = field(init=False)
+    processor_kwargs: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        # taken out of processor_kwargs, from where they would leak into the tokenizer's config
+        given = PixelLimits(self.min_pixels, self.max_pixels).given()
+        processor_kwargs = dict(self.host_kwargs.get("processor_kwargs") or {})
+        if given and "size" in processor_kwargs:
+            raise _given_twice(next(iter(given)), "processor_kwargs", "size")
+        moved = {name: processor_kwargs.pop(name) for name in ("min_pixels", "max_pixels") if name in processor_kwargs}
+        for name in moved.keys() & given.keys():
+            raise _given_twice(name, "processor_kwargs", name)
+        object.__setattr__(self, "limits", PixelLimits(**given, **moved))
+        object.__setattr__(self, "processor_kwargs", processor_kwargs)
+
+    def for_host(self, encoders: Sequence[Encoder]) -> dict[str, Any]:
+        """Arguments of a host model, with dtype and attention chosen for the hardware and these encoders.
+
+        Raises:
+            ConfigError: dtype, attention or device can't be, or is given twice.
+        """
+        device = _target_device(self.device)
+        chosen = {"device": self.device, "processor_kwargs": self.processor_kwargs}
+        model_kwargs = dict(self.host_kwargs.get("model_kwargs") or {})
+        for key, name, argument in (
+            ("dtype", "dtype", self.dtype),
+            ("torch_dtype", "dtype", self.dtype),
+            ("attn_implementation", "attention", self.attention),
+        ):
+            if argument != "auto" and key in model_kwargs:
+                raise _given_twice(name, "model_kwargs", key)
+        if self.host_kwargs.get("backend", "torch") == "torch":
+            # A Router in half precision can't be loaded again: the host leaves the Dense layers of its routes in
+            # float32 (sentence-transformers 6.2). Training computes in bfloat16 all the same.
+            dtype = "float32" if self.dtype == "auto" and len(encoders) > 1 else self.dtype
+            given = model_kwargs.pop("torch_dtype", None) or model_kwargs.pop("dtype", None)
+            dtype = _chosen_dtype(given or dtype, device)
+            fits = self.attention == "auto" and _flash_attention_fits(dtype, device, encoders)
+            attention = "flash_attention_2" if fits else self.attention
+            own = {} if attention == "auto" else {"attn_implementation": attention}
+            model_kwargs = {**own, **model_kwargs, "dtype": dtype}
+        return {**self.host_kwargs, **chosen, "model_kwargs": model_kwargs}
+
+
+def _given_twice(name: str, container: str, key: str) -> ConfigError:
+    return ConfigError(
+        f"{name} is given twice: as an argument and as {key!r} in {container}. Expected one of them. Remove one."
+    )
+
+
+def _target_device(device: str | torch.device | None) -> torch.device:
+    try:
+        target = torch.device(get_device_name() if device is None else device)
+    except RuntimeError as error:
+        raise ConfigError(f"device={device!r} is no device: {first_line(error)} Pass 'cpu' or 'cuda'.") from error
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={device!r} was asked for, but torch finds no GPU. Leave device out, or pass 'cpu'.")
+    return target
+
+
+def _chosen_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        # emulated bfloat16, as on GPUs before Ampere, is slower than float32
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else torch.float32
+    chosen = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if chosen is None or chosen not in DTYPES.values():
+        raise ConfigError(
+            f"dtype={dtype!r} is no dtype for weights. Expected 'auto', {', '.join(map(repr, DTYPES))}, or one of "
+            f"torch's own. Pass one of these."
+        )
+    return chosen
+
+
+def _flash_attention_fits(dtype: torch.dtype, device: torch.device, encoders: Sequence[Encoder]) -> bool:
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or not is_flash_attn_2_available():
+        return False
+    configs = [encoder.config for encoder in encoders if encoder.config or encoder.modalities != TEXT_ONLY]
+    return all(
+        config is not None and supports_flash_attention(transformers.MODEL_MAPPING.get(type(config), None))
+        for config in configs
+    )
 
 
 def check_host_kwargs(model_class: type[HostModel], host_kwargs: Mapping[str, Any]) -> None:
@@ -29,16 +139,35 @@ def check_host_kwargs(model_class: type[HostModel], host_kwargs: Mapping[str, An
     known = set(inspect.signature(model_class.__init__).parameters) - {"self", "model_name_or_path", "modules"}
     known |= OWN_ARGUMENTS
     for name in host_kwargs.keys() - known:
-        nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.4)
-        hint = f"The nearest is {nearest[0]!r}." if nearest else f"Known are {', '.join(sorted(known))}."
+        nearest = nearest_name(name, known)
+        hint = f"The nearest is {nearest!r}." if nearest else f"Known are {', '.join(sorted(known))}."
         raise ConfigError(f"mmtune and {model_class.__name__} know no argument {name!r}. {hint} Rename or remove it.")
 
 
-def checked_name(name_or_path: str | Path) -> str:
-    """The name of a checkpoint as a string, ``~`` replaced by the user's folder.
+def require_dimension(dimension: object, what: str) -> int | None:
+    """``dimension`` as a Python integer, or ``None``; ``what`` has it, for the message.
 
     Raises:
-        ConfigError: It is no name.
+        ConfigError: It is no positive whole number.
+    """
+    if dimension is None:
+        return None
+    if not is_whole(dimension) or int(dimension) < 1:  # type: ignore[call-overload] - a number, as is_whole has found
+        raise ConfigError(
+            f"dimension={dimension!r} is no size of {what}. Expected a positive whole number such as 768, or None."
+        )
+    return int(dimension)  # type: ignore[call-overload]
+
+
+def open_checkpoint(name_or_path: str | Path, options: LoadOptions | None = None) -> CheckpointFiles:
+    """The small files of a checkpoint, looked for where a host model with these options would look.
+
+    Args:
+        name_or_path: A folder, in which ``~`` is the user's own, or a name on the Hub.
+        options: How it will be loaded.
+
+    Raises:
+        ConfigError: It is no name, or there is no checkpoint.
     """
     if not isinstance(name_or_path, str | os.PathLike) or not str(name_or_path).strip():
         raise ConfigError(
@@ -46,25 +175,22 @@ def checked_name(name_or_path: str | Path) -> str:
             f"model that is already built needs no load_model."
         )
     name = str(name_or_path)
-    return str(Path(name).expanduser()) if name.startswith("~") else name
-
-
-def checkpoint_files(name: str, host_kwargs: Mapping[str, Any]) -> CheckpointFiles:
-    """The small files of a checkpoint, looked for where a host model with these arguments would look.
-
-    Raises:
-        ConfigError: There is no checkpoint.
-    """
+    options = options or LoadOptions()
+    given = options.host_kwargs
     hub = {
         # the host reads the same variable
-        "cache_dir": host_kwargs.get("cache_folder") or os.getenv("SENTENCE_TRANSFORMERS_HOME"),
-        "token": host_kwargs.get("token"),
-        "revision": host_kwargs.get("revision"),
-        "local_files_only": host_kwargs.get("local_files_only", False),
+        "cache_dir": given.get("cache_folder") or os.getenv("SENTENCE_TRANSFORMERS_HOME"),
+        "token": given.get("token"),
+        "revision": given.get("revision"),
+        "local_files_only": given.get("local_files_only", False),
     }
-    code = {"trust_remote_code": host_kwargs.get("trust_remote_code", False)}
-    given = {key: code | (host_kwargs.get(key) or {}) for key in ("processor_kwargs", "config_kwargs")}
-    return find_checkpoint(name, hub=hub, **given)
+    code = {"trust_remote_code": given.get("trust_remote_code", False)}
+    return find_checkpoint(
+        str(Path(name).expanduser()) if name.startswith("~") else name,
+        hub=hub,
+        processor_kwargs=code | options.processor_kwargs,
+        config_kwargs=code | (given.get("config_kwargs") or {}),
+    )
 
 
 def check_limits(encoders: Sequence[Encoder], limits: PixelLimits) -> None:

@@ -16,20 +16,22 @@ do ``text`` and ``language``, wherever a model has one of the two.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from sentence_transformers.base.model import BaseModel
 from sentence_transformers.base.modules import Router, Transformer
 from torch import nn
 
+from mmtune.arguments import listed
 from mmtune.errors import ConfigError
 
 PROJECTION = "projection"
 TOWERS = {"vision": "image", "audio": "audio"}
 """The part that an encoder of its own for a modality is."""
 VLM_PARTS = ("vision", "audio", "connector", "language")
+HOLDS_STATISTICS = "holds_statistics"
+"""Marks batch normalisation that has the hook of ``freeze_parts``."""
 SYNONYMS = {"image": "vision", "vision": "image", "text": "language", "language": "text"}
 
 
@@ -87,7 +89,15 @@ def parts_named(model: BaseModel, names: Iterable[str] | None) -> dict[str, tupl
         ConfigError: ``names`` is a string instead of a tuple, or the model has no such part.
     """
     parts = model_parts(model)
-    return {name: parts[name] for name in (_known(name, parts) for name in part_names(names))}
+    found = {}
+    for name in part_names(names):
+        known = name if name in parts else SYNONYMS.get(name)
+        if known not in parts:
+            raise ConfigError(
+                f"freeze: the model has no part {name!r}. Its parts are {listed(list(parts))}. Pass some of these."
+            )
+        found[known] = parts[known]
+    return found
 
 
 def freeze_parts(model: BaseModel, names: Iterable[str] | None) -> None:
@@ -113,14 +123,30 @@ def freeze_parts(model: BaseModel, names: Iterable[str] | None) -> None:
     names = part_names(names)
     chosen = parts_named(model, names)
     frozen = {id(parameter) for part in chosen.values() for parameter in part}
-    rest = [parameter for part in model_parts(model).values() for parameter in part if id(parameter) not in frozen]
+    parts = model_parts(model)
+    rest = [parameter for part in parts.values() for parameter in part if id(parameter) not in frozen]
     # quantised weights stay as they are, and still carry adapters
     if names and not any(parameter.requires_grad or not parameter.is_floating_point() for parameter in rest):
-        raise ConfigError(_nothing_left_message(model, names))
+        raise ConfigError(
+            f"freeze={names!r} leaves nothing to train. The model's parts are {listed(list(parts))}. Leave one of them "
+            f"out of freeze."
+        )
     for part in chosen.values():
         for parameter in part:
             parameter.requires_grad_(False)
-    _hold_statistics(model, frozen)
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)):
+            weights = [id(parameter) for parameter in module.parameters()]
+            if weights and frozen.issuperset(weights) and not hasattr(module, HOLDS_STATISTICS):
+                module.register_forward_pre_hook(_hold_statistics)
+                setattr(module, HOLDS_STATISTICS, True)
+
+
+def _hold_statistics(module: nn.Module, *_: object) -> None:
+    """Let frozen batch normalisation use its running statistics: in training mode it would change them."""
+    # at every call: the trainer puts all modules into training mode again after each evaluation
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        module.eval()
 
 
 def describe_training(model: BaseModel) -> dict[str, Any]:
@@ -133,12 +159,13 @@ def describe_training(model: BaseModel) -> dict[str, Any]:
         ``trained_parameters`` (their number), ``trained_share`` (of all parameters, 0 to 1), ``trained_parts`` and
         ``frozen_parts`` (names; a part with adapters is trained).
     """
-    parameters = list(model.parameters())
-    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    # bitsandbytes packs two weights of 4 bits into a byte
+    shapes = [getattr(getattr(weight, "quant_state", None), "shape", weight.shape) for weight in model.parameters()]
     is_trained = {name: any(p.requires_grad for p in part) for name, part in model_parts(model).items()}
     return {
         "trained_parameters": trained,
-        "trained_share": trained / max(1, sum(map(_num_weights, parameters))),
+        "trained_share": trained / max(1, sum(shape.numel() for shape in shapes)),
         "trained_parts": [name for name, value in is_trained.items() if value],
         "frozen_parts": [name for name, value in is_trained.items() if not value],
     }
@@ -152,9 +179,25 @@ def encoder_parts(module: Transformer) -> dict[str, tuple[nn.Parameter, ...]]:
     """
     model = module.model
     towers = {part: tower for part, modality in TOWERS.items() if (tower := _tower(model, modality)) is not None}
+    entries = (module.modality_config.get(modality, {}) for modality in ("text", "image"))
+    claims: Iterator[tuple[str, nn.Module]]
     if not towers:
-        return _claimed(_single_claims(module))
-    return _claimed(_dual_claims(model, towers) if _is_dual(module) else _vlm_claims(model, towers))
+        claims = _single_claims(module)
+    elif any(entry.get("method", "forward") != "forward" for entry in entries):
+        # images and texts go through methods of their own, and so never meet; also where one of them is unused
+        text = ("text", model.get_decoder())
+        claims = iter([*towers.items(), text, *((PROJECTION, child) for child in model.children())])
+    else:
+        claims = _vlm_claims(model, towers)
+
+    # a parameter that several claim, as tied weights are, belongs to the first
+    parts: dict[str, list[nn.Parameter]] = {}
+    taken: set[int] = set()
+    for name, claimed in claims:
+        new = [parameter for parameter in claimed.parameters() if id(parameter) not in taken]
+        taken |= {id(parameter) for parameter in new}
+        parts.setdefault(name, []).extend(new)
+    return {name: tuple(part) for name, part in parts.items() if part}
 
 
 def _pipeline_parts(modules: Iterable[nn.Module]) -> dict[str, tuple[nn.Parameter, ...]]:
@@ -179,18 +222,11 @@ def _router_parts(router: Router) -> dict[str, tuple[nn.Parameter, ...]]:
         found = _pipeline_parts(modules)
         # an encoder that several routes share has the parts that it has alone
         if uses[id(modules[0])] == 1:
-            found = _named_by_route(route, found, taken=routes)
+            encoder = tuple(parameter for name, part in found.items() if name != PROJECTION for parameter in part)
+            inner = [name for name in VLM_PARTS if name not in routes] if "language" in found else []
+            found = {route: encoder, **{name: part for name, part in found.items() if name in (*inner, PROJECTION)}}
         parts = _joined(parts, found)
     return parts
-
-
-def _named_by_route(
-    route: str, found: Mapping[str, tuple[nn.Parameter, ...]], *, taken: Iterable[str]
-) -> dict[str, tuple[nn.Parameter, ...]]:
-    encoder = tuple(parameter for name, part in found.items() if name != PROJECTION for parameter in part)
-    inner = [name for name in VLM_PARTS if name not in taken] if "language" in found else []
-    kept = {name: part for name, part in found.items() if name in (*inner, PROJECTION)}
-    return {route: encoder, **kept}
 
 
 def _joined(
@@ -210,24 +246,11 @@ def _tower(model: Any, modality: str) -> nn.Module | None:
     return tower if isinstance(tower, nn.Module) and tower is not model else None
 
 
-def _is_dual(module: Transformer) -> bool:
-    """Whether images and texts go through methods of their own, and so never meet; also where one of them is unused."""
-    entries = (module.modality_config.get(modality, {}) for modality in ("text", "image"))
-    return any(entry.get("method", "forward") != "forward" for entry in entries)
-
-
 def _single_claims(module: Transformer) -> Iterator[tuple[str, nn.Module]]:
     part = "text" if {"text", "message"} & set(module.modality_config) else "vision"
     yield part, module.model.base_model
     yield from _output_layer(module.model, part)
     yield PROJECTION, module.model
-
-
-def _dual_claims(model: Any, towers: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    yield from towers.items()
-    yield "text", model.get_decoder()
-    for child in model.children():
-        yield PROJECTION, child
 
 
 def _vlm_claims(model: Any, towers: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
@@ -238,7 +261,11 @@ def _vlm_claims(model: Any, towers: Mapping[str, nn.Module]) -> Iterator[tuple[s
         yield part, tower
     yield "language", language
     yield from _output_layer(model, "language")
-    yield "connector", _smallest_module_with(model, [*towers.values(), language])
+    # the smallest module with all of them around it
+    around, wanted = model, {*towers.values(), language}
+    while inside := next((child for child in around.children() if wanted.issubset(child.modules())), None):
+        around = inside
+    yield "connector", around
     yield PROJECTION, model
 
 
@@ -246,60 +273,3 @@ def _output_layer(model: Any, part: str) -> Iterator[tuple[str, nn.Module]]:
     layer = model.get_output_embeddings()
     if layer is not None:
         yield part, layer
-
-
-def _smallest_module_with(model: nn.Module, wanted: Sequence[nn.Module]) -> nn.Module:
-    for child in model.children():
-        inside = set(child.modules())
-        if inside.issuperset(wanted):
-            return _smallest_module_with(child, wanted)
-    return model
-
-
-def _claimed(claims: Iterable[tuple[str, nn.Module]]) -> dict[str, tuple[nn.Parameter, ...]]:
-    """Parameters by part; one that several claim, as tied weights are, belongs to the first."""
-    parts: dict[str, list[nn.Parameter]] = {}
-    taken: set[int] = set()
-    for name, module in claims:
-        new = [parameter for parameter in module.parameters() if id(parameter) not in taken]
-        taken |= {id(parameter) for parameter in new}
-        parts.setdefault(name, []).extend(new)
-    return {name: tuple(part) for name, part in parts.items() if part}
-
-
-def _known(name: str, parts: Mapping[str, object]) -> str:
-    if name in parts:
-        return name
-    if SYNONYMS.get(name) in parts:
-        return SYNONYMS[name]
-    raise ConfigError(
-        f"freeze: the model has no part {name!r}. Its parts are {', '.join(map(repr, parts))}. Pass some of these."
-    )
-
-
-def _hold_statistics(model: nn.Module, frozen: set[int]) -> None:
-    """Let frozen batch normalisation use its running statistics: in training mode it would change them."""
-    for module in model.modules():
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)):
-            weights = [id(parameter) for parameter in module.parameters()]
-            if weights and frozen.issuperset(weights):
-                module.register_forward_pre_hook(_evaluate)
-
-
-def _evaluate(module: nn.Module, *_: object) -> None:
-    # at every call: the trainer puts all modules into training mode again after each evaluation
-    if not any(parameter.requires_grad for parameter in module.parameters()):
-        module.eval()
-
-
-def _num_weights(parameter: torch.Tensor) -> int:
-    # bitsandbytes packs two weights of 4 bits into a byte
-    shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
-    return parameter.numel() if shape is None else shape.numel()
-
-
-def _nothing_left_message(model: BaseModel, names: Sequence[str]) -> str:
-    return (
-        f"freeze={tuple(names)!r} leaves nothing to train. The model's parts are "
-        f"{', '.join(map(repr, model_parts(model)))}. Leave one of them out of freeze."
-    )

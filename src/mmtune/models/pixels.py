@@ -14,6 +14,7 @@ from typing import Any
 from sentence_transformers.base.modules import Transformer
 from transformers import ImageProcessingMixin
 
+from mmtune.arguments import is_whole
 from mmtune.errors import ConfigError
 from mmtune.models.kinds import HostModel, SameModel
 
@@ -35,11 +36,13 @@ class PixelLimits:
 
     def __post_init__(self) -> None:
         for name, value in self.given().items():
-            if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            if not is_whole(value) or value < 1:
                 raise ConfigError(
                     f"{name}={value!r} is no pixel limit. Expected a positive whole number of pixels per image, "
                     f"such as 600 * 600. Pass one, or None for the checkpoint's own limit."
                 )
+            # NumPy's integers could not be saved with the model
+            object.__setattr__(self, name, int(value))
         if (self.min_pixels or 0) > (self.max_pixels or math.inf):
             raise ConfigError(
                 f"min_pixels={self.min_pixels} is above max_pixels={self.max_pixels}. Expected min_pixels <= "
@@ -69,13 +72,28 @@ def image_arguments(processor: object, current: Mapping[str, Any], limits: Pixel
     image_processor = _image_processor(processor)
     if not limits.given():
         return dict(current)
-    if _sizes_by_area(image_processor):
-        return {**current, "size": _area_size(image_processor, current, limits)}
-    if _sizes_by_patch_count(image_processor) and limits.max_pixels is not None:
-        patch_pixels = image_processor.patch_size**2
-        _require_one_patch(limits, patch_pixels)
-        return {**current, "max_num_patches": limits.max_pixels // patch_pixels}
-    return None
+    by_area = _sizes_by_area(image_processor)
+    if not by_area and not (_sizes_by_patch_count(image_processor) and limits.max_pixels is not None):
+        return None
+    patch_pixels = (image_processor.patch_size * (image_processor.merge_size if by_area else 1)) ** 2
+    if limits.max_pixels is not None and limits.max_pixels < patch_pixels:
+        raise ConfigError(
+            f"max_pixels={limits.max_pixels} is below one patch, which is {patch_pixels} pixels in this checkpoint. "
+            f"Expected at least that, for pages some hundred times as much. Raise max_pixels."
+        )
+    if not by_area:
+        return {**current, "max_num_patches": (limits.max_pixels or 0) // patch_pixels}
+    own = _current_size(image_processor, current)
+    longest = limits.max_pixels or own["longest_edge"]
+    shortest = limits.min_pixels or own["shortest_edge"]
+    if limits.min_pixels and shortest > longest:
+        raise ConfigError(
+            f"min_pixels={shortest} is above the checkpoint's own limit of {longest} pixels per image. Expected "
+            f"at most that. Lower min_pixels, or pass max_pixels as well."
+        )
+    # The processor enlarges small images to the minimum, rounded up to whole patches: above the maximum if left as is.
+    shortest = shortest if shortest <= longest else patch_pixels
+    return {**current, "size": {"shortest_edge": shortest, "longest_edge": longest}}
 
 
 def warn_unused_limits(processors: Iterable[object], limits: PixelLimits) -> None:
@@ -85,11 +103,20 @@ def warn_unused_limits(processors: Iterable[object], limits: PixelLimits) -> Non
         UserWarning: Once for each image processor and limit, naming both.
     """
     for image_processor in filter(None, map(_image_processor, processors)):
-        usable = {"min_pixels", "max_pixels"} if _sizes_by_area(image_processor) else set()
-        usable |= {"max_pixels"} if _sizes_by_patch_count(image_processor) else set()
+        if _sizes_by_area(image_processor):
+            continue
+        counts_patches = _sizes_by_patch_count(image_processor)
+        reason = f"resizes every image to its own fixed size ({_size(image_processor)})"
+        if counts_patches:
+            reason = "only knows a largest number of patches"
         for name, value in limits.given().items():
-            if name not in usable:
-                warnings.warn(_unused_message(name, value, image_processor), UserWarning, stacklevel=4)
+            if not (counts_patches and name == "max_pixels"):
+                warnings.warn(
+                    f"{name}={value} is not applied: {type(image_processor).__name__} {reason}. Leave {name} out, or "
+                    f"choose a checkpoint whose image size varies, such as a Qwen-VL or SigLIP2 NaFlex one.",
+                    UserWarning,
+                    stacklevel=4,
+                )
 
 
 def apply_pixel_limits(model: SameModel, limits: PixelLimits) -> SameModel:
@@ -135,9 +162,7 @@ def _image_modules(model: HostModel) -> list[Transformer]:
 
 
 def _image_processor(processor: object) -> Any:
-    if isinstance(processor, ImageProcessingMixin):
-        return processor
-    return getattr(processor, "image_processor", None)
+    return processor if isinstance(processor, ImageProcessingMixin) else getattr(processor, "image_processor", None)
 
 
 def _sizes_by_area(image_processor: Any) -> bool:
@@ -160,36 +185,3 @@ def _size(image_processor: Any) -> dict[str, int]:
 def _current_size(image_processor: Any, current: Mapping[str, Any]) -> dict[str, int]:
     size = {**_size(image_processor), **current.get("size", {})}
     return {edge: size[edge] for edge in ("shortest_edge", "longest_edge")}
-
-
-def _area_size(image_processor: Any, current: Mapping[str, Any], limits: PixelLimits) -> dict[str, int]:
-    patch_pixels = (image_processor.patch_size * image_processor.merge_size) ** 2
-    _require_one_patch(limits, patch_pixels)
-    own = _current_size(image_processor, current)
-    longest = limits.max_pixels or own["longest_edge"]
-    shortest = limits.min_pixels or own["shortest_edge"]
-    if limits.min_pixels and shortest > longest:
-        raise ConfigError(
-            f"min_pixels={shortest} is above the checkpoint's own limit of {longest} pixels per image. Expected "
-            f"at most that. Lower min_pixels, or pass max_pixels as well."
-        )
-    # The processor enlarges small images to the minimum, rounded up to whole patches: above the maximum if left as is.
-    return {"shortest_edge": shortest if shortest <= longest else patch_pixels, "longest_edge": longest}
-
-
-def _require_one_patch(limits: PixelLimits, patch_pixels: int) -> None:
-    if limits.max_pixels is not None and limits.max_pixels < patch_pixels:
-        raise ConfigError(
-            f"max_pixels={limits.max_pixels} is below one patch, which is {patch_pixels} pixels in this checkpoint. "
-            f"Expected at least that, for pages some hundred times as much. Raise max_pixels."
-        )
-
-
-def _unused_message(name: str, value: int, image_processor: Any) -> str:
-    reason = f"resizes every image to its own fixed size ({_size(image_processor)})"
-    if _sizes_by_patch_count(image_processor):
-        reason = "only knows a largest number of patches"
-    return (
-        f"{name}={value} is not applied: {type(image_processor).__name__} {reason}. Leave {name} out, or choose a "
-        f"checkpoint whose image size varies, such as a Qwen-VL or SigLIP2 NaFlex one."
-    )

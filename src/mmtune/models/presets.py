@@ -1,6 +1,5 @@
 """Routers for common problems, as data."""
 
-import difflib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from typing import Any, Literal
 
 from sentence_transformers import SentenceTransformer
 
+from mmtune.arguments import listed, nearest_name
 from mmtune.errors import ConfigError
 from mmtune.models.routers import compose_router
 
@@ -50,7 +50,7 @@ class RouterPreset:
         known = list(inspect.signature(compose_router).parameters)
         for name in overrides:
             if name not in known:
-                raise ConfigError(f"A Router has no argument {name!r}. {_nearest(name, known)} Rename or remove it.")
+                raise ConfigError(f"A Router has no argument {name!r}. {_hint(name, known)} Rename or remove it.")
         own = {name: getattr(self, name) for name in ("text", "image", "dimension", "route_by", "freeze")}
         model = compose_router(**{**own, **overrides})
         if "text" not in overrides:
@@ -128,11 +128,10 @@ def router_preset(name: str, **overrides: Any) -> SentenceTransformer:
         >>> model = router_preset("minilm-siglip2", freeze="text")  # doctest: +SKIP
     """
     if name not in ROUTER_PRESETS:
-        raise ConfigError(f"There is no preset {name!r}. {_nearest(name, list(ROUTER_PRESETS))} Name one of them.")
+        raise ConfigError(f"There is no preset {name!r}. {_hint(name, list(ROUTER_PRESETS))} Name one of them.")
     return ROUTER_PRESETS[name].compose(**overrides)
 
 
-def _nearest(name: str, known: list[str]) -> str:
-    nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.3)
-    hint = f"The nearest is {nearest[0]!r}; k" if nearest else "K"
-    return f"{hint}nown are {', '.join(map(repr, known))}."
+def _hint(name: str, known: list[str]) -> str:
+    nearest = nearest_name(name, known, cutoff=0.3)
+    return f"The nearest is {nearest!r}; known are {listed(known)}." if nearest else f"Known are {listed(known)}."

@@ -12,15 +12,16 @@ from sentence_transformers.sentence_transformer.model_card import SentenceTransf
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
 from torch import nn
 
+from mmtune.arguments import require_one_of
 from mmtune.errors import ConfigError
 from mmtune.host import declare_modalities
-from mmtune.models.checkpoints import find_checkpoint, first_line, read_encoders
+from mmtune.models.checkpoints import first_line, read_encoders
 from mmtune.models.fitting import is_causal
 from mmtune.models.fresh import mark_fresh
 from mmtune.models.loading import load_host_model
-from mmtune.models.options import LoadOptions
+from mmtune.models.opening import LoadOptions, open_checkpoint, require_dimension
 from mmtune.models.pixels import apply_pixel_limits
-from mmtune.models.routes import describe_routes, find_router, output_of, require_reloadable, router_mapping, sample_of
+from mmtune.models.routes import check_routes, model_of, output_of, router_mapping, sample_of
 from mmtune.models.towers import freeze_unused, is_dual_encoder, pad_texts, take_tower
 
 __all__ = ["Side", "compose_router", "router_mapping"]
@@ -28,7 +29,6 @@ __all__ = ["Side", "compose_router", "router_mapping"]
 Side: TypeAlias = str | os.PathLike[str] | Sequence[nn.Module]
 """One side of a Router: a checkpoint's name or folder, or host modules."""
 
-SIDES = ("text", "image")
 NUM_NEGATIVES = 16
 """As many columns of negatives as the training set of the VDR guide has."""
 PROJECTION_SEED = 0
@@ -75,8 +75,10 @@ class _Encoder:
     kinds: tuple[str, ...]
     notes: tuple[str, ...]
 
-    def with_modules(self, modules: Sequence[nn.Module], *notes: str) -> "_Encoder":
-        return replace(self, model=_joined(modules, self.model), notes=(*self.notes, *notes))
+    def noted(self, note: str, *more_modules: nn.Module) -> "_Encoder":
+        """The same side with a note of what was done to it, and the modules that were added at its end."""
+        model = model_of([*self.model, *more_modules], self.model) if more_modules else self.model
+        return replace(self, model=model, notes=(*self.notes, note))
 
     def features(self, kind: str, *, gradients: bool = False) -> dict[str, Any]:
         """What the side gives for a sample.
@@ -155,24 +157,27 @@ def compose_router(
         ... )  # doctest: +SKIP
     """
     frozen = (freeze,) if isinstance(freeze, str) else tuple(freeze)
-    _check_arguments(dimension, frozen, route_by)
+    unknown = [side for side in frozen if side not in ("text", "image")]
+    if unknown:
+        raise ConfigError(f"freeze names {unknown[0]!r}. A Router has the sides 'text' and 'image'. Name these.")
+    require_one_of("route_by", route_by, ("modality", "task"))
+    dimension = require_dimension(dimension, "an embedding")
     for modality, source in (("text", text), ("image", image)):
         _check_source(modality, source)
+
     # in half precision the host could not load the projections again, see LoadOptions.for_host
-    limits = LoadOptions(max_pixels, min_pixels, "float32" if dtype == "auto" else dtype, attention, device)
-    image_encoder = _encoder("image", image, limits, whole=route_by == "task")
-    text_encoder = _encoder("text", text, replace(limits, max_pixels=None, min_pixels=None), whole=False)
+    options = LoadOptions(max_pixels, min_pixels, "float32" if dtype == "auto" else dtype, attention, device)
+    image_side = _encoder("image", image, options, whole=route_by == "task")
+    text_side = _encoder("text", text, replace(options, max_pixels=None, min_pixels=None), whole=False)
     if isinstance(text, str | os.PathLike) and isinstance(image, str | os.PathLike):
         # the host loads static embeddings in float32 whatever it is told, and a loss takes one dtype only
-        text_encoder.model.to(next(image_encoder.model.parameters()).dtype)
+        text_side.model.to(next(image_side.model.parameters()).dtype)
 
-    size = dimension or image_encoder.dimension()
-    text_encoder, image_encoder = (
-        _projected(_frozen(encoder, frozen), size) for encoder in (text_encoder, image_encoder)
-    )
-    model = _routed(text_encoder, image_encoder, route_by)
-    require_reloadable(model)
-    _check_sizes(model, image_encoder, route_by)
+    size = dimension or image_side.dimension()
+    text_side, image_side = (_fitted(side, size, freezes=side.modality in frozen) for side in (text_side, image_side))
+    model = _routed(text_side, image_side, route_by)
+    for kind in image_side.kinds:
+        check_routes(model, kind)
     if frozen and not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(
             f"freeze={freeze!r} leaves nothing to train: both encoders end in {size} dimensions, so no projection was "
@@ -181,23 +186,10 @@ def compose_router(
     return model
 
 
-def _check_arguments(dimension: int | None, freeze: Sequence[str], route_by: str) -> None:
-    unknown = [side for side in freeze if side not in SIDES]
-    if unknown:
-        raise ConfigError(f"freeze names {unknown[0]!r}. A Router has the sides 'text' and 'image'. Name these.")
-    if route_by not in ("modality", "task"):
-        raise ConfigError(f"route_by={route_by!r} is unknown. Expected 'modality' or 'task'. Pass one of them.")
-    if dimension is not None and (isinstance(dimension, bool) or not isinstance(dimension, int) or dimension < 1):
-        raise ConfigError(
-            f"dimension={dimension!r} is no size of an embedding. Expected a positive whole number such as 768, or "
-            f"None for that of the image encoder. Pass one."
-        )
-
-
 def _check_source(modality: str, source: Side) -> None:
     """Look at what a side is, before any weights are read."""
     if isinstance(source, str | os.PathLike):
-        read_encoders(find_checkpoint(os.path.expanduser(source)), modality)  # noqa: PTH111 - a Hub name is no path
+        read_encoders(open_checkpoint(os.fspath(source)), modality)
         return
     modules = list(source) if isinstance(source, Sequence | nn.Sequential) else []
     if not modules or not all(isinstance(module, nn.Module) for module in modules):
@@ -214,28 +206,34 @@ def _check_source(modality: str, source: Side) -> None:
 
 def _encoder(modality: str, source: Side, options: LoadOptions, *, whole: bool) -> _Encoder:
     """A side with its missing parts, up to the projection."""
+    is_checkpoint = isinstance(source, str | os.PathLike)
     if isinstance(source, str | os.PathLike):
         loaded = load_host_model(SentenceTransformer, os.fspath(source), options, modality=modality)
-        label = os.fspath(source)
+    elif isinstance(source, SentenceTransformer):
+        loaded = apply_pixel_limits(source, options.limits)
     else:
-        given = source if isinstance(source, SentenceTransformer) else None
-        loaded = given or SentenceTransformer(modules=list(source), device=_device(options))
-        apply_pixel_limits(loaded, options.limits)
-        label = "modules that were passed"
+        device = None if options.device is None else str(options.device)
+        loaded = apply_pixel_limits(SentenceTransformer(modules=list(source), device=device), options.limits)
+    notes = [f"{modality} encoder: {os.fspath(source) if is_checkpoint else 'modules that were passed'}"]
+
+    # the Router normalises at its end, and a dual encoder of a checkpoint is needed by half
     modules: list[Any] = list(loaded)
-    notes = [f"{modality} encoder: {label}"]
     while len(modules) > 1 and isinstance(modules[-1], Normalize):
         modules.pop()
     pad_texts(modules[0])
-    kinds: tuple[str, ...] = (modality,)
-    if is_dual_encoder(modules[0]) and not whole and isinstance(source, str | os.PathLike):
+    if is_checkpoint and not whole and is_dual_encoder(modules[0]):
         tower = take_tower(modules[0], modality)
-        modules = modules if tower is None else [*tower, *modules[1:]]
-        notes += [] if tower is None else [f"of it the {modality} tower alone"]
-    if modality == "image":
-        kinds = _image_kinds(modules[0], whole=whole)
-    encoder = _Encoder(modality, _joined(modules, loaded), kinds, tuple(notes))
-    return _without_idle_parts(_pooled(encoder))
+        if tower is not None:
+            modules = [*tower, *modules[1:]]
+            notes.append(f"of it the {modality} tower alone")
+    kinds = _image_kinds(modules[0], whole=whole) if modality == "image" else (modality,)
+    side = _pooled(_Encoder(modality, model_of(modules, loaded), kinds, tuple(notes)))
+
+    first: Any = side.model[0]
+    if not is_dual_encoder(first):
+        return side
+    idle = freeze_unused(first, [side.features(kind, gradients=True)["sentence_embedding"] for kind in kinds])
+    return side.noted(f"frozen, because no route reaches it: {idle:,} parameters")
 
 
 def _image_kinds(module: nn.Module, *, whole: bool) -> tuple[str, ...]:
@@ -250,73 +248,57 @@ def _image_kinds(module: nn.Module, *, whole: bool) -> tuple[str, ...]:
     return ("image", *texts, *(("text+image",) if together or PAIR in modalities else ()))
 
 
-def _pooled(encoder: _Encoder) -> _Encoder:
-    features = encoder.features(encoder.modality)
+def _pooled(side: _Encoder) -> _Encoder:
+    features = side.features(side.modality)
     if "sentence_embedding" in features:
-        return encoder
+        return side
     if "token_embeddings" not in features:
         raise ConfigError(
-            f"The {encoder.modality} side gives neither sentence nor token embeddings, only {', '.join(features)}. "
+            f"The {side.modality} side gives neither sentence nor token embeddings, only {', '.join(features)}. "
             f"Expected modules that embed, such as [Transformer(...), Pooling(...)]. Add what is missing."
         )
-    first = encoder.model[0]
-    causal = isinstance(first, Transformer) and "text" in first.modalities and is_causal(first, encoder.model.device)
-    mode = "lasttoken" if causal else "mean"
-    pooling = Pooling(features["token_embeddings"].shape[-1], pooling_mode=mode)
-    return encoder.with_modules([*encoder.model, pooling], f"added pooling of the {encoder.modality} side: {mode}")
+    first = side.model[0]
+    causal = isinstance(first, Transformer) and "text" in first.modalities and is_causal(first, side.model.device)
+    pooling = Pooling(features["token_embeddings"].shape[-1], pooling_mode="lasttoken" if causal else "mean")
+    return side.noted(f"added pooling of the {side.modality} side: {pooling.pooling_mode}", pooling)
 
 
-def _without_idle_parts(encoder: _Encoder) -> _Encoder:
-    first: Any = encoder.model[0]
-    if not is_dual_encoder(first):
-        return encoder
-    embeddings = [encoder.features(kind, gradients=True)["sentence_embedding"] for kind in encoder.kinds]
-    idle = freeze_unused(first, embeddings)
-    return replace(encoder, notes=(*encoder.notes, f"frozen, because no route reaches it: {idle:,} parameters"))
-
-
-def _frozen(encoder: _Encoder, sides: Sequence[str]) -> _Encoder:
-    if encoder.modality not in sides:
-        return encoder
-    encoder.model.requires_grad_(False)
-    return replace(encoder, notes=(*encoder.notes, f"frozen: the {encoder.modality} encoder"))
-
-
-def _projected(encoder: _Encoder, size: int) -> _Encoder:
-    found = encoder.dimension()
+def _fitted(side: _Encoder, size: int, *, freezes: bool) -> _Encoder:
+    """A side that ends in ``size`` dimensions, with its encoder frozen or not; a projection is trained always."""
+    if freezes:
+        side.model.requires_grad_(False)
+        side = side.noted(f"frozen: the {side.modality} encoder")
+    found = side.dimension()
     if found == size:
-        return encoder
-    dense = _projection(found, size).to(encoder.model.device, next(encoder.model.parameters()).dtype)
-    return encoder.with_modules(
-        [*encoder.model, dense], f"added projection of the {encoder.modality} side: {found} to {size} dimensions"
-    )
-
-
-def _projection(found: int, size: int) -> Dense:
+        return side
     weight = torch.empty(size, found)
     nn.init.orthogonal_(weight, generator=torch.Generator().manual_seed(PROJECTION_SEED))
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # the host draws weights, which are replaced
         dense = Dense(found, size, activation_function=nn.Identity(), init_weight=weight, init_bias=torch.zeros(size))
+    dense.to(side.model.device, next(side.model.parameters()).dtype)
     mark_fresh(dense)
-    return dense
+    return side.noted(f"added projection of the {side.modality} side: {found} to {size} dimensions", dense)
 
 
 def _routed(text: _Encoder, image: _Encoder, route_by: str) -> SentenceTransformer:
+    keys: dict[str, Any] = {"text": "text", "image": "image", "text+image": PAIR}
+    mappings: dict[Any, str] = {(None, keys[kind]): "image" for kind in image.kinds if kind != "text"}
+    mappings[(None, "text")] = "text"
+    if route_by == "task":
+        documents = {("document", keys[kind]): "image" for kind in image.kinds}
+        mappings = {("query", "text"): "text"} | documents | mappings
     modules: dict[str, list[Any]] = {"text": list(text.model), "image": list(image.model)}
-    router = Router(
-        modules,
-        route_mappings=_route_mappings(image, route_by),
-        allow_empty_key=False,
-    )
     prompts = _prompts(text.model, image.model, route_by)
-    notes = (*text.notes, *image.notes, "added at the end: normalisation", f"routed by {route_by}")
-    names_texts = text.model.default_prompt_name in prompts and not _reads_prompts(image.model)
+    default = text.model.default_prompt_name
+    names_texts = default in prompts and not _reads_prompts(image.model)
     model = SentenceTransformer(
-        modules=[router, Normalize()],
+        modules=[Router(modules, route_mappings=mappings, allow_empty_key=False), Normalize()],
         device=str(image.model.device),
         prompts=prompts,
-        default_prompt_name=text.model.default_prompt_name if names_texts and route_by == "modality" else None,
-        model_card_data=ComposedCardData(composition=notes),
+        default_prompt_name=default if names_texts and route_by == "modality" else None,
+        model_card_data=ComposedCardData(
+            composition=(*text.notes, *image.notes, "added at the end: normalisation", f"routed by {route_by}")
+        ),
     )
     # the host looks on the Hub for a model that is called like a folder
     cards = (text.model.model_card_data, image.model.model_card_data)
@@ -324,15 +306,6 @@ def _routed(text: _Encoder, image: _Encoder, route_by: str) -> SentenceTransform
     columns = ["query", "image", *(f"negative_{k}" for k in range(NUM_NEGATIVES))]
     setattr(model, ROUTER_MAPPING, router_mapping(columns))
     return model.eval()
-
-
-def _route_mappings(image: _Encoder, route_by: str) -> dict[Any, str]:
-    keys: dict[str, Any] = {"text": "text", "image": "image", "text+image": PAIR}
-    by_modality = {(None, keys[kind]): "image" for kind in image.kinds if kind != "text"} | {(None, "text"): "text"}
-    if route_by == "modality":
-        return by_modality
-    by_task = {("query", "text"): "text"} | {("document", keys[kind]): "image" for kind in image.kinds}
-    return by_task | by_modality
 
 
 def _prompts(text: SentenceTransformer, image: SentenceTransformer, route_by: str) -> dict[str, str]:
@@ -355,35 +328,3 @@ def _prompt_of(model: SentenceTransformer, *names: str) -> str:
 
 def _reads_prompts(model: SentenceTransformer) -> bool:
     return "message" in model.modalities
-
-
-def _check_sizes(model: SentenceTransformer, image: _Encoder, route_by: str) -> None:
-    """Prove that everything the routes take ends in one dimension, each by a forward pass."""
-    document = "document" if route_by == "task" else None
-    samples = [(None, "text"), *((document, kind) for kind in image.kinds)]
-    sizes = {
-        kind: output_of(model, sample_of(kind), task=task)["sentence_embedding"].shape[-1] for task, kind in samples
-    }
-    router = find_router(model)
-    if len(set(sizes.values())) > 1 and router is not None:
-        found = ", ".join(f"{kind} in {size}" for kind, size in sizes.items())
-        raise ConfigError(
-            f"The routes end in different dimensions: {found}. {describe_routes(router)} Expected one. Pass encoders "
-            f"that give every modality in one dimension."
-        )
-
-
-def _joined(modules: Sequence[nn.Module], like: SentenceTransformer) -> SentenceTransformer:
-    """A model of these modules with the prompts of another."""
-    model = SentenceTransformer(
-        modules=list(modules),
-        device=str(like.device),
-        prompts={name: prompt for name, prompt in like.prompts.items() if prompt},
-        default_prompt_name=like.default_prompt_name,
-    )
-    model.model_card_data.local_files_only = like.model_card_data.local_files_only
-    return model.eval()
-
-
-def _device(options: LoadOptions) -> str | None:
-    return None if options.device is None else str(options.device)

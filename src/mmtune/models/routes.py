@@ -1,25 +1,18 @@
 """The routes of a Router: whether they agree, which column takes which, and one of them as a model of its own."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Dense, Router
+from sentence_transformers.base.modules import Router
 from sentence_transformers.util import batch_to_device
 from torch import nn
 
 from mmtune.errors import ConfigError
-from mmtune.models.checkpoints import first_line
-from mmtune.models.fresh import mark_fresh
+from mmtune.models.checkpoints import SAMPLES, first_line
 from mmtune.models.kinds import HostModel
 from mmtune.models.towers import freeze_unused
-
-SAMPLE_TEXT = "total revenue"
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def router_mapping(columns: Sequence[str]) -> dict[str, str]:
@@ -62,10 +55,17 @@ def check_routes(model: HostModel, documents: str = "image") -> None:
     if router is None:
         return
     require_reloadable(model)
-    sizes = {
-        "text queries": _proved_size(model, router, "query", "text"),
-        f"{documents} documents": _proved_size(model, router, "document", documents),
-    }
+    sizes = {}
+    for task, kind in (("query", "text"), ("document", documents)):
+        what = "text queries" if task == "query" else f"{kind} documents"
+        try:
+            sizes[what] = output_of(model, sample_of(kind), task=task)["sentence_embedding"].shape[-1]
+        except Exception as error:  # processors and encoders refuse in every way
+            raise ConfigError(
+                f"The Router can't embed {what}: {type(error).__name__}: {first_line(error)} {describe_routes(router)} "
+                f"Expected a route for task {task!r} that takes {kind.replace('+', ' with ')}. Add one, or train on "
+                f"documents that a route takes."
+            ) from error
     if len(set(sizes.values())) > 1:
         found = ", ".join(f"{what} in {size}" for what, size in sizes.items())
         raise ConfigError(
@@ -80,35 +80,17 @@ def require_reloadable(model: HostModel) -> None:
     Raises:
         ConfigError: The Router is in half precision, and a route has weights after its encoder.
     """
+    half_types = (torch.float16, torch.bfloat16)
     router = find_router(model)
     for name, modules in router.sub_modules.items() if router is not None else ():
         weights = [weight for module in list(modules.children())[1:] for weight in module.parameters()]
-        half = [weight.dtype for weight in modules.parameters() if weight.dtype in _HALF]
+        half = [weight.dtype for weight in modules.parameters() if weight.dtype in half_types]
         if weights and half:
             raise ConfigError(
                 f"The route {name!r} has layers after its encoder and is in {str(half[0]).removeprefix('torch.')}: the "
                 "host loads such a Router with layers in float32, which then fails (sentence-transformers 6.2). Load "
                 'or compose it with dtype="float32"; training computes in bfloat16 on a GPU all the same.'
             )
-
-
-def mark_fresh_routes(model: HostModel) -> None:
-    """Mark the projections of ``compose_router`` that have not been trained, also after saving and loading.
-
-    They start orthogonal and with a bias of zero; training leaves neither.
-    """
-    router = find_router(model)
-    for module in router.modules() if router is not None else ():
-        if isinstance(module, Dense) and _is_as_drawn(module.linear):
-            mark_fresh(module)
-
-
-def _is_as_drawn(layer: nn.Linear) -> bool:
-    if layer.bias is None or bool(layer.bias.any()):
-        return False
-    weight = layer.weight.detach().double()
-    products = weight @ weight.T if layer.out_features <= layer.in_features else weight.T @ weight
-    return torch.allclose(products, torch.eye(len(products), dtype=products.dtype, device=products.device), atol=1e-4)
 
 
 def unify_dtypes(model: HostModel) -> None:
@@ -157,84 +139,60 @@ def extract_route(model: SentenceTransformer, route: str = "text") -> SentenceTr
     """
     router = find_router(model)
     if router is None:
-        raise ConfigError(f"The model has no Router, only {_names(model)}. Expected one, as compose_router makes it.")
+        names = ", ".join(type(module).__name__ for module in model.children())
+        raise ConfigError(f"The model has no Router, only {names}. Expected one, as compose_router makes it.")
     if route not in router.sub_modules:
         raise ConfigError(f"The Router has no route {route!r}. {describe_routes(router)} Name one of these.")
     modules: list[Any] = []
     for module in model.children():
         modules += router.sub_modules[route].children() if module is router else [module]
-    extracted = SentenceTransformer(
-        modules=modules,
-        device=str(model.device),
-        prompts={name: prompt for name, prompt in model.prompts.items() if prompt},
-        default_prompt_name=model.default_prompt_name,
-        similarity_fn_name=model.similarity_fn_name,
-        truncate_dim=model.truncate_dim,
+    kept = {"similarity_fn_name": model.similarity_fn_name, "truncate_dim": model.truncate_dim}
+    return model_of(modules, model, **kept)
+
+
+def model_of(modules: Sequence[nn.Module], like: SentenceTransformer, **kwargs: Any) -> SentenceTransformer:
+    """A model of these modules with the prompts of another, on its device, in evaluation mode."""
+    model = SentenceTransformer(
+        modules=list(modules),
+        device=str(like.device),
+        prompts={name: prompt for name, prompt in like.prompts.items() if prompt},
+        default_prompt_name=like.default_prompt_name,
+        **kwargs,
     )
-    extracted.model_card_data.local_files_only = model.model_card_data.local_files_only
-    return extracted.eval()
+    # the host looks on the Hub for a model that is called like a folder
+    model.model_card_data.local_files_only = like.model_card_data.local_files_only
+    return model.eval()
 
 
 def describe_routes(router: Router) -> str:
     """What a Router's routes take and the size that each ends in, as one sentence."""
-    routes = [f"{name!r} ({_taken(modules)}; {_stated_size(modules)})" for name, modules in router.sub_modules.items()]
+    routes = []
+    for route, modules in router.sub_modules.items():
+        layers: list[Any] = list(modules.children())
+        modalities = getattr(layers[0], "modalities", ["text"])
+        names = [name if isinstance(name, str) else "+".join(sorted(name, reverse=True)) for name in modalities]
+        sizes = [layer.get_embedding_dimension() for layer in layers if hasattr(layer, "get_embedding_dimension")]
+        size = f"{sizes[-1]} dimensions" if sizes and sizes[-1] else "dimension unknown"
+        routes.append(f"{route!r} (takes {', '.join(name for name in names if name != 'message')}; {size})")
     return f"The routes are {', '.join(routes)}."
 
 
 def output_of(model: HostModel, sample: Any, *, gradients: bool = False, **kwargs: Any) -> dict[str, Any]:
     """The features that a model gives for one input, in evaluation mode; the mode is restored.
 
-    Args:
-        model: Any host model.
-        sample: A text, an image, or a dictionary of both.
-        gradients: Whether to keep the graph of gradients.
-        **kwargs: Arguments of ``model.preprocess``, such as ``task``.
+    ``kwargs`` are for ``model.preprocess``, such as ``task``; ``gradients`` keeps the graph of gradients.
     """
-    with _at_rest(model), torch.set_grad_enabled(gradients):
-        return model(batch_to_device(dict(model.preprocess([sample], **kwargs)), model.device))
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.set_grad_enabled(gradients):
+            return model(batch_to_device(dict(model.preprocess([sample], **kwargs)), model.device))
+    finally:
+        for module in in_training:
+            module.training = True
 
 
 def sample_of(kind: str) -> Any:
     """A short text for ``"text"``, a small blank page for ``"image"``, a dictionary of both for ``"text+image"``."""
-    parts = {"text": SAMPLE_TEXT, "image": Image.new("RGB", (64, 64), "white")}
-    chosen = {part: parts[part] for part in kind.split("+")}
+    chosen = {part: SAMPLES[part] for part in kind.split("+")}
     return chosen if len(chosen) > 1 else chosen[kind]
-
-
-@contextmanager
-def _at_rest(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _proved_size(model: HostModel, router: Router, task: str, kind: str) -> int:
-    what = "text queries" if task == "query" else f"{kind} documents"
-    try:
-        return output_of(model, sample_of(kind), task=task)["sentence_embedding"].shape[-1]
-    except Exception as error:  # processors and encoders refuse in every way
-        raise ConfigError(
-            f"The Router can't embed {what}: {type(error).__name__}: {first_line(error)} {describe_routes(router)} "
-            f"Expected a route for task {task!r} that takes {kind.replace('+', ' with ')}. Add one, or train on "
-            f"documents that a route takes."
-        ) from error
-
-
-def _taken(modules: nn.Module) -> str:
-    modalities = getattr(next(iter(modules.children())), "modalities", ["text"])
-    names = [name if isinstance(name, str) else "+".join(sorted(name, reverse=True)) for name in modalities]
-    return "takes " + ", ".join(name for name in names if name != "message")
-
-
-def _stated_size(modules: nn.Module) -> str:
-    layers: list[Any] = list(modules.children())
-    sizes = [module.get_embedding_dimension() for module in layers if hasattr(module, "get_embedding_dimension")]
-    return f"{sizes[-1]} dimensions" if sizes and sizes[-1] else "dimension unknown"
-
-
-def _names(model: nn.Module) -> str:
-    return ", ".join(type(module).__name__ for module in model.children())

@@ -11,13 +11,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from PIL import Image
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Dense
 from torch import nn
 from transformers import MODEL_MAPPING, CLIPModel, PreTrainedModel, Siglip2Model, SiglipModel
 
 from mmtune.host import attention_of, declare_modalities
+from mmtune.models.checkpoints import SAMPLES
 
 TOWERS = {"text": "text_model", "image": "vision_model"}
 PROJECTIONS = {"text": "text_projection", "image": "visual_projection"}
@@ -60,10 +60,21 @@ def take_tower(encoder: Transformer, modality: str) -> list[nn.Module] | None:
     if not isinstance(model, CLIPModel | SiglipModel | Siglip2Model):
         return None
     tower = getattr(model, TOWERS[modality])
-    if MODEL_MAPPING.get(type(tower.config), None) is type(tower):
-        projection = getattr(model, PROJECTIONS[modality], None)
-        return [_alone(encoder, tower, modality), *([_as_dense(projection)] if projection else [])]
-    return None if isinstance(model, CLIPModel) else [_without_images(encoder)]
+    if MODEL_MAPPING.get(type(tower.config), None) is not type(tower):
+        return None if isinstance(model, CLIPModel) else [_without_images(encoder)]
+    projection = getattr(model, PROJECTIONS[modality], None)
+    alone = _alone(encoder, tower, modality)
+    if projection is None:
+        return [alone]
+    with torch.random.fork_rng(devices=[]):  # the host draws weights, which are replaced
+        dense = Dense(
+            projection.in_features,
+            projection.out_features,
+            bias=False,
+            activation_function=nn.Identity(),
+            init_weight=projection.weight.detach(),
+        )
+    return [alone, dense.eval()]
 
 
 def pad_texts(encoder: nn.Module) -> None:
@@ -88,26 +99,21 @@ def freeze_unused(encoder: nn.Module, embeddings: Iterable[torch.Tensor]) -> int
     Returns:
         The number of parameters that were frozen.
     """
-    reached = _leaves(embedding.grad_fn for embedding in embeddings)
+    # the parameters in the graph of gradients behind the embeddings
+    reached, seen, waiting = set(), set(), [embedding.grad_fn for embedding in embeddings]
+    while waiting:
+        node: Any = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            reached.add(id(node.variable))
+        waiting += [before for before, _ in node.next_functions]
     trained = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
     unreached = [parameter for parameter in trained if id(parameter) not in reached]
     for parameter in unreached:
         parameter.requires_grad_(False)
     return sum(parameter.numel() for parameter in unreached)
-
-
-def _leaves(nodes: Iterable[Any]) -> set[int]:
-    """The ``id`` of each parameter in the graph of gradients behind these nodes."""
-    seen, waiting, leaves = set(), list(nodes), set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.add(id(node.variable))
-        waiting += [before for before, _ in node.next_functions]
-    return leaves
 
 
 def _alone(encoder: Transformer, tower: PreTrainedModel, modality: str) -> Transformer:
@@ -116,12 +122,17 @@ def _alone(encoder: Transformer, tower: PreTrainedModel, modality: str) -> Trans
     kwargs: dict[str, Any] = {key: value for key, value in given.items() if key in (modality, "common")}
     if hasattr(processor, "max_num_patches"):
         # SigLIP2's joint processor overrules its image processor, which is on its own from now on
-        num_patches = encoder.preprocess([Image.new("RGB", (64, 64))])["pixel_values"].shape[1]
+        num_patches = encoder.preprocess([SAMPLES["image"]])["pixel_values"].shape[1]
         kwargs["image"] = {"max_num_patches": num_patches, **kwargs.get("image", {})}
     with TemporaryDirectory() as folder:
         tower.save_pretrained(folder)
         processor.save_pretrained(folder)
-        _forget_joint_processor(Path(folder))
+        # transformers can't load half of a processor where the files still name the whole
+        for path in (Path(folder, name) for name in PROCESSOR_FILES):
+            if path.is_file():
+                content = json.loads(path.read_text(encoding="utf-8"))
+                content.pop("processor_class", None)
+                path.write_text(json.dumps(content, indent=2), encoding="utf-8")
         alone = Transformer(
             folder,
             model_kwargs={"dtype": tower.dtype, "attn_implementation": attention_of(tower.config)},
@@ -132,27 +143,6 @@ def _alone(encoder: Transformer, tower: PreTrainedModel, modality: str) -> Trans
     alone.config.name_or_path = encoder.config.name_or_path
     alone.model.name_or_path = ""  # the folder is gone, and the tower is in no checkpoint by itself
     return alone.to(tower.device).eval()
-
-
-def _forget_joint_processor(folder: Path) -> None:
-    """Let transformers load half of a processor, where the files still name the whole."""
-    for path in (folder / name for name in PROCESSOR_FILES):
-        if path.is_file():
-            content = json.loads(path.read_text(encoding="utf-8"))
-            content.pop("processor_class", None)
-            path.write_text(json.dumps(content, indent=2), encoding="utf-8")
-
-
-def _as_dense(projection: nn.Linear) -> Dense:
-    with torch.random.fork_rng(devices=[]):
-        dense = Dense(
-            projection.in_features,
-            projection.out_features,
-            bias=False,
-            activation_function=nn.Identity(),
-            init_weight=projection.weight.detach(),
-        )
-    return dense.eval()
 
 
 def _without_images(encoder: Transformer) -> Transformer:

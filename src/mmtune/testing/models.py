@@ -9,11 +9,11 @@ Example:
     (128,)
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -31,6 +31,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaImageProcessorPil,
     LlavaProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
@@ -45,7 +46,10 @@ from transformers import (
 )
 
 from mmtune.errors import MissingExtraError
+from mmtune.models.fresh import seeded
 from mmtune.testing import words
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 HEAD_SIZE = 32
 QWEN_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -111,9 +115,8 @@ def tiny_clip(
     vision["projection_dim"] = projection_dim
     square = {"height": image_size, "width": image_size}
     image_processor = CLIPImageProcessorPil(size=square, crop_size=square)
-    with _seeded(seed):
-        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=projection_dim))
-    return _save(folder, model, CLIPProcessor(image_processor, tokenizer))
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=projection_dim)
+    return _save(folder, _draw(CLIPModel, config, seed), CLIPProcessor(image_processor, tokenizer))
 
 
 def tiny_siglip(
@@ -139,8 +142,7 @@ def tiny_siglip(
     text = _encoder(hidden_size, num_layers) | _text(tokenizer)
     vision = _encoder(hidden_size, num_layers) | {"image_size": image_size, "patch_size": patch_size}
     image_processor = SiglipImageProcessorPil(size={"height": image_size, "width": image_size})
-    with _seeded(seed):
-        model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
+    model = _draw(SiglipModel, SiglipConfig(text_config=text, vision_config=vision), seed)
     with TemporaryDirectory() as plain_folder:
         _save(plain_folder, model, SiglipProcessor(image_processor, tokenizer))
         # SigLIP pools the last token, padding or not: without a fixed length a text's embedding depends on its batch.
@@ -163,9 +165,7 @@ def tiny_text_encoder(folder: str | Path, *, hidden_size: int = 64, num_layers: 
     tokenizer = _tokenizer(max_length=128, bos="<s>", eos="</s>")
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = BertConfig.from_dict(_encoder(hidden_size, num_layers) | _text(tokenizer) | no_dropout)
-    with _seeded(seed):
-        model = BertModel(config)
-    return _save(folder, model, tokenizer)
+    return _save(folder, _draw(BertModel, config, seed), tokenizer)
 
 
 def tiny_qwen3_vl(
@@ -202,8 +202,8 @@ def tiny_qwen3_vl(
     tokenizer = _tokenizer(max_length=2048, eos="<|im_end|>", special=QWEN_TOKENS, append=False)
     image_processor = Qwen2VLImageProcessorPil(patch_size=16, size=_area(max_pixels))
     video_processor = Qwen3VLVideoProcessor(patch_size=16, size=_area(max_pixels))
-    with _seeded(seed):
-        model = Qwen3VLForConditionalGeneration(_qwen3_vl_config(tokenizer, hidden_size, num_layers))
+    config = _qwen3_vl_config(tokenizer, hidden_size, num_layers)
+    model = _draw(Qwen3VLForConditionalGeneration, config, seed)
     processor = Qwen3VLProcessor(image_processor, tokenizer, video_processor, chat_template=QWEN_CHAT_TEMPLATE)
     return _save(folder, model, processor)
 
@@ -240,9 +240,8 @@ def tiny_llava(
     text = {"model_type": "llama", **encoder, **_text(tokenizer), "num_key_value_heads": 1}
     vision = {"model_type": "clip_vision_model", **encoder, "image_size": image_size, "patch_size": patch_size}
     image_token = tokenizer.get_vocab()["<image>"]
-    with _seeded(seed):
-        config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=image_token)
-        model = LlavaForConditionalGeneration(config)
+    config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=image_token)
+    model = _draw(LlavaForConditionalGeneration, config, seed)
     square = {"height": image_size, "width": image_size}
     processor = LlavaProcessor(
         LlavaImageProcessorPil(size={"shortest_edge": image_size}, crop_size=square),
@@ -342,12 +341,10 @@ def _tokenizer(
     )
 
 
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    # torch.manual_seed would also seed, and start, every accelerator
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(seed)
-        yield
+def _draw(model_class: Callable[..., Model], config: PreTrainedConfig, seed: int) -> Model:
+    """A model with random weights, on the CPU."""
+    with seeded(seed), torch.device("cpu"):
+        return model_class(config)
 
 
 def _save(folder: str | Path, model: PreTrainedModel, processor: ProcessorMixin | PreTrainedTokenizerFast) -> str:

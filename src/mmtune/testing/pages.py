@@ -83,11 +83,16 @@ def generated_pages(num_queries: int, *, num_negatives: int = 4, page_size_px: i
     reports = _reports(num_queries + max(1, num_queries // 5), random)
     asked = set(random.sample(range(len(reports)), num_queries))
     images = [draw_page(r.company, r.topic, r.year, r.detail, random, page_size_px) for r in reports]
-    ids = [_page_id(report, image) for report, image in zip(reports, images, strict=True)]
+    names = [f"{report.company}-{report.topic}-{report.period}".lower().replace(" ", "-") for report in reports]
+    ids = [f"{name}-{sha256(image).hexdigest()[:12]}" for name, image in zip(names, images, strict=True)]
     negatives = _negatives(reports, num_negatives, random)
+    queries: list[str | None] = [None] * len(reports)
+    for i in sorted(asked):
+        report, template = reports[i], random.choice(words.QUERY_TEMPLATES)
+        queries[i] = template.format(company=report.company, topic=report.topic.lower(), period=report.period)
     columns = {
         "id": ids,
-        "query": [_query(report, random) if i in asked else None for i, report in enumerate(reports)],
+        "query": queries,
         "image": [{"bytes": image, "path": None} for image in images],
         "negatives": [[ids[i] for i in row] for row in negatives],
         "language": ["en"] * len(ids),
@@ -98,10 +103,13 @@ def generated_pages(num_queries: int, *, num_negatives: int = 4, page_size_px: i
 def _reports(num_pages: int, random: Random) -> list[Report]:
     # fewer companies for fewer pages, so that pages share attributes and negatives can be hard
     companies = random.sample(words.COMPANIES, min(len(words.COMPANIES), 1 + num_pages // 4))
+    regional = [f"{region} {quarter}" for region, quarter in product(words.REGIONS, words.QUARTERS)]
+    quarters = ["", *words.QUARTERS, *regional]
     reports: list[Report] = []
     edition = 1
     while len(reports) < num_pages:
-        for detail in _details(edition):
+        # what tells reports of one year apart; nothing for the first
+        for detail in quarters if edition == 1 else [f"edition {edition} {detail}".strip() for detail in quarters]:
             block = [Report(*parts, detail) for parts in product(companies, words.TOPICS, words.YEARS)]
             reports += random.sample(block, min(len(block), num_pages - len(reports)))
         edition += 1
@@ -109,56 +117,28 @@ def _reports(num_pages: int, random: Random) -> list[Report]:
     return reports
 
 
-def _details(edition: int) -> list[str]:
-    """Return what tells reports of one year apart; nothing for the first."""
-    quarters = [
-        "",
-        *words.QUARTERS,
-        *(f"{region} {quarter}" for region, quarter in product(words.REGIONS, words.QUARTERS)),
-    ]
-    return quarters if edition == 1 else [f"edition {edition} {detail}".strip() for detail in quarters]
-
-
 def _check_at_least(name: str, value: int, smallest: int) -> None:
     if value < smallest:
         raise ConfigError(f"{name} is {value}, but must be at least {smallest}. Pass {name}={smallest} or more.")
 
 
-def _page_id(report: Report, image: bytes) -> str:
-    digest = sha256(image).hexdigest()[:12]
-    return f"{report.company}-{report.topic}-{report.period}-{digest}".lower().replace(" ", "-")
-
-
-def _query(report: Report, random: Random) -> str:
-    template = random.choice(words.QUERY_TEMPLATES)
-    return template.format(company=report.company, topic=report.topic.lower(), period=report.period)
-
-
 def _negatives(reports: list[Report], num_negatives: int, random: Random) -> list[list[int]]:
     """Return for each report the positions of others: first those that share two attributes with it, then one."""
-    groups = [_positions_by_shared(reports, num_shared) for num_shared in (2, 1, 0)]
-    return [_closest(position, report, groups, num_negatives, random) for position, report in enumerate(reports)]
-
-
-def _closest(
-    position: int, report: Report, groups: list[Mapping[Shared, list[int]]], num_negatives: int, random: Random
-) -> list[int]:
-    chosen: list[int] = []
-    for num_shared, positions_by_shared in zip((2, 1, 0), groups, strict=True):
-        near = {other for shared in _shared(report, num_shared) for other in positions_by_shared[shared]}
-        candidates = sorted(near - {position, *chosen})
-        chosen += random.sample(candidates, min(len(candidates), num_negatives - len(chosen)))
-        if len(chosen) == num_negatives:
-            break
-    return chosen
-
-
-def _positions_by_shared(reports: list[Report], num_shared: int) -> Mapping[Shared, list[int]]:
-    positions_by_shared = defaultdict(list)
+    positions_by_shared: Mapping[Shared, list[int]] = defaultdict(list)
     for position, report in enumerate(reports):
-        for shared in _shared(report, num_shared):
+        for shared in (shared for num_shared in (2, 1, 0) for shared in _shared(report, num_shared)):
             positions_by_shared[shared].append(position)
-    return positions_by_shared
+    negatives = []
+    for position, report in enumerate(reports):
+        chosen: list[int] = []
+        for num_shared in (2, 1, 0):
+            near = {other for shared in _shared(report, num_shared) for other in positions_by_shared[shared]}
+            candidates = sorted(near - {position, *chosen})
+            chosen += random.sample(candidates, min(len(candidates), num_negatives - len(chosen)))
+            if len(chosen) == num_negatives:
+                break
+        negatives.append(chosen)
+    return negatives
 
 
 def _shared(report: Report, num_shared: int) -> Iterator[Shared]:

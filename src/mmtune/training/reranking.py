@@ -17,9 +17,8 @@ from mmtune.data.relevance import Direction
 from mmtune.errors import ConfigError
 from mmtune.evaluation.mean import AnyEvaluator, MeanEvaluator
 from mmtune.evaluation.reranking import AnyRerankingEvaluator, build_reranking_evaluator
-from mmtune.models.checkpoints import read_encoders
+from mmtune.models.loading import check_checkpoint
 from mmtune.models.lora import LoraChoice
-from mmtune.models.opening import checked_name, checkpoint_files
 from mmtune.training.checks import check_contrast
 from mmtune.training.inputs import DatasetsLike, Form, TrainingSets, reranking_sets
 from mmtune.training.losses import Loss, check_negatives, find_form, reranking_loss
@@ -122,8 +121,8 @@ def finetune_reranker(
 def _require_reranker(model: object, documents: str) -> None:
     """Make sure that there is a reranker, or a checkpoint to build one from, before the data are read."""
     if isinstance(model, (str, os.PathLike)):  # a checkpoint for texts alone does for documents="text"
-        files = checkpoint_files(checked_name(os.fspath(model)), {})
-        read_encoders(files, "image" if "image" in str(documents) else "text", model_class=CrossEncoder)
+        modality = "image" if "image" in str(documents) else "text"
+        check_checkpoint(os.fspath(model), model_class=CrossEncoder, modalities=(modality,))
     elif not isinstance(model, CrossEncoder):
         raise ConfigError(
             f"Expected a CrossEncoder, a checkpoint's folder or its name, got {type(model).__name__}. "

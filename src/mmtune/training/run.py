@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
-from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.training_args import BaseTrainingArguments
 from sentence_transformers.util.distributed import distributed_evaluation
 from torch import nn
@@ -21,13 +20,12 @@ from mmtune.errors import ConfigError
 from mmtune.evaluation.mean import AnyEvaluator
 from mmtune.host import let_read_typed_texts
 from mmtune.models.adapters import encoders_of, has_lora, save_model
-from mmtune.models.fresh import fresh_layers, mark_fresh
+from mmtune.models.fresh import fresh_layers, guess_fresh_layers, mark_fresh
 from mmtune.models.kinds import HostModel
-from mmtune.models.late_interaction import mark_fresh_projections
 from mmtune.models.loading import check_documents, describe_model
 from mmtune.models.lora import LoraChoice, add_lora, check_lora
 from mmtune.models.parts import describe_training, freeze_parts, model_parts, part_names
-from mmtune.models.routes import check_routes, freeze_unreached, mark_fresh_routes
+from mmtune.models.routes import check_routes, freeze_unreached
 from mmtune.training import recipe
 from mmtune.training.checks import (
     check_host_arguments,
@@ -277,8 +275,9 @@ def ready_model(
         for parameter, learned in before:
             parameter.requires_grad_(learned)
         raise
-    fresh = _find_fresh(ready)
+    guessed, fresh = guess_fresh_layers(ready), fresh_layers(ready)
     facts = {**describe_model(ready), **describe_training(ready), "lora": adapters, "fresh_layers": list(fresh)}
+    facts["fresh_layers_guessed"] = list(guessed)
     encoders = encoders_of(ready) if has_lora(ready) else []
     beside_adapters = {id(parameter) for encoder in encoders for parameter in encoder.parameters()}
     try:
@@ -287,11 +286,3 @@ def ready_model(
         for parameter in frozen:
             if id(parameter) not in beside_adapters:
                 parameter.requires_grad_(True)
-
-
-def _find_fresh(model: HostModel) -> dict[str, nn.Module]:
-    """The layers that start from random numbers, by their names."""
-    mark_fresh_routes(model)
-    if isinstance(model, MultiVectorEncoder):
-        mark_fresh_projections(model)
-    return fresh_layers(model)

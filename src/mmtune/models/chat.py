@@ -1,4 +1,6 @@
-"""Chat templates that tell a query from a document, proved by rendering them.
+"""What a language model is asked with and answers with: a chat template that tells a query from a document, two tokens.
+
+Templates are proved by rendering them.
 
 The host turns a pair into two messages with the roles ``query`` and ``document``, and a prompt into a ``system``
 message before them. A template made for chats knows neither role: it raises, or leaves the messages out, and then every
@@ -16,11 +18,11 @@ The lines are part of the template, so they are saved with the model and hold in
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
-
 from mmtune.errors import ConfigError
+from mmtune.models.checkpoints import SAMPLES
 
 PAIR_ROLES = ("query", "document")
 LABELS = {"query": "<Query>: ", "document": "<Document>: "}
@@ -43,21 +45,20 @@ FOLDING = """\
 {%- endif %}"""
 """Goes in front of a template. It ends in a tag, so the template's own first line stands unchanged."""
 
-PAGE = {"type": "image", "image": Image.new("RGB", (64, 64), "white")}
+PAGE = {"type": "image", "image": SAMPLES["image"]}
 NO_TEXT = {"type": "text", "text": ""}
 FIRST, SECOND, PROMPT = ({"type": "text", "text": word} for word in ("kestrel", "obsidian", "marigold"))
 NO_THINKING = {"enable_thinking": False}
 """As the Qwen and GLM templates call it."""
+
+SUGGESTIONS = (("1", "0"), ("yes", "no"), ("Yes", "No"), ("true", "false"), ("True", "False"))
+"""True and false tokens to try where the given ones do not fit."""
 
 logger = logging.getLogger(__name__)
 
 
 def pair_template(processor: Any, name: str) -> str:
     """A chat template that carries a prompt, a query and a document: the checkpoint's own, or that with lines in front.
-
-    Args:
-        processor: Of a checkpoint that reads texts and images.
-        name: Of the checkpoint, for messages.
 
     Raises:
         ConfigError: There is no template, or none of these carries all three.
@@ -148,3 +149,64 @@ def _rendered(
     conversation = [{"role": role, "content": [content]} for role, content in contents]
     arguments = {"add_generation_prompt": True, **(arguments or {})}
     return processor.apply_chat_template(conversation, chat_template=template, tokenize=False, **arguments)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Two tokens and their ids in a tokenizer's vocabulary."""
+
+    true_token: str
+    false_token: str
+    true_id: int
+    false_id: int
+
+
+def find_answers(tokenizer: Any, true_token: str, false_token: str, name: str) -> Answers:
+    """The ids of two tokens, each exactly one.
+
+    Args:
+        tokenizer: Of a checkpoint.
+        true_token: What a relevant pair is answered with: an entry of the vocabulary, or a text that becomes one.
+        false_token: What any other pair is answered with.
+        name: Of the checkpoint, for messages.
+
+    Raises:
+        ConfigError: One is unknown or splits, or both are the same; the message suggests two that are not.
+    """
+    ids = []
+    for argument, token in (("true_token", true_token), ("false_token", false_token)):
+        if not isinstance(token, str) or not token:
+            raise ConfigError(f"{argument}={token!r} is no token. {_expected(tokenizer, name)}")
+        token_id = _only_id(tokenizer, token)
+        if token_id is None:
+            parts = tokenizer.encode(token, add_special_tokens=False)
+            problem = f"is {len(parts)} tokens ({', '.join(map(repr, tokenizer.convert_ids_to_tokens(parts)))})"
+            if not parts or tokenizer.unk_token_id in parts:
+                problem = "is not in the vocabulary"
+            raise ConfigError(f"{argument}={token!r} {problem}. {_expected(tokenizer, name)}")
+        ids.append(token_id)
+    if ids[0] == ids[1]:
+        raise ConfigError(
+            f"true_token={true_token!r} and false_token={false_token!r} are the same token: every score would be 0. "
+            f"{_expected(tokenizer, name)}"
+        )
+    return Answers(true_token, false_token, *ids)
+
+
+def _only_id(tokenizer: Any, token: str) -> int | None:
+    # an unknown token gets None or the id of the unknown token, and the host's LogitScore takes either
+    vocabulary = tokenizer.get_vocab()
+    if token in vocabulary:
+        return vocabulary[token]
+    ids = tokenizer.encode(token, add_special_tokens=False)
+    return ids[0] if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else None
+
+
+def _expected(tokenizer: Any, name: str) -> str:
+    fitting = []
+    for true, false in SUGGESTIONS:
+        ids = {_only_id(tokenizer, true), _only_id(tokenizer, false)}
+        if None not in ids and len(ids) == 2:
+            fitting.append(f"true_token={true!r}, false_token={false!r}")
+    remedy = f"Pass {' or '.join(fitting[:2])}." if fitting else "Pass two entries of its vocabulary."
+    return f"Expected two different tokens that are one id each in {name!r}, since the score compares them. {remedy}"
