@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -124,6 +125,11 @@ class IntLists:
         offsets = np.r_[0, np.cumsum(lengths)]
         within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
         return IntLists(offsets, self.values[np.repeat(self.offsets[:-1][rows], lengths) + within])
+
+    def to_lists(self) -> list[list[int]]:
+        """The lists as Python's, which loops read faster."""
+        values = self.values.tolist()
+        return [values[start:end] for start, end in pairwise(self.offsets.tolist())]
 
 
 def lists(offsets: np.ndarray, values: pa.Array) -> pa.Array:
