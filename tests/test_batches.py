@@ -7,6 +7,7 @@ import pickle
 import random
 import time
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -18,10 +19,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.base.sampler import DefaultBatchSampler
+from torch.utils.data import ConcatDataset
 
+from mmtune.data.arrow import IntLists
 from mmtune.errors import ConfigError, DatasetError
-from mmtune.training.batches import ConflictFreeBatchSampler, read_row_documents
-from mmtune.training.planning import WINDOW_GROUPS, BatchShape, IntLists, RowDocuments, plan_epoch
+from mmtune.training.batches import ConflictFreeBatchSampler, StepwiseProportionalBatchSampler, read_row_documents
+from mmtune.training.packing import WINDOW_GROUPS, BatchShape, RowDocuments, plan_epoch
 
 
 def read_as_text(rows):
@@ -106,20 +109,26 @@ def in_order(batches):
     return [row for batch in batches for row in batch]
 
 
+def in_lists(plan):
+    return [batch.tolist() for batch in plan.batches]
+
+
 def steps(batches, num_processes):
     return [in_order(batches[at : at + num_processes]) for at in range(0, len(batches), num_processes)]
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("num_negatives", [0, 1, 4])
-def test_epochs_are_free_of_conflicts_full_and_nearly_complete(num_negatives, drop_last):
+def test_epochs_are_free_of_conflicts_nearly_full_and_nearly_complete(num_negatives, drop_last):
     dataset = random_rows(300, 120, num_negatives=num_negatives, seed=num_negatives)
     sampler = ConflictFreeBatchSampler(dataset, 8, drop_last, seed=3)
-    for batches in epochs(sampler, 4):
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
         assert not any(conflicts(dataset, batch) for batch in batches)
         sizes = [len(batch) for batch in batches]
-        assert set(sizes[:-1]) == {8}
-        assert sizes[-1] == 8 if drop_last else 0 < sizes[-1] <= 8
+        assert set(sizes[:-1]) <= {7, 8}
+        assert sizes[-1] in (7, 8) if drop_last else 0 < sizes[-1] <= 8
         assert len(set(in_order(batches))) == sum(sizes) == len(dataset) - sampler.left_over
         assert sum(sizes) > 0.99 * len(dataset)
 
@@ -171,13 +180,51 @@ def test_steps_of_many_processes_are_filled_where_most_texts_are_shared(num_nega
     sampler = ConflictFreeBatchSampler(dataset, batch_size, False, num_processes=8)
     started = time.process_time()
     planned = epochs(sampler, 2)
-    # measured: 0.04 for the first epoch, up to 0.15 for a later one
+    # measured: 0.06 for the first epoch, up to 0.15 for a later one
     assert 1000 * (time.process_time() - started) / len(dataset) < 2
     group_size = 8 * batch_size
     most = len(dataset) // group_size * group_size
     for batches in planned:
         assert len(set(in_order(batches))) == len(in_order(batches)) > 0.99 * most
         assert not any(conflicts(dataset, step) for step in steps(batches, 8))
+
+
+@pytest.mark.parametrize(("num_negatives", "batch_size"), [(1, 64), (4, 32)])
+def test_all_batches_are_equally_smaller_where_rows_conflict_too_much_for_several_processes(
+    num_negatives, batch_size, caplog
+):
+    dataset = rows_that_share_texts(2000, 600, num_negatives=num_negatives)
+    sampler = ConflictFreeBatchSampler(dataset, batch_size, False, num_processes=4)
+    assert sampler.batch_size < batch_size
+    assert f"so that batches take {sampler.batch_size} rows" in caplog.text
+    for batches in epochs(sampler, 3):
+        assert {len(batch) for batch in batches} == {sampler.batch_size}
+        assert len(set(in_order(batches))) == len(in_order(batches)) > 0.5 * len(dataset)
+        assert not any(conflicts(dataset, step) for step in steps(batches, 4))
+        shards = [
+            list(BatchSamplerShard(sampler, 4, rank, split_batches=False, even_batches=False)) for rank in range(4)
+        ]
+        assert sorted(in_order(in_order(shards))) == sorted(in_order(list(sampler)))
+
+
+def test_a_step_of_smaller_batches_is_not_lost_among_several_datasets():
+    parts = [one_query_a_page(64), rows_that_share_texts(300, 60)]
+    samplers = [ConflictFreeBatchSampler(part, 16, False, num_processes=2) for part in parts]
+    assert samplers[0].batch_size > samplers[1].batch_size
+    both = StepwiseProportionalBatchSampler(ConcatDataset(parts), samplers)
+    shards = [list(BatchSamplerShard(both, 2, rank, split_batches=False, even_batches=False)) for rank in range(2)]
+    assert [len(shard) for shard in shards] == [len(both) // 2] * 2
+    assert sorted(in_order(in_order(shards))) == sorted(in_order(list(both)))
+
+
+def test_rows_that_conflict_too_much_for_a_later_epoch_keep_the_batches_of_the_first():
+    rows = RowDocuments(*[IntLists(np.arange(5), np.array([0, 0, 1, 1]))] * 2, np.array([0, 0, 1, 1]))
+    shape = BatchShape(1, 2)
+    first = plan_epoch(rows, shape, np.zeros(0, dtype=np.int64), seed=(0, 0))
+    impossible = replace(first, batch_size=2)
+    again = plan_epoch(rows, shape, first.left_over, seed=(0, 1), first=impossible)
+    groups = [{frozenset(step) for step in steps(in_lists(plan), 2)} for plan in (first, again)]
+    assert groups[0] == groups[1]
 
 
 def test_left_over_rows_open_the_next_epoch():
@@ -315,8 +362,8 @@ def test_null_and_empty_lists_are_no_documents():
         }
     ).with_transform(read_as_text)
     rows = read_row_documents(dataset)
-    assert rows.documents.of(range(3)) == {0: [0], 1: [1], 2: [2, 0]}
-    assert rows.relevant.of(range(3)) == {0: [0], 1: [1], 2: [2]}
+    assert rows.documents.to_lists() == [[0], [1], [2, 0]]
+    assert rows.relevant.to_lists() == [[0], [1], [2]]
 
 
 def joined_views():
@@ -365,11 +412,10 @@ def test_too_few_rows_for_all_processes_are_refused():
 
 
 def test_processes_that_can_not_get_one_batch_without_conflicts_are_refused():
-    sampler = ConflictFreeBatchSampler(to_rows([[0]] * 10, [[0]] * 10), 4, False, num_processes=2)
     with pytest.raises(
         DatasetError, match=r"Not one batch of 4 rows for each of 2 process.*'p0' is the positive of 10"
     ):
-        len(sampler)
+        ConflictFreeBatchSampler(to_rows([[0]] * 10, [[0]] * 10), 4, False, num_processes=2)
 
 
 def test_a_number_of_processes_below_one_is_refused():
@@ -416,5 +462,7 @@ def test_promises_hold_for_rows_of_any_shape(dataset, batch_size, num_processes,
         assert not any(conflicts(dataset, step) for step in steps(batches, num_processes))
         assert len(set(in_order(batches))) == len(in_order(batches))
         assert len(batches) % num_processes == 0
-        assert all(len(batch) == batch_size for batch in batches[:-1])
+        sizes = {len(batch) for batch in batches}
+        assert num_processes == 1 or sizes <= {sampler.batch_size}
+        assert not sizes or 0 < min(sizes) <= max(sizes) <= batch_size
         assert num_processes > 1 or drop_last or batches

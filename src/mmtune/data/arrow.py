@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,11 @@ class IntLists:
     def ids(self, keys: pa.Array) -> pa.Array:
         """Arrow lists of the ids that stand in ``keys`` at these positions."""
         return lists(self.offsets, keys.take(self.values))
+
+    def to_lists(self) -> list[list[int]]:
+        """The lists as Python's, which loops read faster."""
+        values = self.values.tolist()
+        return [values[start:end] for start, end in pairwise(self.offsets.tolist())]
 
 
 def lists(offsets: np.ndarray, values: pa.Array) -> pa.Array:

@@ -6,7 +6,7 @@ relevant to the same query.
 
 Losses that look at each row by itself need no such care: `ShuffledBatchSampler` is for them.
 
-This module is what the host calls, and what reads ids from Arrow. `planning` makes the batches from integers.
+This module is what the host calls, and what reads ids from Arrow. `packing` makes the batches from integers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,9 +23,11 @@ import torch.distributed
 from datasets import Dataset
 from sentence_transformers.base.sampler import DefaultBatchSampler, MultiDatasetDefaultBatchSampler
 
+from mmtune.arguments import require_whole
+from mmtune.data.arrow import IntLists, column, flat_lists, positions
 from mmtune.data.rows import ID_COLUMNS, view_of
 from mmtune.errors import DatasetError
-from mmtune.training.planning import BatchShape, BusiestDocument, EpochPlan, IntLists, RowDocuments, plan_epoch
+from mmtune.training.packing import BatchShape, EpochPlan, RowDocuments, plan_epoch
 
 if TYPE_CHECKING:
     import torch
@@ -37,16 +39,19 @@ class ConflictFreeBatchSampler(DefaultBatchSampler):
     """Batches of `RetrievalDataset.training_rows()` without a relevant document among the negatives.
 
     No document of a row (the positive and the listed negatives) is relevant to the query of another row of the batch.
-    So no query text stands twice in a batch either. Every batch is full; only the last may be short. The order depends
-    on `seed` and the epoch alone, so a resumed run sees the same batches. To resume at epoch e, the e epochs before it
-    are planned again, because the rows that one epoch leaves over open the next.
+    So no query text stands twice in a batch either. Batches are full, or shorter where rows conflict too much; the last
+    may be short in any case. The order depends on `seed` and the epoch alone, so a resumed run sees the same batches.
+    To resume at epoch e, the e epochs before it are planned again, because the rows that one epoch leaves over open
+    the next.
 
-    With several processes, the number of batches is a multiple of them, all batches are full, and the batches that the
-    processes take in one step are free of conflicts together, as losses that gather across devices need it.
+    With several processes, the number of batches is a multiple of them, all batches of the run have the same size, and
+    the batches that the processes take in one step are free of conflicts together, as losses that gather across devices
+    need it. Where rows conflict too much for full batches, `batch_size` says what the size came to.
 
-    Rows are left over when a document is relevant to more rows than there are batches, and, with several processes or
-    `drop_last`, when the rows do not divide by the batches. In the extreme, all rows share one page: then the epoch is
-    a single short batch of one row. More than 1% of left-over rows is a warning that names the reason.
+    Rows are left over when they conflict with too many others, as where a document is relevant to more rows than there
+    are batches, and, with several processes or `drop_last`, when the rows do not divide by the batches. Where all
+    batches would be less than a quarter full, there are fewer of them. In the extreme, all rows share one page: then
+    the epoch is a single short batch of one row. More than 1% of left-over rows is a warning that names the reason.
 
     Pass the class to the host: `SentenceTransformerTrainingArguments(batch_sampler=ConflictFreeBatchSampler)`.
 
@@ -54,7 +59,7 @@ class ConflictFreeBatchSampler(DefaultBatchSampler):
         dataset: Rows of `RetrievalDataset.training_rows()`, possibly shuffled, selected or filtered since. Only their
             id columns are read.
         batch_size: Rows per batch and process.
-        drop_last: Whether to leave out the short batch.
+        drop_last: Whether to leave out the rows that do not fill a last batch.
         valid_label_columns: Not used; the host passes it to every sampler.
         generator: Not used, for its state is not restored when a run resumes; the host passes it to every sampler.
         seed: Seed of the order, together with the epoch.
@@ -63,7 +68,7 @@ class ConflictFreeBatchSampler(DefaultBatchSampler):
     Raises:
         DatasetError: There are no rows, the id columns are missing, the rows have lost their view (ids would be
             trained on as text), or no batch can be filled.
-        ConfigError: `num_processes` is below 1.
+        ConfigError: `num_processes` is no whole number of 1 or more.
     """
 
     def __init__(
@@ -79,17 +84,21 @@ class ConflictFreeBatchSampler(DefaultBatchSampler):
     ) -> None:
         super().__init__(dataset, batch_size, drop_last, valid_label_columns, generator, seed)
         require_view(dataset)
-        self._shape = BatchShape(batch_size, _world_size() if num_processes is None else num_processes, drop_last)
+        self._shape = BatchShape(batch_size, _processes(num_processes), drop_last)
+        self.num_processes = self._shape.num_processes
+        _require_rows(len(dataset), self._shape)
+        self._dataset = dataset
         self._rows = read_row_documents(dataset)
-        self._require_rows(len(self._rows))
         self._left_over_by_epoch: list[np.ndarray] = []
+        self._planned_epoch = 0
+        # The host counts its steps from the first epoch, so all have the same number of batches.
         self._first: EpochPlan | None = None
-        self._planned: tuple[int, EpochPlan] | None = None
-
-    @property
-    def num_processes(self) -> int:
-        """Processes that share the batches."""
-        return self._shape.num_processes
+        self._first = self._planned = self._plan_epoch(0)
+        # accelerate (1.15) compares batches with the size that it finds here, and loses others on several processes.
+        self.batch_size = self._first.batch_size
+        if not self._first.batches and not drop_last:
+            raise DatasetError(f"Not one batch of {_describe(self._shape)} is without a conflict: {self._why()}.")
+        self._report()
 
     @property
     def left_over(self) -> int:
@@ -104,59 +113,47 @@ class ConflictFreeBatchSampler(DefaultBatchSampler):
             yield batch.tolist()
 
     def _plan(self) -> EpochPlan:
-        if self._planned is None or self._planned[0] != self.epoch:
-            for epoch in range(min(len(self._left_over_by_epoch), self.epoch), self.epoch):
-                self._plan_epoch(epoch)
-            self._planned = (self.epoch, self._plan_epoch(self.epoch))
-            self._report(self._planned[1])
-        return self._planned[1]
+        if self._planned_epoch != self.epoch:
+            for epoch in range(min(len(self._left_over_by_epoch), self.epoch), self.epoch + 1):
+                self._planned = self._plan_epoch(epoch)
+            self._planned_epoch = self.epoch
+            self._report()
+        return self._planned
 
     def _plan_epoch(self, epoch: int) -> EpochPlan:
         opening = self._left_over_by_epoch[epoch - 1] if epoch else np.zeros(0, dtype=np.int64)
-        # The host counts its steps from the first epoch, so all have the same number of batches.
         first = self._first if epoch else None
         plan = plan_epoch(self._rows, self._shape, opening, seed=(self.seed, epoch), first=first)
-        self._first = first or plan
-        if not plan.batches and not self.drop_last:
-            raise DatasetError(f"Not one batch of {self._describe_batch()} is without a conflict: {self._why(plan)}.")
         if epoch == len(self._left_over_by_epoch):
             self._left_over_by_epoch.append(plan.left_over)
         return plan
 
-    def _require_rows(self, num_rows: int) -> None:
-        needed = 1 if self._shape.num_processes == 1 or self.drop_last else self._shape.group_size
-        if num_rows < needed:
-            raise DatasetError(
-                f"{num_rows} rows do not fill one batch of {self._describe_batch()}. Pass more rows, a smaller batch "
-                "size or fewer processes."
+    def _report(self) -> None:
+        num_left_over, num_rows = len(self._planned.left_over), len(self._rows)
+        if num_left_over:
+            logger.log(
+                logging.WARNING if num_left_over > 0.01 * num_rows else logging.INFO,
+                "%d of %d rows (%.1f%%) are in no batch of epoch %d and open the next one: %s.",
+                num_left_over,
+                num_rows,
+                100 * num_left_over / num_rows,
+                self._planned_epoch,
+                self._why(),
             )
 
-    def _describe_batch(self) -> str:
-        return f"{self.batch_size} rows for each of {self._shape.num_processes} process(es)"
-
-    def _report(self, plan: EpochPlan) -> None:
-        num_left_over, num_rows = len(plan.left_over), len(self._rows)
-        if not num_left_over:
-            return
-        level = logging.WARNING if num_left_over > 0.01 * num_rows else logging.INFO
-        logger.log(
-            level,
-            "%d of %d rows (%.1f%%) are in no batch of epoch %d and open the next one: %s.",
-            num_left_over,
-            num_rows,
-            100 * num_left_over / num_rows,
-            self.epoch,
-            self._why(plan),
-        )
-
-    def _why(self, plan: EpochPlan) -> str:
-        shape, busiest = self._shape, self._rows.busiest
+    def _why(self) -> str:
+        """Why rows are left over, and what to do."""
+        shape, plan = self._shape, self._planned
         if len(plan.left_over) < shape.group_size and not shape.keeps_short:
             return f"a step takes {shape.num_processes} full batches of {shape.batch_size} rows"
-        shared = f"document {busiest.document_id!r} is the positive of {busiest.num_rows} rows"
-        if busiest.num_rows > plan.num_groups:
-            return f"{shared}, which exclude each other, in {plan.num_groups} steps. Pass a smaller batch size"
-        return f"they conflict with too many rows, e.g. {shared}. Pass a smaller batch size or fewer negatives"
+        _, rows, counts = np.unique(self._rows.positives, return_index=True, return_counts=True)
+        busiest = column(self._dataset, "document_id")[int(rows[counts.argmax()])].as_py()
+        shared = f"document {busiest!r} is the positive of {counts.max()} rows"
+        num_steps = len(plan.batches) // shape.num_processes
+        if counts.max() > num_steps:
+            return f"{shared}, which exclude each other, in {num_steps} steps. Pass a smaller batch size"
+        size = f", so that batches take {plan.batch_size} rows" if plan.batch_size < shape.batch_size else ""
+        return f"they conflict with too many rows, e.g. {shared}{size}. Pass a smaller batch size or fewer negatives"
 
 
 class ShuffledBatchSampler(DefaultBatchSampler):
@@ -166,14 +163,7 @@ class ShuffledBatchSampler(DefaultBatchSampler):
     of the first (sentence-transformers 6.2). With several processes all batches are full and their number is a multiple
     of the processes, for the host shares them out one by one; what is left over differs from epoch to epoch.
 
-    Args:
-        dataset: The rows; only their number counts.
-        batch_size: Rows per batch and process.
-        drop_last: Whether to leave out a last, short batch.
-        valid_label_columns: Not used; the host passes it to every sampler.
-        generator: Not used, for its state is not restored when a run resumes; the host passes it to every sampler.
-        seed: Seed of the order, together with the epoch.
-        num_processes: Processes that share the batches. `None` is the size of the running distributed job, 1 without.
+    Args: as those of `ConflictFreeBatchSampler`, but of the rows only their number counts.
 
     Raises:
         DatasetError: There are too few rows for one batch for each process.
@@ -191,17 +181,14 @@ class ShuffledBatchSampler(DefaultBatchSampler):
         num_processes: int | None = None,
     ) -> None:
         super().__init__(dataset, batch_size, drop_last, valid_label_columns, generator, seed)
-        self.num_processes = _world_size() if num_processes is None else num_processes
+        self._shape = BatchShape(batch_size, _processes(num_processes), drop_last)
+        self.num_processes = self._shape.num_processes
         self._num_rows = len(dataset)
-        if self.num_processes > 1 and not len(self):
-            raise DatasetError(
-                f"{self._num_rows} rows do not fill one batch of {batch_size} rows for each of {self.num_processes} "
-                "processes. Pass more rows, a smaller batch size or fewer processes."
-            )
+        _require_rows(self._num_rows, self._shape)
 
     def __len__(self) -> int:
         if self.num_processes > 1:
-            return self._num_rows // (self.batch_size * self.num_processes) * self.num_processes
+            return self._num_rows // self._shape.group_size * self.num_processes
         return super().__len__()
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -222,6 +209,12 @@ class StepwiseProportionalBatchSampler(MultiDatasetDefaultBatchSampler):
         generator: Not used; the host passes it to every sampler.
         seed: Seed of the order, together with the epoch.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self._batches_a_step > 1:
+            # Otherwise accelerate (1.15) loses the steps of datasets whose batches have another size than the first's.
+            self.batch_size = None  # type: ignore[assignment] - accelerate takes it for any size
 
     def __iter__(self) -> Iterator[list[int]]:
         offsets = [0, *self.dataset.cumulative_sizes]
@@ -266,10 +259,25 @@ def require_view(dataset: Dataset) -> None:
         )
 
 
-def _world_size() -> int:
-    """Processes of the running distributed job; asks without starting one."""
+def _processes(given: int | None) -> int:
+    """Processes that share the batches: those given, else of the running job; asks without starting one."""
+    if given is not None:
+        return require_whole("num_processes", given)
     running = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if running else 1
+
+
+def _require_rows(num_rows: int, shape: BatchShape) -> None:
+    if num_rows < (shape.group_size if shape.num_processes > 1 else 1):
+        raise DatasetError(
+            f"{num_rows} rows do not fill one batch of {_describe(shape)}. Pass more rows, a smaller batch size or "
+            "fewer processes."
+        )
+
+
+def _describe(shape: BatchShape) -> str:
+    shared = f" for each of {shape.num_processes} processes" if shape.num_processes > 1 else ""
+    return f"{shape.batch_size} rows{shared}"
 
 
 def read_row_documents(dataset: Dataset) -> RowDocuments:
@@ -281,47 +289,20 @@ def read_row_documents(dataset: Dataset) -> RowDocuments:
     Returns:
         One entry a row, in the same order.
     """
-    if not len(dataset):
-        return RowDocuments(IntLists.from_pairs(_NONE, _NONE, 0), IntLists.from_pairs(_NONE, _NONE, 0), _NONE)
-    # A shuffled dataset is read as one chunk a row, which makes everything after it slow.
-    table = dataset.with_format("arrow").select_columns(list(ID_COLUMNS[1:]))[:].combine_chunks()
-    relevant = table["relevant_document_ids"]
-    vocabulary = pc.unique(pc.list_flatten(relevant)).drop_null()
-    positives = _codes(table["document_id"], vocabulary)
-    own = np.arange(len(positives))
-    negatives = table["negative_document_ids"]
-    documents = _int_lists(
-        np.concatenate([own, _parents(negatives)]),
-        np.concatenate([positives, _codes(pc.list_flatten(negatives), vocabulary)]),
-        len(positives),
+    relevant_rows, relevant_ids = flat_lists(column(dataset, "relevant_document_ids"))
+    negative_rows, negative_ids = flat_lists(column(dataset, "negative_document_ids"))
+    known = pc.unique(relevant_ids).drop_null()
+
+    def lists(rows: np.ndarray, documents: np.ndarray) -> IntLists:
+        is_known = documents >= 0
+        return IntLists.grouped(rows[is_known], documents[is_known], len(dataset))
+
+    def documents(ids: pa.Array) -> np.ndarray:
+        return positions(ids.cast(known.type), known)
+
+    positives = documents(column(dataset, "document_id"))
+    return RowDocuments(
+        lists(np.r_[np.arange(len(dataset)), negative_rows], np.r_[positives, documents(negative_ids)]),
+        lists(relevant_rows, documents(relevant_ids)),
+        positives,
     )
-    relevant_lists = _int_lists(_parents(relevant), _codes(pc.list_flatten(relevant), vocabulary), len(positives))
-    return RowDocuments(documents, relevant_lists, positives, _busiest(positives, vocabulary))
-
-
-_NONE = np.zeros(0, dtype=np.int64)
-
-
-def _codes(ids: pa.ChunkedArray, vocabulary: pa.Array) -> np.ndarray:
-    """The place of each id in the vocabulary, -1 for those that are not in it."""
-    codes = pc.index_in(ids.cast(vocabulary.type), value_set=vocabulary)
-    return pc.fill_null(codes, -1).to_numpy()
-
-
-def _parents(lists: pa.ChunkedArray) -> np.ndarray:
-    """The row of each element of a column of lists; a null list has no elements."""
-    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
-    return np.repeat(np.arange(len(lengths)), lengths)
-
-
-def _int_lists(rows: np.ndarray, codes: np.ndarray, num_rows: int) -> IntLists:
-    known = codes >= 0
-    return IntLists.from_pairs(rows[known], codes[known], num_rows)
-
-
-def _busiest(positives: np.ndarray, vocabulary: pa.Array) -> BusiestDocument:
-    known = positives[positives >= 0]
-    if not known.size:
-        return BusiestDocument()
-    counts = np.bincount(known)
-    return BusiestDocument(str(vocabulary[int(counts.argmax())].as_py()), int(counts.max()))

@@ -1,352 +1,289 @@
-"""Groups of rows that are filled one row at a time, without a conflict.
+"""Which rows go into which batch, from integers alone.
 
-A row goes into a random group that has room and no conflict. A row that finds none takes the place of one that
-conflicts with it, which then looks for another; that is a random walk which never empties a place. Where that does not
-fill all groups, they are filled again with more care: next is always the row with the fewest groups left. Groups that
-still can't be filled are taken apart to fill the others.
+Rows that must be free of conflicts together are a *group*: one batch, or the batches that several processes take in
+one step. Rows go into random groups that have room and no conflict, hard rows first. Where that leaves groups short, it
+is done again with care: next are the rows with the fewest groups left (as in DSATUR, Brélaz 1979, but sorted now and
+then only), and a row prefers groups that hold the same documents already.
 """
 
 from __future__ import annotations
 
+import math
 import random
-from collections import Counter, defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-# What swaps may cost: enough for dense data, and a bound where no swap can help. The unit is a row looked at.
-EFFORT_PER_ROW = 100
-SWAP_EFFORT = 50
-# The share of it for swaps before there is another way to fill groups.
-FIRST_EFFORT = 0.2
-# Above this share of empty places, swaps lose more time than they fill.
-MOST_EMPTY_FOR_SWAPS = 0.2
-# Random groups of which a row that is placed with care takes the best: more fill better, but are less random.
-CANDIDATES = 8
-# One epoch in five keeps a few empty places where rows just suffice; a second attempt would cost as much again.
-CAREFUL_ATTEMPTS = 1
+from mmtune.data.arrow import IntLists
 
-_NO_RANKS = np.zeros(0, dtype=np.int64)
+# Groups are filled in windows: a bit for every group of a long epoch, for every document, would be gigabytes.
+WINDOW_GROUPS = 512
+# With care, the remaining rows are sorted anew when this part of them was placed. A smaller one fills more, for longer.
+PORTION = 1 / 12
+# Batches that would be shorter than this share of their size are left out; where all would be, there are fewer.
+LEAST_FULL = 0.25
 
 
-class _Holders:
-    """Which groups hold a document: one bit for each group, in one mask for each document."""
+@dataclass(frozen=True)
+class BatchShape:
+    """How rows divide into batches: rows of each, processes that take one each in a step, without a short last one."""
 
-    def __init__(self) -> None:
-        self._mask_by_document: dict[int, int] = {}
-        # How often beyond once a group holds a document; rare, so not in the masks.
-        self._repeats: Counter[tuple[int, int]] = Counter()
+    batch_size: int
+    num_processes: int = 1
+    drop_last: bool = False
 
-    def masks(self, documents: Iterable[int]) -> list[int]:
-        """A mask for each document that any group holds."""
-        masks = self._mask_by_document
-        return [masks[document] for document in documents if document in masks]
+    @property
+    def group_size(self) -> int:
+        """Rows that must be free of conflicts together."""
+        return self.batch_size * self.num_processes
 
-    def held(self, documents: Iterable[int], group: int) -> list[int]:
-        """Those of the documents that a group holds."""
-        masks = self._mask_by_document
-        return [document for document in documents if masks.get(document, 0) >> group & 1]
-
-    def add(self, documents: Iterable[int], group: int) -> None:
-        """Note that a row with these documents has entered a group."""
-        masks, bit = self._mask_by_document, 1 << group
-        for document in documents:
-            mask = masks.get(document, 0)
-            if mask & bit:
-                self._repeats[document, group] += 1
-            else:
-                masks[document] = mask | bit
-
-    def remove(self, documents: Iterable[int], group: int) -> None:
-        """Note that a row with these documents has left a group."""
-        for document in documents:
-            if self._repeats[document, group]:
-                self._repeats[document, group] -= 1
-            else:
-                self._mask_by_document[document] &= ~(1 << group)
+    @property
+    def keeps_short(self) -> bool:
+        """Whether a last, short batch is allowed: on several processes one of them would miss it and hang."""
+        return self.num_processes == 1 and not self.drop_last
 
 
-class _Choices:
-    """The groups that each row can still choose from; rows are known by their rank in the lists.
+@dataclass(frozen=True)
+class RowDocuments:
+    """What each row brings into a batch, with documents as integers.
 
-    Args:
-        documents: The positive and the negatives of each row.
-        relevant: What is relevant to its query.
-        opening: Whether it comes before all other rows.
-        num_groups: Groups to choose from.
+    Rows i and j conflict if a document of one is relevant to the other.
+
+    Attributes:
+        documents: For each row, its positive and its negatives, as far as they are relevant to any row.
+        relevant: For each row, everything that is relevant to its query.
+        positives: For each row, its positive; -1 where it is not relevant to any row.
     """
 
-    def __init__(
-        self, documents: list[list[int]], relevant: list[list[int]], opening: list[bool], num_groups: int
-    ) -> None:
-        self._documents = documents
-        self._relevant = relevant
-        self._ranks_by_document = _ranks_by_value(documents)
-        self._ranks_by_relevant = _ranks_by_value(relevant)
-        self._closed = np.zeros((num_groups, len(documents)), dtype=bool)
-        # Open groups times rows, plus the rank: the smallest is next.
-        self._urgency = np.arange(len(opening)) + np.where(opening, 0, num_groups * len(opening))
+    documents: IntLists
+    relevant: IntLists
+    positives: np.ndarray
 
-    def take(self) -> int:
-        """The row with the fewest open groups, of those not taken yet."""
-        rank = int(self._urgency.argmin())
-        self._urgency[rank] = np.iinfo(np.int64).max
-        return rank
+    def __len__(self) -> int:
+        return len(self.positives)
 
-    def settle(self, rank: int, candidates: set[int]) -> int:
-        """The group for a row that takes least choice from others: closed already to most of those in conflict."""
-        found = [self._ranks_by_relevant.get(document, _NO_RANKS) for document in self._documents[rank]]
-        found += [self._ranks_by_document.get(document, _NO_RANKS) for document in self._relevant[rank]]
-        ranks = np.concatenate([_NO_RANKS, *found])
-        group = max(candidates, key=lambda group: self._closed[group][ranks].sum())
-        newly = ranks[~self._closed[group][ranks]]
-        self._closed[group][newly] = True
-        self._urgency[newly] -= len(self._urgency)
-        return group
+    @cached_property
+    def pressure(self) -> np.ndarray:
+        """For each row, about how many rows it conflicts with."""
+        as_relevant = np.bincount(self.relevant.values)
+        as_document = np.bincount(self.documents.values, minlength=len(as_relevant))
+        by_document = np.bincount(self.documents.rows, as_relevant[self.documents.values], minlength=len(self))
+        return by_document + np.bincount(self.relevant.rows, as_document[self.relevant.values], minlength=len(self))
 
 
-class Packing:
+@dataclass(frozen=True)
+class EpochPlan:
+    """The batches of one epoch.
+
+    Attributes:
+        batches: Row numbers of each batch.
+        left_over: Row numbers that are in no batch.
+        num_groups: Groups that the batches make, without a last, short batch.
+        batch_size: Rows that a batch takes: on several processes, those that each batch has.
+    """
+
+    batches: list[np.ndarray]
+    left_over: np.ndarray
+    num_groups: int
+    batch_size: int
+
+
+def plan_epoch(
+    rows: RowDocuments,
+    shape: BatchShape,
+    opening: np.ndarray,
+    *,
+    seed: Sequence[int],
+    first: EpochPlan | None = None,
+) -> EpochPlan:
+    """Batches for one epoch, free of conflicts.
+
+    Args:
+        rows: What each row brings into a batch.
+        shape: How rows divide into batches.
+        opening: Rows that the epoch before left over, to be placed first.
+        seed: Numbers that decide the order, e.g. the seed of the run and the epoch.
+        first: The plan of the first epoch, whose number of batches this one must have; `None` for the first itself.
+
+    Returns:
+        The plan. On several processes all batches have the size of those in the first epoch; where that can't be kept,
+        it is the first plan in another order.
+    """
+    rng = np.random.default_rng(list(seed))
+    opens = np.isin(np.arange(len(rows)), opening)
+    if first is None:
+        return _arrange(_fill_first(rows, shape, opens, rng), rows, shape, opens, rng)
+    group_size = first.batch_size * shape.num_processes
+    # Rows that were left over can be the hard ones, and too many of them at once spoil the epoch.
+    for share in (1.0, 0.5, 0.25, 0.0):
+        opens &= rng.random(len(rows)) < share
+        groups = _fill(rows, opens, first.num_groups, group_size, rng)
+        if shape.num_processes == 1 or all(len(group) == group_size for group in groups):
+            return _arrange(groups, rows, shape, opens, rng)
+    steps = range(0, len(first.batches), shape.num_processes)
+    groups = [np.concatenate(first.batches[step : step + shape.num_processes]) for step in steps]
+    return _arrange(groups, rows, shape, opens, rng)
+
+
+def _fill_first(rows: RowDocuments, shape: BatchShape, opens: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+    """As many groups as the rows fill, or fewer where they conflict too much."""
+    # A batch of one row has no in-batch negatives.
+    least = max(min(2, shape.batch_size), int(LEAST_FULL * shape.batch_size)) * shape.num_processes
+    num_groups = len(rows) // shape.group_size
+    groups: list[np.ndarray] = []
+    while num_groups and not groups:
+        filled = _fill(rows, opens, num_groups, shape.group_size, rng)
+        groups = [group for group in filled if len(group) >= least]
+        num_groups = min(num_groups * 3 // 4, sum(map(len, filled)) // least)
+    if shape.num_processes == 1 or all(len(group) == shape.group_size for group in groups):
+        return groups
+    # Cut to one size, of which each process gets as much: the one with which most rows are used.
+    sizes = sorted((len(group) // shape.num_processes * shape.num_processes for group in groups), reverse=True)
+    best = max(enumerate(sizes, 1), key=lambda ranked: ranked[0] * ranked[1])[1]
+    cut = [group[:best] for group in groups if len(group) >= best]
+    # Filled to a lower ceiling, all may keep more than the best cut. It starts below what just fits, so that later
+    # epochs reach it, too.
+    mean = int(0.98 * sum(map(len, groups)) / len(groups)) // shape.num_processes
+    for room in range(mean * shape.num_processes, 0, -shape.num_processes):
+        lower = _fill(rows, opens, len(groups), room, rng)
+        if all(len(group) == room for group in lower):
+            return max(cut, lower, key=lambda each: len(each) * len(each[0]))
+    return cut
+
+
+def _arrange(
+    groups: list[np.ndarray], rows: RowDocuments, shape: BatchShape, opens: np.ndarray, rng: np.random.Generator
+) -> EpochPlan:
+    """The plan: groups with rows that open the epoch, then the others at random, then a short batch."""
+    is_used = np.zeros(len(rows), dtype=bool)
+    for group in groups:
+        is_used[group] = True
+    left_over = np.flatnonzero(~is_used)
+    order = sorted(rng.permutation(len(groups)), key=lambda index: not opens[groups[index]].any())
+    ordered = [groups[index] for index in order]
+    if shape.keeps_short and len(groups) * shape.group_size < len(rows):
+        short, left_over = _fill_window(rows, left_over, opens, 1, shape.group_size, rng)
+        ordered += short
+    batches = [batch for group in ordered for batch in np.split(rng.permutation(group), shape.num_processes)]
+    batch_size = len(batches[0]) if shape.num_processes > 1 and batches else shape.batch_size
+    return EpochPlan(batches, left_over, len(groups), batch_size)
+
+
+def _fill(
+    rows: RowDocuments, opens: np.ndarray, num_groups: int, room: int, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """The rows of each group, window by window; those that find no place in one are tried again in the next."""
+    # Rows of one positive stand at even distances, so that no window gets more rows of a busy page than it has groups.
+    shuffled = rng.permutation(len(rows))
+    by_positive = shuffled[np.argsort(rows.positives[shuffled], kind="stable")]
+    _, starts, counts = np.unique(rows.positives[by_positive], return_index=True, return_counts=True)
+    rank = np.arange(len(rows)) - np.repeat(starts, counts)
+    place = (rank + np.repeat(rng.random(len(counts)), counts)) / np.repeat(counts, counts)
+    queue = by_positive[np.lexsort((place, ~opens[by_positive]))]
+
+    groups: list[np.ndarray] = []
+    num_windows = max(1, -(-num_groups // WINDOW_GROUPS))
+    for window in range(num_windows):
+        size = (num_groups + window) // num_windows
+        # Some more rows than fit, so that only the last window has to make do with the rows that are left.
+        taken = (size + 1 + size // 50) * room if window < num_windows - 1 else len(queue)
+        filled, waiting = _fill_window(rows, queue[:taken], opens, size, room, rng)
+        queue = np.concatenate([waiting, queue[taken:]])
+        groups += filled
+    return groups
+
+
+def _fill_window(
+    rows: RowDocuments, pool: np.ndarray, opens: np.ndarray, num_groups: int, room: int, rng: np.random.Generator
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """The rows of each group, out of a pool of rows, and those without a place."""
+    # In coarse steps of how many rows of a full group a row conflicts with: those of one step stay in random order.
+    hardness = np.floor(np.log2(np.maximum(rows.pressure[pool] * room / len(rows), 0.25)))
+    order = rng.permutation(len(pool))
+    order = order[np.lexsort((-hardness[order], ~opens[pool[order]]))]
+    lists = rows.documents.take(pool).to_lists(), rows.relevant.take(pool).to_lists()
+    for careful in (False, True):
+        groups = _Groups(*lists, opens[pool].tolist(), num_groups, room, seed=int(rng.integers(2**62)), careful=careful)
+        waiting = groups.place(order.tolist())
+        if not waiting or not groups.with_room:
+            break
+    return [pool[members] for members in groups.members], pool[waiting]
+
+
+class _Groups:
     """Groups that are being filled with rows.
 
     Sets of groups are bit masks: of several hundred groups, those without a conflict cost one `or` a document.
-
-    Args:
-        documents_by_row: The positive and the negatives of each row that can be placed.
-        relevant_by_row: What is relevant to its query.
-        num_groups: Groups to fill.
-        group_size: Rows that each group takes.
-        opening: Rows that keep their place once they have it.
-        seed: Decides all choices.
     """
 
     def __init__(
         self,
-        documents_by_row: dict[int, list[int]],
-        relevant_by_row: dict[int, list[int]],
-        *,
+        documents: list[list[int]],
+        relevant: list[list[int]],
+        opens: list[bool],
         num_groups: int,
-        group_size: int,
-        opening: set[int],
+        room: int,
+        *,
         seed: int,
+        careful: bool,
     ) -> None:
-        self._documents_by_row = documents_by_row
-        self._relevant_by_row = relevant_by_row
-        self._opening = opening
-        self._num_groups = num_groups
-        self._group_size = group_size
+        self.members: list[list[int]] = [[] for _ in range(num_groups)]
+        self.with_room = self._in_turn = (1 << num_groups) - 1
+        self._documents, self._relevant, self._opens = documents, relevant, opens
+        self._room = room
+        self._careful = careful
         # Single draws from a numpy generator cost twenty times as much.
-        self._random = random.Random(seed)
-        self._whole_effort = EFFORT_PER_ROW * max(len(documents_by_row), 1000)
-        self._start()
+        self._draw = random.Random(seed).random
+        self._holding: dict[int, int] = {}
+        self._asking: dict[int, int] = {}
 
-    def _start(self) -> None:
-        """Empty all groups."""
-        self._document_holders = _Holders()
-        self._relevant_holders = _Holders()
-        self._members: list[list[int]] = [[] for _ in range(self._num_groups)]
-        self._room = [self._group_size] * self._num_groups
-        self._in_use = self._with_room = self._turn = (1 << self._num_groups) - 1
-        self._group_by_row: dict[int, int] = {}
-        self._left_group_by_row: dict[int, int] = {}
-        self._effort = FIRST_EFFORT * self._whole_effort
+    def place(self, queue: list[int]) -> list[int]:
+        """Put rows into groups, in order; returns those without a place."""
+        waiting: list[int] = []
+        while queue:
+            portion = math.ceil(PORTION * len(queue)) if self._careful else len(queue)
+            for row in queue[:portion]:
+                free = self._open_to(row)
+                if free:
+                    self._enter(row, free)
+                else:
+                    waiting.append(row)
+            choices = {row: self._open_to(row).bit_count() for row in queue[portion:]}
+            waiting += [row for row in choices if not choices[row]]
+            queue = sorted(filter(choices.get, choices), key=lambda row: (not self._opens[row], choices[row]))
+        return waiting
 
-    def groups(self) -> list[list[int]]:
-        """The groups that are in use, in order."""
-        return [members for group, members in enumerate(self._members) if self._in_use >> group & 1]
-
-    def pack(self, pool: list[int], *, with_short: bool) -> list[int]:
-        """Fill all groups, or fewer where the rows conflict too much.
-
-        Args:
-            pool: Rows in the order in which they are placed.
-            with_short: Whether to put the rows that remain into one more group, as far as they go together.
-
-        Returns:
-            The rows without a place.
-        """
-        pool = self._swap_in(self._place_all(pool))
-        for _ in range(CAREFUL_ATTEMPTS):
-            if self._with_room and self._few_missing():
-                self._start()
-                pool = self._swap_in(self._place_with_care())
-        self._effort = self._whole_effort
-        while self._with_room:
-            pool = self._swap_in(pool + self._place_all(self._take_apart()))
-        pool = self._fill_one_by_one(pool)
-        if with_short and pool:
-            self._open_group(min(len(pool), self._group_size))
-            pool = self._swap_in(self._place_all(pool))
-        return pool
-
-    def _fill_one_by_one(self, pool: list[int]) -> list[int]:
-        """Fill groups that were given up, easy rows first: few full groups where all together stayed half empty."""
-        ease = {row: -rank for rank, row in enumerate(self._documents_by_row)}
-        pool.sort(key=lambda row: (row not in self._opening, ease[row]))
-        self._effort = self._whole_effort
-        while self._in_use.bit_count() < self._num_groups and len(pool) >= self._group_size and not self._with_room:
-            self._open_group(self._group_size)
-            pool = self._swap_in(self._place_all(pool))
-        return pool + self._take_apart() if self._with_room else pool
-
-    def _few_missing(self) -> bool:
-        """Whether few enough places are empty for swaps to fill them."""
-        groups = _groups_in(self._with_room)
-        missing = sum(self._room[group] - len(self._members[group]) for group in groups)
-        return missing <= MOST_EMPTY_FOR_SWAPS * self._group_size * self._in_use.bit_count()
-
-    def _open_group(self, room: int) -> None:
-        bit = 1 << len(self._members)
-        self._members.append([])
-        self._room.append(room)
-        self._in_use, self._with_room, self._turn = self._in_use | bit, bit, bit
-
-    def _take_apart(self) -> list[int]:
-        """Give up the emptiest of the groups with room; returns its rows, those that open the epoch first."""
-        group = min(_groups_in(self._with_room), key=lambda group: len(self._members[group]))
-        self._in_use &= ~(1 << group)
-        self._with_room &= ~(1 << group)
-        for row in self._members[group]:
-            del self._group_by_row[row]
-        return sorted(self._members[group], key=lambda row: row not in self._opening)
-
-    def _place_all(self, pool: list[int]) -> list[int]:
-        return [row for row in pool if not (self._with_room and self._place(row))]
-
-    def _place(self, row: int) -> bool:
-        """Put a row into a random group that has room and no conflict, if there is one."""
-        groups = self._groups_for(row)
-        if groups:
-            self._enter(row, self._any_group(groups))
-        return groups != 0
-
-    def _place_with_care(self) -> list[int]:
-        """Place all rows, next the one with the fewest groups left (DSATUR, Brélaz 1979); returns those without."""
-        rows = list(self._documents_by_row)
-        documents, relevant = list(self._documents_by_row.values()), list(self._relevant_by_row.values())
-        choices = _Choices(documents, relevant, [row in self._opening for row in rows], self._num_groups)
-        for _ in rows:
-            rank = choices.take()
-            groups = self._groups_for(rows[rank])
-            if groups:
-                candidates = {self._any_group(groups) for _ in range(CANDIDATES)}
-                self._enter(rows[rank], choices.settle(rank, candidates))
-        return [row for row in rows if row not in self._group_by_row]
-
-    def _groups_for(self, row: int) -> int:
-        """A mask of the groups to choose from for a row: with room and without a conflict."""
+    def _open_to(self, row: int) -> int:
+        """The groups that have room for a row and no conflict with it."""
         blocked = 0
-        for mask in self._conflict_masks(row):
-            blocked |= mask
-        free = self._with_room & ~blocked
-        # Filled in turns, the groups stay equally full, and the last rows still have all of them to choose from.
-        return free & -free if row in self._opening else free & self._turn or free
+        for document in self._documents[row]:
+            blocked |= self._asking.get(document, 0)
+        for document in self._relevant[row]:
+            blocked |= self._holding.get(document, 0)
+        return self.with_room & ~blocked
 
-    def _swap(self, row: int) -> int:
-        """Put a row in the place of another one; returns the row without a place, which can be the same."""
-        self._effort -= SWAP_EFFORT
-        once, twice, often = _count_bits(self._conflict_masks(row))
-        allowed = self._in_use & ~(1 << self._left_group_by_row[row] if row in self._left_group_by_row else 0)
-        groups = allowed & ~twice or allowed & ~often
-        if not groups:
-            return row
-        group = self._any_group(groups)
-        in_the_way = self._in_conflict(row, group) if once >> group & 1 else {self._any_member(group)}
-        if len(in_the_way) != 1 or not in_the_way.isdisjoint(self._opening):
-            return row
-        (other,) = in_the_way
-        self._leave(other, group)
-        self._enter(row, group)
-        return other
-
-    def _swap_in(self, pool: list[int]) -> list[int]:
-        """Swap rows until those without a place fit somewhere; returns the rows that still have none."""
-        if not self._few_missing():
-            return pool
-        waiting = deque(pool)
-        while waiting and self._with_room and self._effort > 0:
-            row = self._swap(waiting.popleft())
-            if not self._place(row):
-                waiting.append(row)
-        return list(waiting)
-
-    def _conflict_masks(self, row: int) -> list[int]:
-        """Masks of the groups that hold something this row conflicts with."""
-        return self._relevant_holders.masks(self._documents_by_row[row]) + self._document_holders.masks(
-            self._relevant_by_row[row]
-        )
-
-    def _in_conflict(self, row: int, group: int) -> set[int]:
-        """The members of a group that a row conflicts with."""
-        rows_by_document, rows_by_relevant = self._rows_by_document, self._rows_by_relevant
-        others = [
-            rows_by_relevant[document] for document in self._relevant_holders.held(self._documents_by_row[row], group)
-        ]
-        others += [
-            rows_by_document[document] for document in self._document_holders.held(self._relevant_by_row[row], group)
-        ]
-        self._effort -= sum(map(len, others))
-        return {other for rows in others for other in rows if self._group_by_row.get(other) == group}
-
-    @cached_property
-    def _rows_by_document(self) -> dict[int, list[int]]:
-        return _inverted(self._documents_by_row)
-
-    @cached_property
-    def _rows_by_relevant(self) -> dict[int, list[int]]:
-        return _inverted(self._relevant_by_row)
-
-    def _enter(self, row: int, group: int) -> None:
-        self._document_holders.add(self._documents_by_row[row], group)
-        self._relevant_holders.add(self._relevant_by_row[row], group)
-        self._members[group].append(row)
-        self._group_by_row[row] = group
-        self._turn &= ~(1 << group)
-        if len(self._members[group]) == self._room[group]:
-            self._with_room &= ~(1 << group)
-        if not self._turn & self._with_room:
-            self._turn = self._with_room
-
-    def _leave(self, row: int, group: int) -> None:
-        self._document_holders.remove(self._documents_by_row[row], group)
-        self._relevant_holders.remove(self._relevant_by_row[row], group)
-        self._members[group].remove(row)
-        del self._group_by_row[row]
-        self._with_room |= 1 << group
-        self._left_group_by_row[row] = group
-
-    def _any_group(self, mask: int) -> int:
-        """A random one of the groups in a mask."""
-        start = int(self._random.random() * len(self._members))
-        behind = mask >> start << start or mask
-        return (behind & -behind).bit_length() - 1
-
-    def _any_member(self, group: int) -> int:
-        members = self._members[group]
-        return members[int(self._random.random() * len(members))]
-
-
-def _inverted(values_by_row: dict[int, list[int]]) -> dict[int, list[int]]:
-    rows_by_value: dict[int, list[int]] = defaultdict(list)
-    for row, values in values_by_row.items():
-        for value in values:
-            rows_by_value[value].append(row)
-    return rows_by_value
-
-
-def _ranks_by_value(lists: list[list[int]]) -> dict[int, np.ndarray]:
-    return {value: np.array(ranks) for value, ranks in _inverted(dict(enumerate(lists))).items()}
-
-
-def _groups_in(mask: int) -> list[int]:
-    return [group for group in range(mask.bit_length()) if mask >> group & 1]
-
-
-def _count_bits(masks: Iterable[int]) -> tuple[int, int, int]:
-    """The bits that are set in at least one, two and three of the masks."""
-    once = twice = often = 0
-    for mask in masks:
-        often |= twice & mask
-        twice |= once & mask
-        once |= mask
-    return once, twice, often
+    def _enter(self, row: int, free: int) -> None:
+        """Put a row into one of the groups that are free: at random, or the first if it opens the epoch."""
+        if not self._opens[row]:
+            # In turns, so the groups stay equally full, and the last rows have all of them to choose from.
+            free = free & self._in_turn or free
+            if self._careful:
+                # What a group holds or asks for already closes it to no other row.
+                for document in self._relevant[row]:
+                    free = free & self._asking.get(document, 0) or free
+                for document in self._documents[row]:
+                    free = free & self._holding.get(document, 0) or free
+            start = int(self._draw() * len(self.members))
+            free = free >> start << start or free
+        bit = free & -free
+        for document in self._documents[row]:
+            self._holding[document] = self._holding.get(document, 0) | bit
+        for document in self._relevant[row]:
+            self._asking[document] = self._asking.get(document, 0) | bit
+        members = self.members[bit.bit_length() - 1]
+        members.append(row)
+        if len(members) == self._room:
+            self.with_room &= ~bit
+        self._in_turn = self._in_turn & ~bit & self.with_room or self.with_room
