@@ -8,6 +8,7 @@ from datasets import Dataset
 from PIL import Image
 
 from mmtune import DatasetError, MissingDocumentError, RetrievalDataset
+from mmtune.data.rows import view_of
 
 
 def page(shade: int) -> dict:
@@ -120,9 +121,10 @@ def test_queries_without_text_or_document_are_left_out_and_counted() -> None:
 
 
 def test_several_relevant_pages_make_a_row_each() -> None:
-    rows = RetrievalDataset.from_beir(**tables("corpus-id", "query-id")).training_rows(0).with_format(None)
+    view = RetrievalDataset.from_beir(**tables("corpus-id", "query-id")).training_rows(0)
+    rows = view.with_format(None)
     assert [(row["query_id"], row["document_id"]) for row in rows] == [("0", "0"), ("0", "1"), ("1", "1"), ("2", "3")]
-    assert rows[0]["relevant_document_ids"] == ["0", "1"]
+    assert view_of(view).relevant_to(np.array([rows[0]["relevance_group"]]))[1].to_pylist() == ["0", "1"]
 
 
 @pytest.mark.parametrize(

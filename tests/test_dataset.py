@@ -1,6 +1,7 @@
 import io
 
 import datasets
+import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict, Image, List, Value, load_from_disk
 from hypothesis import given, settings
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image as PillowImage
 
 from mmtune import ConfigError, DatasetError, ImageDecodeError, MissingDocumentError, RetrievalDataset
+from mmtune.data.rows import view_of
 
 
 def page(number: int) -> dict:
@@ -367,8 +369,9 @@ def test_repeated_and_reordered_rows_are_numbered_as_they_stand():
     assert dataset.queries["source"][:] == ["abc"[k] for k in order]
     assert dataset.corpus["source"][:5] == ["abc"[k] for k in order]
     # rows 1 and 2 are the same page: neither is a negative of the other, though their ids differ
-    relevant = dataset.training_rows(1).with_format(None)[:]["relevant_document_ids"]
-    assert [sorted(ids) for ids in relevant] == [["0", "4"], ["1", "2"], ["1", "2"], ["3"], ["0", "4"]]
+    rows = dataset.training_rows(1)
+    at, ids = view_of(rows).relevant_to(np.array(rows.with_format(None)[:]["relevance_group"]))
+    assert [sorted(ids.filter(at == row).to_pylist()) for row in range(5)] == [["0", "4"], ["1", "2"], ["1", "2"], ["3"], ["0", "4"]]
 
 
 def test_a_missing_column_of_rows_lists_those_found():

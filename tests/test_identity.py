@@ -52,7 +52,7 @@ def test_documents_are_the_same_where_their_bytes_are(kinds, length, seed):
     # equal lengths and equal ends: only one byte near the start tells the kinds apart
     contents = [bytes([kind] * min(1, length)) + bytes(max(0, length - 1)) for kind in kinds]
     order = np.random.default_rng(seed).permutation(len(kinds))
-    first = identical_documents(corpus([in_memory(content) for content in contents]).select(order))
+    first = identical_documents(corpus([in_memory(content) for content in contents]).select(order), "image")
     shuffled = [contents[k] for k in order]
     assert first.tolist() == [shuffled.index(content) for content in shuffled]
 
@@ -61,7 +61,7 @@ def test_bytes_in_files_and_in_memory_are_compared(tmp_path):
     for name, number in (("a", 1), ("b", 1), ("c", 2)):
         (tmp_path / name).write_bytes(page(number))
     images = [in_file(tmp_path / "a"), in_memory(page(1)), in_file(tmp_path / "b"), in_file(tmp_path / "c")]
-    assert identical_documents(corpus(images)).tolist() == [0, 0, 0, 3]
+    assert identical_documents(corpus(images), "image").tolist() == [0, 0, 0, 3]
 
 
 def test_documents_that_can_not_be_found_are_all_different(tmp_path):
@@ -73,13 +73,13 @@ def test_documents_that_can_not_be_found_are_all_different(tmp_path):
         in_memory(b""),
         in_memory(b""),
     ]
-    assert identical_documents(corpus(images)).tolist() == [0, 1, 2, 3, 4, 4]
+    assert identical_documents(corpus(images), "image").tolist() == [0, 1, 2, 3, 4, 4]
 
 
 def test_texts_are_compared_where_there_are_no_images():
     texts = Dataset.from_dict({"document_id": list("abcde"), "text": ["x", "y", "x", None, None]})
-    assert identical_documents(texts).tolist() == [0, 1, 0, 3, 4]
-    assert identical_documents(texts.select([2, 1, 0])).tolist() == [0, 1, 0]
+    assert identical_documents(texts, "text").tolist() == [0, 1, 0, 3, 4]
+    assert identical_documents(texts.select([2, 1, 0]), "text").tolist() == [0, 1, 0]
 
 
 # --- relevant on both sides --------------------------------------------------------------------------------------

@@ -261,8 +261,32 @@ class RetrievalDataset:
 
     @cached_property
     def relevance(self) -> Relevance:
-        """The judgements by position, with equal texts and byte-identical pages as one; computed once."""
+        """The judgements by position, with equal texts and byte-identical pages as one; computed once.
+
+        Where the corpus has no images, documents with equal texts are one.
+        """
         return Relevance(self.tables)
+
+    @cached_property
+    def _relevance_by_kind(self) -> dict[DocumentKind, Relevance]:
+        return {self.relevance.documents: self.relevance}
+
+    def relevance_of(self, documents: DocumentKind) -> Relevance:
+        """The judgements by position, for documents made of this; computed once for each.
+
+        With ``"text"``, two texts of one page image are two documents; with ``"text+image"``, documents are the same
+        where both parts are.
+
+        Args:
+            documents: ``"image"``, ``"text"`` or ``"text+image"``.
+
+        Raises:
+            ConfigError: ``documents`` is unknown, or the corpus lacks a column of it.
+        """
+        document_columns(self.corpus, documents)
+        if documents not in self._relevance_by_kind:
+            self._relevance_by_kind[documents] = Relevance(self.tables, documents)
+        return self._relevance_by_kind[documents]
 
     def training_rows(
         self,
@@ -282,14 +306,16 @@ class RetrievalDataset:
         =======  =========  ============  ===  ================
 
         Under ``rows.with_format(None)`` the same rows hold ids: ``query_id``, ``document_id``,
-        ``negative_document_ids``, and ``relevant_document_ids``, which is everything relevant to that query text.
-        ``shuffle``, ``select``, ``filter`` and ``train_test_split`` keep both. With ``documents="text"`` the columns
-        keep their names and hold texts.
+        ``negative_document_ids``, and a number, ``relevance_group``, that rows of one query text share; the view of
+        the rows knows what is relevant to each group. ``shuffle``, ``select``, ``filter`` and ``train_test_split`` keep
+        both. With ``documents="text"`` the columns keep their names and hold texts.
 
         Args:
             num_negatives: Negatives a row. Ignored for a dataset without negatives, whose rows have none.
-            max_pixels: Upper bound of width times height of a page; ``None`` keeps every pixel.
-            documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
+            max_pixels: Upper bound of width times height of a page; ``None`` keeps every pixel, except that a JPEG of
+                32 megapixels and more is decoded at half its size.
+            documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``; it decides which
+                documents are the same, too.
             on_short: What to do with a query that has too few negatives: ``"random"`` fills with documents that are not
                 relevant to it, ``"drop"`` leaves its rows out, ``"error"`` raises.
             seed: Of the filling.
@@ -302,9 +328,9 @@ class RetrievalDataset:
         num_negatives = require_whole("num_negatives", num_negatives, at_least=0)
         if max_pixels is not None:
             max_pixels = require_whole("max_pixels", max_pixels)
-        document_columns(self.corpus, documents)
+        relevance = self.relevance_of(documents)
         wanted = num_negatives if self.negatives is not None else 0
-        judgements = Judgements.of(self.relevance, "text_to_image")
+        judgements = Judgements.of(relevance, "text_to_image")
         return training_rows(judgements, wanted, documents, seed, on_short=on_short, max_pixels=max_pixels)
 
     def labeled_pairs(
@@ -332,8 +358,7 @@ class RetrievalDataset:
             DatasetError: There are too few documents, or texts, to fill a row.
         """
         num_negatives = require_whole("num_negatives", num_negatives, at_least=0)
-        document_columns(self.corpus, documents)
-        judgements = Judgements.of(self.relevance, direction, each_copy=True)
+        judgements = Judgements.of(self.relevance_of(documents), direction, each_copy=True)
         return labeled_pairs(judgements, num_negatives, documents, seed)
 
     def labeled_lists(
@@ -360,8 +385,7 @@ class RetrievalDataset:
             DatasetError: There are too few documents, or texts, to fill a list.
         """
         num_negatives = require_whole("num_negatives", num_negatives, at_least=0)
-        document_columns(self.corpus, documents)
-        judgements = Judgements.of(self.relevance, direction, each_copy=True)
+        judgements = Judgements.of(self.relevance_of(documents), direction, each_copy=True)
         return labeled_lists(judgements, num_negatives, documents, seed)
 
     def audit(self) -> AuditReport:
@@ -384,12 +408,20 @@ class RetrievalDataset:
             rows = self.relevance.find_queries(n_or_ids)
         return self.from_tables(self.relevance.subset(rows, np.arange(len(self.corpus))))
 
-    def deduplicate(self) -> "RetrievalDataset":
+    def deduplicate(self, *, documents: DocumentKind | None = None) -> "RetrievalDataset":
         """The dataset with one document for each page: the first of its byte-identical copies.
 
         Judgements and negatives follow. Of several scores for one page, the highest is kept.
+
+        Args:
+            documents: What a document is made of, and so which are the same: ``"text"`` keeps all texts of one page
+                image, ``"text+image"`` asks for both parts to be equal. ``None`` is ``"image"`` where the corpus has
+                images, else ``"text"``.
+
+        Raises:
+            ConfigError: ``documents`` is unknown, or the corpus lacks a column of it.
         """
-        return self.from_tables(merge_copies(self.relevance))
+        return self.from_tables(merge_copies(self.relevance if documents is None else self.relevance_of(documents)))
 
     def check_pages(self, *, show_progress_bar: bool = True) -> None:
         """Make sure that every page can be decoded, from its header and its end rather than in full.

@@ -20,6 +20,9 @@ from mmtune.errors import ImageDecodeError
 MAX_DECODED_PIXELS = 2 * 89_478_485
 """Pages above this are refused as decompression bombs; the same bound at which Pillow raises."""
 
+ENOUGH_PIXELS = 8_000_000
+"""What a huge JPEG may be scaled down to: an A4 page at 300 dpi, beyond any encoder's input."""
+
 _ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap width and height
 _HEADER_BYTES = 1 << 16
 _TAIL_BYTES = 64

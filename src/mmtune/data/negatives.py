@@ -122,11 +122,20 @@ def _fill(candidates: Candidates, items: np.ndarray, rng: np.random.Generator) -
         holes = rows < 0
         rows[holes] = rng.integers(len(candidates.same), size=int(holes.sum()))
         relevant = candidates.is_relevant(np.broadcast_to(short[:, None], rows.shape), rows)
-        contents = candidates.same[rows]
-        repeats = (contents[:, :, None] == contents[:, None, :]) & ~np.eye(contents.shape[1], dtype=bool)
-        rows[holes & (relevant | repeats.any(axis=2))] = -1
+        rows[holes & (relevant | _stands_twice(candidates.same[rows]))] = -1
         items[short] = rows
     _fill_exactly(candidates, items, rng)
+
+
+def _stands_twice(values: np.ndarray) -> np.ndarray:
+    """Whether each entry of a matrix has an equal one in its row."""
+    order = np.argsort(values, axis=1, kind="stable")
+    ordered = np.take_along_axis(values, order, axis=1)
+    equals_next = ordered[:, 1:] == ordered[:, :-1]
+    no = np.zeros((len(values), 1), dtype=bool)
+    twice = np.empty(values.shape, dtype=bool)
+    np.put_along_axis(twice, order, np.hstack([equals_next, no]) | np.hstack([no, equals_next]), axis=1)
+    return twice
 
 
 def _fill_exactly(candidates: Candidates, items: np.ndarray, rng: np.random.Generator) -> None:

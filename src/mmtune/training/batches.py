@@ -23,6 +23,7 @@ import torch.distributed
 from datasets import Dataset
 from sentence_transformers.base.sampler import DefaultBatchSampler, MultiDatasetDefaultBatchSampler
 
+from mmtune.data import arrow
 from mmtune.data.rows import ID_COLUMNS, view_of
 from mmtune.errors import DatasetError
 from mmtune.training.planning import BatchShape, BusiestDocument, EpochPlan, IntLists, RowDocuments, plan_epoch
@@ -285,17 +286,22 @@ def read_row_documents(dataset: Dataset) -> RowDocuments:
         return RowDocuments(IntLists.from_pairs(_NONE, _NONE, 0), IntLists.from_pairs(_NONE, _NONE, 0), _NONE)
     # A shuffled dataset is read as one chunk a row, which makes everything after it slow.
     table = dataset.with_format("arrow").select_columns(list(ID_COLUMNS[1:]))[:].combine_chunks()
-    relevant = table["relevant_document_ids"]
-    vocabulary = pc.unique(pc.list_flatten(relevant)).drop_null()
+    groups = pc.unique(table["relevance_group"])
+    relevant_groups, relevant_ids = view_of(dataset).relevant_to(groups.to_numpy())
+    vocabulary = pc.unique(relevant_ids).drop_null()
+    relevant = _codes(relevant_ids, vocabulary)
+    alike = _alike(relevant_groups, relevant, len(vocabulary))
     positives = _codes(table["document_id"], vocabulary)
     own = np.arange(len(positives))
     negatives = table["negative_document_ids"]
-    documents = _int_lists(
-        np.concatenate([own, _parents(negatives)]),
-        np.concatenate([positives, _codes(pc.list_flatten(negatives), vocabulary)]),
-        len(positives),
-    )
-    relevant_lists = _int_lists(_parents(relevant), _codes(pc.list_flatten(relevant), vocabulary), len(positives))
+    codes = np.concatenate([positives, _codes(pc.list_flatten(negatives), vocabulary)])
+    known = codes >= 0
+    rows = np.concatenate([own, _parents(negatives)])
+    documents = IntLists.from_pairs(rows[known], alike[codes[known]], len(positives))
+    each_once = alike[relevant] == relevant
+    by_group = arrow.IntLists.grouped(relevant_groups[each_once], relevant[each_once], len(groups))
+    of_rows = by_group.take(_codes(table["relevance_group"], groups))
+    relevant_lists = IntLists(of_rows.offsets, of_rows.values)
     return RowDocuments(documents, relevant_lists, positives, _busiest(positives, vocabulary))
 
 
@@ -308,15 +314,22 @@ def _codes(ids: pa.ChunkedArray, vocabulary: pa.Array) -> np.ndarray:
     return pc.fill_null(codes, -1).to_numpy()
 
 
+def _alike(groups: np.ndarray, documents: np.ndarray, count: int) -> np.ndarray:
+    """For each document the first that is relevant to the same groups of rows: to batches they are the same.
+
+    Where many rows share a text, one number stands for everything that is relevant to it.
+    """
+    groups_of_document = arrow.IntLists.grouped(documents, groups, count)
+    first: dict[bytes, int] = {}
+    return np.array(
+        [first.setdefault(groups_of_document[row].tobytes(), row) for row in range(count)], dtype=np.int64
+    )
+
+
 def _parents(lists: pa.ChunkedArray) -> np.ndarray:
     """The row of each element of a column of lists; a null list has no elements."""
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
     return np.repeat(np.arange(len(lengths)), lengths)
-
-
-def _int_lists(rows: np.ndarray, codes: np.ndarray, num_rows: int) -> IntLists:
-    known = codes >= 0
-    return IntLists.from_pairs(rows[known], codes[known], num_rows)
 
 
 def _busiest(positives: np.ndarray, vocabulary: pa.Array) -> BusiestDocument:
