@@ -276,7 +276,7 @@ def test_rows_meet_other_rows_in_each_epoch():
 
 def test_rows_after_shuffle_select_and_filter_are_the_rows_that_are_read():
     dataset = random_rows(120, 70).shuffle(seed=1).select(range(10, 150))
-    dataset = dataset.with_format(None).filter(lambda row: row["query_id"] != "q20").with_transform(dataset.format["format_kwargs"]["transform"])
+    dataset = dataset.with_format(None).filter(lambda row: row["query_id"] != "q20").with_transform(view_of(dataset))
     batches = list(ConflictFreeBatchSampler(dataset, 8, False))
     assert not any(conflicts(dataset, batch) for batch in batches)
     assert sorted(in_order(batches)) == list(range(len(dataset)))
@@ -364,7 +364,11 @@ def test_rows_that_lost_their_view_are_refused(lose_view):
 def test_a_view_that_the_host_wrapped_is_still_a_view():
     dataset = one_query_a_page(5)
     dataset.set_transform(
-        partial(SentenceTransformerTrainer.add_dataset_name_transform, dataset_name="train", transform=dataset.format["format_kwargs"]["transform"])
+        partial(
+            SentenceTransformerTrainer.add_dataset_name_transform,
+            dataset_name="train",
+            transform=view_of(dataset),
+        )
     )
     assert len(ConflictFreeBatchSampler(dataset, 5, False)) == 1
 

@@ -19,7 +19,7 @@ def png(number: int) -> bytes:
 
 
 def chunks(num_pages: int = 4, num_chunks: int = 3) -> RetrievalDataset:
-    """Pages cut into chunks of text: all chunks of a page share its image; the last chunk answers, the others do not."""
+    """Pages cut into chunks of text that share the image of their page; the last chunk answers, the others do not."""
     pairs = [(page, chunk) for page in range(num_pages) for chunk in range(num_chunks)]
     ids = [f"p{page}c{chunk}" for page, chunk in pairs]
     others = [[f"p{page}c{chunk}" for chunk in range(num_chunks - 1)] for page in range(num_pages)]

@@ -170,7 +170,9 @@ def relevant_by_query(rows):
     """The ids of what the view of the rows knows to be relevant to each query, copies included."""
     ids = rows.with_format(None)[:]
     at, document_ids = view_of(rows).relevant_to(np.array(ids["relevance_group"]))
-    return {query_id: sorted(document_ids.filter(at == row).to_pylist()) for row, query_id in enumerate(ids["query_id"])}
+    return {
+        query_id: sorted(document_ids.filter(at == row).to_pylist()) for row, query_id in enumerate(ids["query_id"])
+    }
 
 
 def test_rows_are_one_per_query_and_relevant_document():
@@ -261,7 +263,8 @@ def test_filling_depends_on_the_seed_alone():
 @pytest.mark.parametrize("on_short", ["random", "drop", "error"])
 def test_without_negatives_there_are_no_negative_columns(on_short):
     plain = tables([0, 1], ["x", "y"], [(0, 0), (1, 1)])
-    assert list(plain.training_rows(4, on_short=on_short)[0]) == ["query", "image"]
+    with pytest.warns(UserWarning, match=r"num_negatives=4 is not used.*mine_hard_negatives"):
+        assert list(plain.training_rows(4, on_short=on_short)[0]) == ["query", "image"]
     listed = tables([0, 1], ["x", "y"], [(0, 0), (1, 1)], [[1], [0]])
     rows = listed.training_rows(0, on_short=on_short)
     assert list(rows[0]) == ["query", "image"]

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from mmtune.data.arrow import IntLists, column, flat_lists, positions, table_dataset
+from mmtune.data.arrow import IntLists, as_texts, column, flat_lists, positions, table_dataset
 from mmtune.data.documents import DocumentKind
 from mmtune.data.identity import identical_documents, usual_kind
 from mmtune.data.tables import Tables
@@ -113,7 +113,7 @@ class Relevance:
             DatasetError: An id is of no query.
             ConfigError: There is no id.
         """
-        wanted = pa.array([str(query_id) for query_id in ids], type=pa.string())
+        wanted = as_texts("query id", ids)
         rows = positions(wanted, self.query_ids)
         if not len(rows):
             raise ConfigError("n_or_ids holds no id. Name at least one query.")

@@ -321,9 +321,7 @@ def _alike(groups: np.ndarray, documents: np.ndarray, count: int) -> np.ndarray:
     """
     groups_of_document = arrow.IntLists.grouped(documents, groups, count)
     first: dict[bytes, int] = {}
-    return np.array(
-        [first.setdefault(groups_of_document[row].tobytes(), row) for row in range(count)], dtype=np.int64
-    )
+    return np.array([first.setdefault(groups_of_document[row].tobytes(), row) for row in range(count)], dtype=np.int64)
 
 
 def _parents(lists: pa.ChunkedArray) -> np.ndarray:
