@@ -70,20 +70,20 @@ def load_tables(
     """
     require_path("name_or_path", name_or_path, what="a dataset, or its name on the Hub")
     path = Path(name_or_path)
-    is_local = _exists(path)
+    is_local = _exists(os.fspath(name_or_path))
     tables = _read_tables(path, is_local, config, split, revision)
     if not allow_outside:
         _require_inside(tables.corpus, path if is_local else None)
     return tables
 
 
-def _exists(path: Path) -> bool:
+def _exists(name: str) -> bool:
     """Whether there is such a file or folder; otherwise the path must look like a name on the Hub.
 
     Raises:
         DatasetError: Nothing is there, and it can be no name of the Hub either.
     """
-    name = str(path)
+    path = Path(name)
     try:
         if path.exists():
             return True
@@ -208,9 +208,11 @@ def _pick_splits(available: Mapping[str, Sequence[str]], name: str, split: str |
             "another one is no part of it."
         )
     wanted = judged[0] if split is None or judged == [""] else split
-    chosen = {}
+    chosen: dict[str, str] = {}
     for table, splits in available.items():
-        preferred = [own for own in (wanted, split) if own in splits] or (list(splits) if len(splits) == 1 else [])
+        preferred = [own for own in (wanted, split or "") if own in splits] or (
+            list(splits) if len(splits) == 1 else []
+        )
         if not preferred or (table == "qrels" and preferred[0] != wanted):
             raise DatasetError(
                 f"The {table} of {name!r} have the splits {list(splits)}, and the split {wanted!r} is read. Name one "
@@ -258,13 +260,13 @@ def _advise_on(path: Path) -> str:
     return ""
 
 
-def _outside_images(corpus: Dataset) -> list[tuple[int, str]]:
-    """The rows of a corpus whose images lie in files of their own, with the paths."""
+def _outside_images(corpus: Dataset) -> list[tuple[int, str, int]]:
+    """The rows of a corpus whose images lie in files of their own, the paths, and the bytes; -1 of what is no file."""
     if "image" not in corpus.column_names:
         return []
     images = EncodedImages(corpus)
     paths = ((int(row), images.path(int(row))) for row in images.rows_without_bytes)
-    return [(row, path) for row, path in paths if path]
+    return [(row, path, max(-1, int(images.lengths[row]))) for row, path in paths if path]
 
 
 def _require_found(corpus: Dataset) -> None:
@@ -273,11 +275,11 @@ def _require_found(corpus: Dataset) -> None:
     Raises:
         DatasetError: A file is missing, or no file.
     """
-    lost = [(row, path) for row, path in _outside_images(corpus) if not Path(path).is_file()]
+    lost = [(row, path) for row, path, length in _outside_images(corpus) if length < 0]
     if lost:
         row, path = lost[0]
         raise DatasetError(
-            f"The files of {len(lost)} pages are missing, e.g. {path!r} of document "
+            f"The files of {len(lost)} pages are missing, e.g. {path!r:.200} of document "
             f"{corpus[row]['document_id']!r}. Pages are stored with the dataset. Restore the file, or leave the "
             "document out."
         )
@@ -298,7 +300,9 @@ def _require_inside(corpus: Dataset, path: Path | None) -> None:
     else:
         roots = [path if path.is_dir() else path.parent]
     allowed = tuple(f"{os.path.realpath(root)}{os.sep}" for root in roots)
-    outside = [(row, file) for row, file in _outside_images(corpus) if not os.path.realpath(file).startswith(allowed)]
+    outside = [
+        (row, file) for row, file, _ in _outside_images(corpus) if not os.path.realpath(file).startswith(allowed)
+    ]
     if outside:
         row, file = outside[0]
         raise DatasetError(

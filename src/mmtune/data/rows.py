@@ -89,7 +89,7 @@ class View:
     @property
     def tables(self) -> Tables | None:
         """The data; ``None`` in worker processes."""
-        return self.source.relevance and self.source.relevance.tables
+        return None if self.source.relevance is None else self.source.relevance.tables
 
     @property
     def documents(self) -> DocumentKind:
