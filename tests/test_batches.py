@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import pickle
 import random
@@ -11,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
@@ -21,34 +23,52 @@ from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.base.sampler import DefaultBatchSampler
 from torch.utils.data import ConcatDataset
 
-from mmtune.data.arrow import IntLists
+from mmtune import RetrievalDataset
+from mmtune.data.arrow import IntLists, flat_lists
+from mmtune.data.rows import view_of
 from mmtune.errors import ConfigError, DatasetError
 from mmtune.training.batches import ConflictFreeBatchSampler, StepwiseProportionalBatchSampler, read_row_documents
 from mmtune.training.packing import WINDOW_GROUPS, BatchShape, RowDocuments, plan_epoch
 
 
-def read_as_text(rows):
+class ReadAsText:
     """A view, as `training_rows` sets one; none of the tests may read through it."""
-    raise AssertionError("the sampler read rows through their view")
+
+    def __init__(self, relevant=()):
+        self.relevant = [[f"p{one}" for one in ids] for ids in relevant]
+
+    def __call__(self, rows):
+        raise AssertionError("the sampler read rows through their view")
+
+    def relevant_to(self, groups):
+        return flat_lists(pa.array([self.relevant[group] for group in groups], type=pa.list_(pa.string())))
 
 
-def read_as_other_text(rows):
-    return {"query": rows["query_id"]}
+class ReadAsOtherText(ReadAsText):
+    def __call__(self, rows):
+        return {"query": rows["query_id"]}
 
 
-def to_rows(documents, relevant, view=read_as_text):
+def relevant_ids(dataset, batch):
+    """For each row of a batch the ids of what is relevant to it."""
+    rows, ids = view_of(dataset).relevant_to(np.array(dataset.with_format(None)[batch]["relevance_group"]))
+    return [set(ids.filter(rows == row).to_pylist()) for row in range(len(batch))]
+
+
+def to_rows(documents, relevant, view=ReadAsText):
     """Training rows from, for each row, its positive and negatives, and what is relevant to it."""
+    groups = {ids: group for group, ids in enumerate(dict.fromkeys(tuple(sorted(ids)) for ids in relevant))}
     return Dataset.from_dict(
         {
             "query_id": [f"q{row}" for row in range(len(documents))],
             "document_id": [f"p{ids[0]}" for ids in documents],
             "negative_document_ids": [[f"p{one}" for one in ids[1:]] for ids in documents],
-            "relevant_document_ids": [[f"p{one}" for one in ids] for ids in relevant],
+            "relevance_group": [groups[tuple(sorted(ids))] for ids in relevant],
         }
-    ).with_transform(view)
+    ).with_transform(view(groups))
 
 
-def one_query_a_page(num_rows, view=read_as_text):
+def one_query_a_page(num_rows, view=ReadAsText):
     return to_rows([[row] for row in range(num_rows)], [[row] for row in range(num_rows)], view)
 
 
@@ -91,7 +111,7 @@ def conflicts(dataset, batch):
         {positive, *negatives}
         for positive, negatives in zip(rows["document_id"], rows["negative_document_ids"], strict=True)
     ]
-    relevant = [set(ids) for ids in rows["relevant_document_ids"]]
+    relevant = relevant_ids(dataset, batch)
     size = range(len(batch))
     return [(batch[i], batch[j]) for i in size for j in size if i != j and documents[j] & relevant[i]]
 
@@ -302,7 +322,7 @@ def test_rows_meet_other_rows_in_each_epoch():
 
 def test_rows_after_shuffle_select_and_filter_are_the_rows_that_are_read():
     dataset = random_rows(120, 70).shuffle(seed=1).select(range(10, 150))
-    dataset = dataset.with_format(None).filter(lambda row: row["query_id"] != "q20").with_transform(read_as_text)
+    dataset = dataset.with_format(None).filter(lambda row: row["query_id"] != "q20").with_transform(view_of(dataset))
     batches = list(ConflictFreeBatchSampler(dataset, 8, False))
     assert not any(conflicts(dataset, batch) for batch in batches)
     assert sorted(in_order(batches)) == list(range(len(dataset)))
@@ -356,22 +376,22 @@ def test_null_and_empty_lists_are_no_documents():
     dataset = Dataset.from_dict(
         {
             "query_id": ["a", "b", "c"],
-            "document_id": ["1", "2", "3"],
-            "negative_document_ids": [None, [], ["1"]],
-            "relevant_document_ids": [["1"], ["2"], ["3"]],
+            "document_id": ["p1", "p2", "p3"],
+            "negative_document_ids": [None, [], ["p1"]],
+            "relevance_group": [0, 1, 2],
         }
-    ).with_transform(read_as_text)
+    ).with_transform(ReadAsText([[1], [2], [3]]))
     rows = read_row_documents(dataset)
     assert rows.documents.to_lists() == [[0], [1], [2, 0]]
     assert rows.relevant.to_lists() == [[0], [1], [2]]
 
 
 def joined_views():
-    return concatenate_datasets([one_query_a_page(5), one_query_a_page(5, read_as_other_text)])
+    return concatenate_datasets([one_query_a_page(5), one_query_a_page(5, ReadAsOtherText)])
 
 
 def interleaved_views():
-    return interleave_datasets([one_query_a_page(5), one_query_a_page(5, read_as_other_text)])
+    return interleave_datasets([one_query_a_page(5), one_query_a_page(5, ReadAsOtherText)])
 
 
 def named_by_the_host():
@@ -390,14 +410,18 @@ def test_rows_that_lost_their_view_are_refused(lose_view):
 def test_a_view_that_the_host_wrapped_is_still_a_view():
     dataset = one_query_a_page(5)
     dataset.set_transform(
-        partial(SentenceTransformerTrainer.add_dataset_name_transform, dataset_name="train", transform=read_as_text)
+        partial(
+            SentenceTransformerTrainer.add_dataset_name_transform,
+            dataset_name="train",
+            transform=view_of(dataset),
+        )
     )
     assert len(ConflictFreeBatchSampler(dataset, 5, False)) == 1
 
 
 def test_rows_without_ids_are_refused_with_the_columns_found_and_expected():
     dataset = Dataset.from_dict({"query": ["a"], "image": ["b"]})
-    with pytest.raises(DatasetError, match=r"\['query', 'image'\], expected .*'relevant_document_ids'"):
+    with pytest.raises(DatasetError, match=r"\['query', 'image'\], expected .*'relevance_group'"):
         ConflictFreeBatchSampler(dataset, 4, False)
 
 
@@ -466,3 +490,36 @@ def test_promises_hold_for_rows_of_any_shape(dataset, batch_size, num_processes,
         assert num_processes == 1 or sizes <= {sampler.batch_size}
         assert not sizes or 0 < min(sizes) <= max(sizes) <= batch_size
         assert num_processes > 1 or drop_last or batches
+
+
+def test_many_rows_of_one_text_take_little_memory():
+    data = many_rows_of_one_text(3_000)
+    rows = data.training_rows(1)
+    assert rows.data.nbytes < 1_000_000
+    documents = read_row_documents(rows)
+    assert documents.relevant.values.nbytes + documents.documents.values.nbytes < 1_000_000
+    assert len(ConflictFreeBatchSampler(rows, 4, False)) == 1
+
+
+def many_rows_of_one_text(num_rows):
+    """Each row has a page of its own, all of them relevant to the one text; and a page that is relevant to none."""
+    ids = [f"p{row}" for row in range(num_rows + 1)]
+    queries = [f"q{row}" for row in range(num_rows)]
+    return RetrievalDataset(
+        Dataset.from_dict({"document_id": ids, "image": [id.encode() for id in ids]}),
+        Dataset.from_dict({"query_id": queries, "text": ["the same"] * num_rows}),
+        Dataset.from_dict({"query_id": queries, "document_id": ids[:-1], "score": [1] * num_rows}),
+        Dataset.from_dict({"query_id": queries, "document_ids": [ids[-1:]] * num_rows}),
+    )
+
+
+def test_what_is_relevant_to_the_same_texts_is_one_number_and_conflicts_are_the_same():
+    rows = random_rows(40, 30, num_negatives=2, seed=1)
+    read = read_row_documents(rows)
+    documents, relevant = (
+        [set(part.values[start:end]) for start, end in itertools.pairwise(part.offsets)]
+        for part in (read.documents, read.relevant)
+    )
+    for i, j in itertools.permutations(range(30), 2):
+        has_conflict = not documents[i].isdisjoint(relevant[j])
+        assert has_conflict == ((j, i) in conflicts(rows, [j, i]))

@@ -8,6 +8,7 @@ from datasets import Dataset
 from PIL import Image
 
 from mmtune import DatasetError, MissingDocumentError, RetrievalDataset
+from mmtune.data.rows import view_of
 
 
 def page(shade: int) -> dict:
@@ -120,9 +121,10 @@ def test_queries_without_text_or_document_are_left_out_and_counted() -> None:
 
 
 def test_several_relevant_pages_make_a_row_each() -> None:
-    rows = RetrievalDataset.from_beir(**tables("corpus-id", "query-id")).training_rows(0).with_format(None)
+    view = RetrievalDataset.from_beir(**tables("corpus-id", "query-id")).training_rows(0)
+    rows = view.with_format(None)
     assert [(row["query_id"], row["document_id"]) for row in rows] == [("0", "0"), ("0", "1"), ("1", "1"), ("2", "3")]
-    assert rows[0]["relevant_document_ids"] == ["0", "1"]
+    assert view_of(view).relevant_to(np.array([rows[0]["relevance_group"]]))[1].to_pylist() == ["0", "1"]
 
 
 @pytest.mark.parametrize(
@@ -182,3 +184,51 @@ def test_images_are_not_copied_for_integer_ids(tmp_path) -> None:
     assert dataset.corpus.filter(lambda row: row["document_id"] == "7")[0]["image"]["bytes"] == pages[7]["bytes"]
     after = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
     assert after <= before * 1.01 + 60_000  # the one page that the filter above wrote
+
+
+def write_splits(folder) -> None:
+    """One corpus and one table of queries for both splits, and judgements of each, as BEIR has them."""
+    (folder / "qrels").mkdir()
+    Dataset.from_dict({"_id": ["d0", "d1"], "text": ["x", "y"]}).to_parquet(folder / "corpus.parquet")
+    Dataset.from_dict({"_id": ["q0", "q1"], "text": ["a", "b"]}).to_parquet(folder / "queries.parquet")
+    for k, split in enumerate(("train", "test")):
+        judged = {"query-id": [f"q{k}"], "corpus-id": [f"d{k}"], "score": [1]}
+        Dataset.from_dict(judged).to_parquet(folder / "qrels" / f"{split}-00000-of-00001.parquet")
+
+
+@pytest.mark.parametrize(("split", "query_id"), [("train", "q0"), ("test", "q1")])
+def test_of_a_folder_with_splits_one_is_read(tmp_path, split, query_id) -> None:
+    write_splits(tmp_path)
+    data = RetrievalDataset.load(tmp_path, split=split)
+    assert (data.queries["query_id"][:], len(data.corpus)) == ([query_id], 2)
+    assert data.notes.queries_without_document == 1
+
+
+@pytest.mark.parametrize("split", [None, "dev"])
+def test_of_a_folder_with_splits_one_must_be_named(tmp_path, split) -> None:
+    write_splits(tmp_path)
+    with pytest.raises(DatasetError, match=rf"has the splits \['test', 'train'\], and split={split!r}"):
+        RetrievalDataset.load(tmp_path, split=split)
+
+
+def test_a_table_without_the_split_of_the_judgements_is_named(tmp_path) -> None:
+    write_splits(tmp_path)
+    (tmp_path / "qrels" / "test-00000-of-00001.parquet").unlink()
+    Dataset.from_dict({"_id": ["q1"], "text": ["b"]}).to_parquet(tmp_path / "queries-test.parquet")
+    with pytest.raises(DatasetError, match=r"The qrels of .* have the splits \['train'\], and the split 'test'"):
+        RetrievalDataset.load(tmp_path, split="test")
+
+
+def test_parts_of_a_table_are_no_splits(tmp_path) -> None:
+    for name, table in tables("corpus-id", "query-id").items():
+        (tmp_path / name).mkdir()
+        for part in range(2):
+            table.shard(2, part).to_parquet(tmp_path / name / f"part-{part}.parquet")
+    assert len(RetrievalDataset.load(tmp_path)) == 3
+
+
+def test_negatives_of_queries_under_another_name_are_an_error() -> None:
+    given = tables("corpus-id", "query-id")
+    given["queries"] = given["queries"].add_column("hard_negatives", [["1"]] * len(given["queries"]))
+    with pytest.raises(DatasetError, match=r"'hard_negatives' .* looks like hard negatives.*'negative_document_ids'"):
+        RetrievalDataset.from_beir(**given)

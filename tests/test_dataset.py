@@ -1,6 +1,7 @@
 import io
 
 import datasets
+import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict, Image, List, Value, load_from_disk
 from hypothesis import given, settings
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image as PillowImage
 
 from mmtune import ConfigError, DatasetError, ImageDecodeError, MissingDocumentError, RetrievalDataset
+from mmtune.data.rows import view_of
 
 
 def page(number: int) -> dict:
@@ -163,9 +165,54 @@ def test_a_row_without_an_id_is_named():
         RetrievalDataset.from_id_rows(id_rows(id=["p0", "p1", None, "p3"]))
 
 
-def test_a_row_that_lists_its_own_id_is_an_error():
-    with pytest.raises(DatasetError, match=r"2 rows list their own id among their negatives, e.g. 'p1'"):
-        RetrievalDataset.from_id_rows(id_rows(negatives=[["p1"], ["p0", "p1"], ["p2"], []]))
+def test_a_row_that_lists_its_own_id_is_audited_and_the_page_is_not_used():
+    data = RetrievalDataset.from_id_rows(id_rows(negatives=[["p0", "p1"], ["p0"], ["p2", "p3"], ["p1"]]))
+    assert data.audit()["relevant_negatives_by_id"].count == 2
+    rows = data.training_rows(1)
+    assert rows.with_format(None)["negative_document_ids"][:] == [["p1"], ["p0"], ["p3"], ["p1"]]
+    assert view_of(rows).chosen["refused"] == 2
+
+
+LOOK_LIKE_NEGATIVES = [
+    "neg_0",
+    "hard_negative_0",
+    "negative_image",
+    "hardNegatives",
+    "Negatives",
+    "neg",
+    "image_negative",
+]
+
+
+@pytest.mark.parametrize("name", LOOK_LIKE_NEGATIVES)
+def test_a_column_that_looks_like_negatives_and_would_not_be_used_is_an_error(name, tmp_path):
+    rows = column_rows(2, **{name: [page(10), page(11)]})
+    with pytest.raises(DatasetError, match=rf"Column '{name}' looks like hard negatives.*negative_columns="):
+        RetrievalDataset.from_columns(rows)
+    rows.to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(DatasetError, match=rf"Column '{name}' looks like hard negatives"):
+        RetrievalDataset.load(tmp_path / "rows.parquet")
+
+
+def test_rows_with_another_id_column_do_not_lose_their_negatives(tmp_path):
+    id_rows().rename_column("id", "_id").to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(
+        DatasetError, match=r"Column 'negatives' looks like hard negatives.*from_id_rows\(rows, id_column"
+    ):
+        RetrievalDataset.load(tmp_path / "rows.parquet")
+
+
+def test_where_others_were_named_columns_that_look_like_negatives_are_a_warning():
+    rows = column_rows(2, negative_0=[page(10), page(11)], neg_1=[page(20), page(21)])
+    with pytest.warns(UserWarning, match=r"'neg_1' look like hard negatives and are not used.*'negative_0'"):
+        RetrievalDataset.from_columns(rows, negative_columns=["negative_0"])
+    with pytest.warns(UserWarning, match=r"'hard_negatives' look like hard negatives"):
+        RetrievalDataset.from_id_rows(id_rows(hard_negatives=[["p1"]] * 4))
+
+
+def test_counts_and_notes_of_negatives_are_no_negatives():
+    rows = column_rows(2, num_negatives=[1, 2], negative_note=["x", "y"], is_negative=[True, False])
+    assert RetrievalDataset.from_columns(rows).negatives is None
 
 
 def test_an_unknown_negative_is_an_error_or_dropped_and_noted():
@@ -326,7 +373,8 @@ def test_negative_columns_are_taken_by_number():
 
 def test_negative_columns_can_be_named_or_left_out():
     rows = column_rows(2, hard=[page(10), page(11)], negative_0=[page(20), page(21)])
-    named = RetrievalDataset.from_columns(rows, negative_columns=["hard"])
+    with pytest.warns(UserWarning, match=r"'negative_0' look like"):
+        named = RetrievalDataset.from_columns(rows, negative_columns=["hard"])
     assert numbers_by_id(named) == {"0": 0, "1": 1, "2": 10, "3": 11}
     assert RetrievalDataset.from_columns(rows, negative_columns=[]).negatives is None
     with pytest.raises(DatasetError, match=r"no column 'easy'; it has \['query', 'image', 'hard', 'negative_0'\]"):
@@ -367,8 +415,15 @@ def test_repeated_and_reordered_rows_are_numbered_as_they_stand():
     assert dataset.queries["source"][:] == ["abc"[k] for k in order]
     assert dataset.corpus["source"][:5] == ["abc"[k] for k in order]
     # rows 1 and 2 are the same page: neither is a negative of the other, though their ids differ
-    relevant = dataset.training_rows(1).with_format(None)[:]["relevant_document_ids"]
-    assert [sorted(ids) for ids in relevant] == [["0", "4"], ["1", "2"], ["1", "2"], ["3"], ["0", "4"]]
+    rows = dataset.training_rows(1)
+    at, ids = view_of(rows).relevant_to(np.array(rows.with_format(None)[:]["relevance_group"]))
+    assert [sorted(ids.filter(at == row).to_pylist()) for row in range(5)] == [
+        ["0", "4"],
+        ["1", "2"],
+        ["1", "2"],
+        ["3"],
+        ["0", "4"],
+    ]
 
 
 def test_a_missing_column_of_rows_lists_those_found():
@@ -630,3 +685,28 @@ def test_generated_pages_build(pages):
     dataset = RetrievalDataset.from_id_rows(pages.shuffle(seed=1))
     assert (len(dataset), len(dataset.corpus)) == (24, len(pages))
     dataset.check_pages(show_progress_bar=False)
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_loaded_table_names_no_image_outside_its_folder(link, tmp_path):
+    (tmp_path / "private.png").write_bytes(page(1)["bytes"])
+    (tmp_path / "table").mkdir()
+    path = tmp_path / "private.png"
+    if link:
+        path = tmp_path / "table" / "linked.png"
+        path.symlink_to(tmp_path / "private.png")
+    rows = Dataset.from_dict({"id": ["p0"], "query": ["x"], "image": [str(path)]})
+    assert len(RetrievalDataset.from_id_rows(rows)) == 1
+    rows.to_parquet(tmp_path / "table" / "rows.parquet")
+    for name in ("table", "table/rows.parquet"):
+        with pytest.raises(DatasetError, match=r"'.*png' of document 'p0'.*allow_outside=True"):
+            RetrievalDataset.load(tmp_path / name)
+        assert len(RetrievalDataset.load(tmp_path / name, allow_outside=True)) == 1
+
+
+def test_a_loaded_table_reads_images_below_its_folder(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(page(1)["bytes"])
+    rows = Dataset.from_dict({"id": ["p0"], "query": ["x"], "image": [str(tmp_path / "images" / "a.png")]})
+    rows.to_parquet(tmp_path / "rows.parquet")
+    RetrievalDataset.load(tmp_path / "rows.parquet").check_pages(show_progress_bar=False)

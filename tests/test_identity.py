@@ -10,7 +10,7 @@ from PIL import Image as PillowImage
 
 from mmtune import RetrievalDataset
 from mmtune.data.identity import identical_documents
-from mmtune.data.sources import relevant_on_both_sides
+from mmtune.data.sources import Leaks, leaks_between, relevant_on_both_sides
 
 
 def page(number: int) -> bytes:
@@ -52,7 +52,7 @@ def test_documents_are_the_same_where_their_bytes_are(kinds, length, seed):
     # equal lengths and equal ends: only one byte near the start tells the kinds apart
     contents = [bytes([kind] * min(1, length)) + bytes(max(0, length - 1)) for kind in kinds]
     order = np.random.default_rng(seed).permutation(len(kinds))
-    first = identical_documents(corpus([in_memory(content) for content in contents]).select(order))
+    first = identical_documents(corpus([in_memory(content) for content in contents]).select(order), "image")
     shuffled = [contents[k] for k in order]
     assert first.tolist() == [shuffled.index(content) for content in shuffled]
 
@@ -61,7 +61,7 @@ def test_bytes_in_files_and_in_memory_are_compared(tmp_path):
     for name, number in (("a", 1), ("b", 1), ("c", 2)):
         (tmp_path / name).write_bytes(page(number))
     images = [in_file(tmp_path / "a"), in_memory(page(1)), in_file(tmp_path / "b"), in_file(tmp_path / "c")]
-    assert identical_documents(corpus(images)).tolist() == [0, 0, 0, 3]
+    assert identical_documents(corpus(images), "image").tolist() == [0, 0, 0, 3]
 
 
 def test_documents_that_can_not_be_found_are_all_different(tmp_path):
@@ -73,13 +73,13 @@ def test_documents_that_can_not_be_found_are_all_different(tmp_path):
         in_memory(b""),
         in_memory(b""),
     ]
-    assert identical_documents(corpus(images)).tolist() == [0, 1, 2, 3, 4, 4]
+    assert identical_documents(corpus(images), "image").tolist() == [0, 1, 2, 3, 4, 4]
 
 
 def test_texts_are_compared_where_there_are_no_images():
     texts = Dataset.from_dict({"document_id": list("abcde"), "text": ["x", "y", "x", None, None]})
-    assert identical_documents(texts).tolist() == [0, 1, 0, 3, 4]
-    assert identical_documents(texts.select([2, 1, 0])).tolist() == [0, 1, 0]
+    assert identical_documents(texts, "text").tolist() == [0, 1, 0, 3, 4]
+    assert identical_documents(texts.select([2, 1, 0]), "text").tolist() == [0, 1, 0]
 
 
 # --- relevant on both sides --------------------------------------------------------------------------------------
@@ -135,3 +135,55 @@ def test_pages_in_files_overlap_with_pages_in_memory(storage, tmp_path):
     train = dataset(corpus([in_file(path)], ["a"]), ["a"])
     evaluation = dataset(corpus([in_file(path) if storage == "files" else in_memory(page(4))], ["b"]), ["b"])
     assert relevant_on_both_sides(train, evaluation) == [("a", "b")]
+
+
+def asked(
+    document_ids: list[str], images: list[int], queries: dict[str, str], negatives: dict[str, list[str]] | None = None
+):
+    """Queries as ``{document id: text}``, which name the relevant document, over pages of some numbers."""
+    query_ids = [f"q-{document_id}" for document_id in queries]
+    listed = None
+    if negatives is not None:
+        lists = {
+            "query_id": [f"q-{document_id}" for document_id in negatives],
+            "document_ids": list(negatives.values()),
+        }
+        listed = Dataset.from_dict(lists)
+    return RetrievalDataset(
+        corpus([in_memory(page(number)) for number in images], document_ids),
+        Dataset.from_dict({"query_id": query_ids, "text": list(queries.values())}),
+        Dataset.from_dict({"query_id": query_ids, "document_id": list(queries), "score": [1] * len(queries)}),
+        listed,
+    )
+
+
+def test_integer_ids_mean_nothing_in_another_dataset_unless_contents_agree():
+    one = asked(["1", "2"], [1, 2], {"1": "x"})
+    assert relevant_on_both_sides(one, asked(["1", "2"], [11, 12], {"1": "y"})) == []
+    assert relevant_on_both_sides(one, asked(["7", "8"], [1, 12], {"7": "y"})) == [("1", "7")]
+    named = asked(["a", "b"], [1, 2], {"a": "x"})
+    assert relevant_on_both_sides(named, asked(["a", "c"], [11, 12], {"a": "y"})) == [("a", "a")]
+
+
+def test_answers_of_the_evaluation_among_training_negatives_are_found_by_content_and_by_id():
+    train = asked(["a", "b", "c", "d"], [1, 2, 3, 4], {"a": "one"}, {"a": ["b"]})
+    by_content = asked(["x", "y"], [2, 3], {"x": "two", "y": "three"})
+    assert leaks_between(train, by_content) == Leaks(listed_negatives=(("b", "x"),), fill_candidates=(("c", "y"),))
+    by_id = asked(["b", "d"], [12, 14], {"b": "two", "d": "four"})
+    assert leaks_between(train, by_id) == Leaks(listed_negatives=(("b", "b"),), fill_candidates=(("d", "d"),))
+
+
+def test_query_texts_on_both_sides_are_found_and_said():
+    train = asked(["a", "b"], [1, 2], {"a": "same", "b": "other"})
+    found = leaks_between(train, asked(["x", "y"], [11, 12], {"x": "new", "y": "same"}))
+    assert found == Leaks(query_texts=(("q-a", "q-y"),))
+    assert found
+    assert str(found) == "1 query texts stand on both sides, e.g. 'q-a' (there 'q-y')"
+
+
+def test_a_split_leaks_nothing():
+    data = asked(
+        list("abcdef"), list(range(6)), {name: f"ask {name}" for name in "abcdef"}, {"a": ["b", "c"], "d": ["a"]}
+    )
+    found = leaks_between(*data.split(2))
+    assert (bool(found), str(found)) == (False, "nothing is shared")

@@ -1,18 +1,34 @@
 import io
+import os
 import struct
+import tracemalloc
 import warnings
 import zlib
+from tempfile import NamedTemporaryFile
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmtune.data.images import check_page, decode_page
+from mmtune.data.arrow import with_encoded_images
+from mmtune.data.images import check_pages, decode_page
 from mmtune.errors import ImageDecodeError
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+
+def check_page(content, document_id):
+    """Check the one page of a corpus, in memory and in a file."""
+    corpus = Dataset.from_dict({"document_id": [document_id], "image": [bytes(content)]})
+    check_pages(with_encoded_images(corpus, "image"), show_progress_bar=False)
+    with NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        corpus = Dataset.from_dict({"document_id": [document_id], "image": [file.name]})
+        check_pages(with_encoded_images(corpus, "image"), show_progress_bar=False)
 
 
 def encoded(image: Image.Image, image_format: str = "PNG", **options) -> bytes:
@@ -406,3 +422,44 @@ def test_grey_values_of_32_bit_files_keep_their_brightness(values, expected):
     Image.fromarray(np.array([values], dtype=np.int32)).save(buffer, "TIFF")
     page = decode_page({"bytes": buffer.getvalue(), "path": None}, "p")
     assert [page.getpixel((at, 0))[0] for at in (0, 1)] == expected
+
+
+def one_page(path) -> Dataset:
+    corpus = Dataset.from_dict({"document_id": ["page-7"], "image": [str(path)]})
+    return with_encoded_images(corpus, "image")
+
+
+def check(corpus):
+    check_pages(corpus, show_progress_bar=False)
+
+
+def decode(corpus):
+    decode_page(corpus[0]["image"], "page-7")
+
+
+@pytest.mark.parametrize("read", [check, decode])
+def test_pipes_devices_and_folders_are_no_pages(read, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero", tmp_path):
+        with pytest.raises(ImageDecodeError, match=r"'page-7'.*it is no file, but a folder, a pipe or a device"):
+            read(one_page(path))
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(2 << 30)
+    with pytest.raises(ImageDecodeError, match=r"'page-7'.*2,147,483,648 bytes are more than"):
+        read(one_page(tmp_path / "huge.png"))
+
+
+def test_the_check_of_a_large_file_reads_its_ends_alone(tmp_path, monkeypatch):
+    content = encoded(photo(), "JPEG")
+    (tmp_path / "page.jpg").write_bytes(content[:-2] + bytes(50_000_000) + content[-2:])
+    tracemalloc.start()
+    check_pages(one_page(tmp_path / "page.jpg"), show_progress_bar=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5_000_000
+
+
+def test_a_page_without_an_image_is_named_by_the_check():
+    corpus = Dataset.from_dict({"document_id": ["a", "page-7"], "image": [encoded(photo()), None]})
+    with pytest.raises(ImageDecodeError, match=r"'page-7' has no image: neither bytes nor a path"):
+        check_pages(with_encoded_images(corpus, "image"), show_progress_bar=False)

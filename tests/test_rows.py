@@ -1,5 +1,6 @@
 import io
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,6 +11,9 @@ from PIL import Image as PillowImage
 from torch.utils.data import DataLoader
 
 from mmtune import ConfigError, DatasetError, ImageDecodeError, RetrievalDataset
+from mmtune.data.judgements import Judgements
+from mmtune.data.negatives import choose_negatives
+from mmtune.data.rows import view_of
 from mmtune.testing import generated_pages
 
 NUM_PAGES = 30
@@ -152,7 +156,7 @@ def test_a_row_reads_as_the_guide_has_it():
         "query_id": "1",
         "document_id": "1",
         "negative_document_ids": ["2", "3"],
-        "relevant_document_ids": ["1"],
+        "relevance_group": 0,
     }
 
 
@@ -162,20 +166,28 @@ def test_slices_lists_and_empty_slices_read_as_batches():
     assert rows[0:0] == {"query": [], "image": [], "negative_0": []}
 
 
+def relevant_by_query(rows):
+    """The ids of what the view of the rows knows to be relevant to each query, copies included."""
+    ids = rows.with_format(None)[:]
+    at, document_ids = view_of(rows).relevant_to(np.array(ids["relevance_group"]))
+    return {
+        query_id: sorted(document_ids.filter(at == row).to_pylist()) for row, query_id in enumerate(ids["query_id"])
+    }
+
+
 def test_rows_are_one_per_query_and_relevant_document():
     dataset = tables([0, 1, 2, 3], ["x", "y"], [(0, 0), (1, 1), (0, 2)], [[3], [3]])
     ids = dataset.training_rows(1).with_format(None)[:]
     pairs = sorted(zip(ids["query_id"], ids["document_id"], strict=True))
     assert pairs == [("q0", "d0"), ("q0", "d2"), ("q1", "d1")]
-    by_query = dict(zip(ids["query_id"], map(sorted, ids["relevant_document_ids"]), strict=True))
+    by_query = relevant_by_query(dataset.training_rows(1))
     assert by_query == {"q0": ["d0", "d2"], "q1": ["d1"]}
 
 
 def test_everything_relevant_to_the_text_is_listed_copies_included():
     # q0 and q1 ask the same; d2 is a copy of d1
     dataset = tables([0, 1, 1, 3], ["x", "x", "y"], [(0, 0), (1, 1), (2, 3)])
-    ids = dataset.training_rows().with_format(None)[:]
-    relevant = dict(zip(ids["query_id"], map(sorted, ids["relevant_document_ids"]), strict=True))
+    relevant = relevant_by_query(dataset.training_rows())
     assert relevant == {"q0": ["d0", "d1", "d2"], "q1": ["d0", "d1", "d2"], "q2": ["d3"]}
 
 
@@ -251,7 +263,8 @@ def test_filling_depends_on_the_seed_alone():
 @pytest.mark.parametrize("on_short", ["random", "drop", "error"])
 def test_without_negatives_there_are_no_negative_columns(on_short):
     plain = tables([0, 1], ["x", "y"], [(0, 0), (1, 1)])
-    assert list(plain.training_rows(4, on_short=on_short)[0]) == ["query", "image"]
+    with pytest.warns(UserWarning, match=r"num_negatives=4 is not used.*mine_hard_negatives"):
+        assert list(plain.training_rows(4, on_short=on_short)[0]) == ["query", "image"]
     listed = tables([0, 1], ["x", "y"], [(0, 0), (1, 1)], [[1], [0]])
     rows = listed.training_rows(0, on_short=on_short)
     assert list(rows[0]) == ["query", "image"]
@@ -292,13 +305,13 @@ def test_no_negative_is_ever_relevant(data, num_negatives, on_short):
         with pytest.raises(DatasetError, match=r"negatives"):
             dataset.training_rows(num_negatives, on_short=on_short)
         return
-    rows = dataset.training_rows(num_negatives, on_short=on_short).with_format(None)[:]
+    view = dataset.training_rows(num_negatives, on_short=on_short)
+    rows = view.with_format(None)[:]
+    relevant_ids = relevant_by_query(view)
     kept = set(usable) - short if on_short == "drop" else set(usable)
     expected = sorted((f"q{query}", f"d{document}") for query, document in qrels if query in kept)
     assert sorted(zip(rows["query_id"], rows["document_id"], strict=True)) == expected
-    for query_id, ids, relevant in zip(
-        rows["query_id"], rows["negative_document_ids"], rows["relevant_document_ids"], strict=True
-    ):
+    for query_id, ids in zip(rows["query_id"], rows["negative_document_ids"], strict=True):
         query = int(query_id[1:])
         bad = pages_of_text[texts[query]]
         chosen = [int(value[1:]) for value in ids]
@@ -306,7 +319,7 @@ def test_no_negative_is_ever_relevant(data, num_negatives, on_short):
         assert len(chosen) == num_negatives
         assert len({content[document] for document in chosen}) == num_negatives
         assert not {content[document] for document in chosen} & bad
-        assert sorted(relevant) == sorted(f"d{k}" for k, number in enumerate(content) if number in bad)
+        assert relevant_ids[query_id] == sorted(f"d{k}" for k, number in enumerate(content) if number in bad)
 
 
 def test_many_relevant_documents_leave_the_right_ones_to_fill_with():
@@ -399,3 +412,23 @@ def test_rows_can_be_filtered_by_an_id_column_without_reading_pages():
     rows = dataset.training_rows(1).filter(lambda query_id: query_id == wanted, input_columns=["query_id"])
     assert rows.with_format(None)["query_id"][:] == [wanted]
     assert rows[0]["query"] == dataset.queries["text"][2]
+
+
+def test_a_huge_jpeg_is_decoded_at_half_its_size_unless_asked_otherwise():
+    buffer = io.BytesIO()
+    PillowImage.new("RGB", (8000, 4000), "white").save(buffer, "jpeg")
+    data = tables([0, 1], ["x"], [(0, 0)])
+    corpus = Dataset.from_dict({"document_id": ["d0", "d1"], "image": [buffer.getvalue(), page(1)["bytes"]]})
+    data = RetrievalDataset(corpus, data.queries, data.qrels)
+    assert data.training_rows(0)[0]["image"].size == (4000, 2000)
+    assert data.training_rows(0, max_pixels=200)[0]["image"].size == (20, 10)
+
+
+def test_filling_long_lists_takes_memory_in_proportion():
+    data = tables(list(range(250)), [f"ask {k}" for k in range(60)], [(k, k) for k in range(60)], [[]] * 60)
+    tracemalloc.start()
+    chosen = choose_negatives(Judgements.of(data.relevance, "text_to_image").candidates, 240, "random", 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert all(len(set(items)) == 240 for items in chosen.items.tolist())
+    assert peak < 2_500_000

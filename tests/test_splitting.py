@@ -9,6 +9,8 @@ from PIL import Image as PillowImage
 
 from mmtune import ConfigError, DatasetError, RetrievalDataset
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* queries are left to train on", "ignore:num_negatives=2 is not used")
+
 
 def page(number: int) -> dict:
     buffer = io.BytesIO()
@@ -270,3 +272,36 @@ def test_generated_pages_split_into_sides_that_read_their_own_pages(pages):
     for side in (train, evaluation):
         assert all(bytes_by_id[row["document_id"]] == row["image"]["bytes"] for row in side.corpus)
         assert len(side.training_rows(2)) == len(side)
+
+
+def many(num_queries: int) -> RetrievalDataset:
+    numbers = [str(k) for k in range(num_queries)]
+    return RetrievalDataset(
+        Dataset.from_dict({"document_id": numbers, "text": [f"page {k}" for k in numbers], "pdf": ["a"] * num_queries}),
+        Dataset.from_dict({"query_id": numbers, "text": [f"ask {k}" for k in numbers]}),
+        Dataset.from_dict({"query_id": numbers, "document_id": numbers, "score": [1] * num_queries}),
+    )
+
+
+def test_a_training_side_smaller_than_the_evaluation_warns_with_a_number_that_would_do():
+    with pytest.warns(UserWarning, match=r"^1 queries are left to train on, and 19 are .*eval_queries=4 would do\.$"):
+        many(20).split(500)
+
+
+def test_an_even_split_is_no_warning(recwarn):
+    many(20).split(10)
+    assert not recwarn.list
+
+
+def test_where_one_group_ties_everything_no_number_is_named():
+    with pytest.raises(DatasetError, match=r"tied into 1 sets.*the group 'a'\. Add data, or name a finer group_column"):
+        many(6).split(2, group_column="pdf")
+
+
+def test_the_error_names_the_number_of_queries_that_would_do():
+    data = many(6)
+    corpus = data.corpus.remove_columns("pdf").add_column("pdf", ["a"] * 3 + ["b"] * 3)
+    grouped = RetrievalDataset(corpus, data.queries, data.qrels)
+    with pytest.raises(DatasetError, match=r"Pass eval_queries=3 or more"):
+        grouped.split(2, group_column="pdf")
+    assert len(grouped.split(3, group_column="pdf")[1]) == 3

@@ -6,6 +6,7 @@ NumPy's numbers are numbers everywhere, and booleans are none: ``True`` would pa
 import difflib
 import math
 import numbers
+import os
 from collections.abc import Iterable, Sequence
 
 from mmtune.errors import ConfigError
@@ -84,6 +85,27 @@ def require_one_of(name: str, value: object, known: Iterable[str]) -> None:
     choices = list(known)
     if not isinstance(value, str) or value not in choices:
         raise ConfigError(f"{name}={value!r} is unknown. Expected one of {', '.join(map(repr, choices))}.")
+
+
+def require_path(name: str, value: object, *, what: str = "a folder") -> None:
+    """Make sure that ``value`` is a text or a path.
+
+    Raises:
+        ConfigError: It is something else, or empty.
+    """
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        raise ConfigError(f"{name}={value!r:.80}: expected the path of {what}, as a text or a Path.")
+
+
+def require_seed(name: str, value: object) -> int:
+    """``value`` as a Python integer that every generator of random numbers takes.
+
+    Raises:
+        ConfigError: It is no whole number from 0 to 2**32 - 1, or a boolean.
+    """
+    if not is_whole(value) or not 0 <= value < 2**32:  # type: ignore[operator] - a number, as is_whole has found
+        raise ConfigError(f"{name}={value!r:.80}: expected a whole number from 0 to 2**32 - 1.")
+    return int(value)  # type: ignore[call-overload]
 
 
 def nearest_name(name: object, known: Iterable[str], *, cutoff: float = 0.4) -> str | None:

@@ -1,6 +1,6 @@
 """Columns of a ``datasets.Dataset`` as Arrow and NumPy arrays, without touching the images beside them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -39,6 +39,26 @@ def id_column(dataset: Dataset, name: str) -> pa.Array:
         row = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
         raise DatasetError(f"Row {row} has no id: column {name!r} is null there. Every row needs an id of its own.")
     return values
+
+
+def as_texts(what: str, values: Iterable[object]) -> pa.Array:
+    """Ids that a user typed, as Arrow strings.
+
+    Args:
+        what: What they are, for the message.
+        values: Texts or numbers.
+
+    Raises:
+        DatasetError: One is no text that can be written down, such as half of a surrogate pair.
+    """
+    texts = [str(value) for value in values]
+    try:
+        return pa.array(texts, type=pa.string())
+    except UnicodeEncodeError as error:
+        raise DatasetError(
+            f"The {what} {error.object!r:.80} holds half of a surrogate pair ({error.object[error.start]!r}), which is "
+            "no character. Repair the text where it was read, e.g. with encoding='utf-8'."
+        ) from None
 
 
 def as_id_strings(values: pa.Array, name: str) -> pa.Array:

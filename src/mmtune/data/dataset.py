@@ -1,15 +1,17 @@
 """``RetrievalDataset``: a corpus, queries, judgements and hard negatives, with images encoded until they are used."""
 
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import get_args
 
 import numpy as np
 from datasets import Dataset
 
-from mmtune.arguments import require_one_of, require_whole
+from mmtune.arguments import is_whole, require_one_of, require_seed, require_whole
 from mmtune.data import files, layouts
+from mmtune.data.arrow import as_texts
 from mmtune.data.audit import AuditReport, examine
 from mmtune.data.combining import concatenate_tables, merge_copies
 from mmtune.data.documents import DocumentKind, document_columns
@@ -20,6 +22,7 @@ from mmtune.data.relevance import Direction, Relevance
 from mmtune.data.rows import labeled_lists, labeled_pairs, training_rows
 from mmtune.data.splitting import split_tables
 from mmtune.data.tables import BuildNotes, Tables, check_tables
+from mmtune.errors import ConfigError, DatasetError
 
 
 class RetrievalDataset:
@@ -106,13 +109,14 @@ class RetrievalDataset:
             id_column: Unique ids, strings or integers.
             query_column: Texts; ``query_id`` is the row's id.
             image_column: Images, encoded or as paths.
-            negatives_column: Lists of ids, best first. ``None`` where the rows list no negatives; that is also what the
-                default means for rows without such a column, unless another one looks like it.
+            negatives_column: Lists of ids, best first; a row's own id among them is not used, and audited. ``None``
+                where the rows list no negatives; that is also what the default means for rows without such a column,
+                unless another one looks like it.
             on_missing: ``"error"``, or ``"drop"`` to leave out negative ids that no row has, and count them.
 
         Raises:
-            DatasetError: A column is missing or of the wrong type, an id stands twice, a row lists its own id, a row
-                has no image, there are no rows, or no row has a query.
+            DatasetError: A column is missing or of the wrong type, an id stands twice, a row has no image, there are
+                no rows, or no row has a query.
             MissingDocumentError: A negative is the id of no row, and ``on_missing="error"``.
         """
         require_one_of("on_missing", on_missing, ("error", "drop"))
@@ -149,10 +153,12 @@ class RetrievalDataset:
             query_column: Texts. A row whose query is null or blank gives documents only.
             image_column: The page that answers the query.
             negative_columns: Columns of images, best first. ``None`` takes every column named ``negative`` or
-                ``negative_<k>``, by number.
+                ``negative_<k>``, by number; other columns that look like negatives are an error then, and a warning
+                where columns were named.
 
         Raises:
-            DatasetError: A column is missing or of the wrong type, or no row has both a query and an image.
+            DatasetError: A column is missing or of the wrong type, looks like negatives and would not be used, or no
+                row has both a query and an image.
             ConfigError: ``negative_columns`` is one name rather than a list of names.
         """
         return cls.from_tables(
@@ -206,9 +212,20 @@ class RetrievalDataset:
                 ``"1/page-7"``.
 
         Raises:
-            DatasetError: There are no parts, or columns of one name have different types.
+            DatasetError: There are no parts, one is no ``RetrievalDataset``, or columns of one name have different
+                types.
+            ConfigError: ``datasets`` is neither a sequence nor a mapping, or a name can't be part of an id.
         """
+        if isinstance(datasets, (str, bytes)) or not isinstance(datasets, (Sequence, Mapping)):
+            raise ConfigError(f"datasets={datasets!r:.80}: expected a list of datasets, or a mapping of names to them.")
         parts = datasets if isinstance(datasets, Mapping) else dict(enumerate(datasets))
+        for name, part in parts.items():
+            as_texts("name", [str(name)])
+            if not isinstance(part, cls):
+                raise DatasetError(
+                    f"Part {name!r} is a {type(part).__name__}, expected a RetrievalDataset. Build one, e.g. with "
+                    "from_id_rows or load."
+                )
         return cls.from_tables(concatenate_tables({str(name): part.tables for name, part in parts.items()}))
 
     @classmethod
@@ -219,6 +236,7 @@ class RetrievalDataset:
         *,
         split: str | None = None,
         revision: str | None = None,
+        allow_outside: bool = False,
     ) -> "RetrievalDataset":
         """A dataset from a folder, a file or the Hub; the layout is recognised by its columns.
 
@@ -226,13 +244,23 @@ class RetrievalDataset:
             name_or_path: A folder written by ``save``, a parquet file or folder, or the name of a Hub dataset. A folder
                 or a Hub dataset with ``corpus``, ``queries`` and ``qrels`` is read as ``from_beir`` reads these.
             config: The configuration of a Hub dataset, e.g. ``"en"``.
-            split: The split; needed where there are several.
+            split: The split; needed where there are several. In a folder of three tables, files named ``train``,
+                ``dev``, ``validation`` or ``test`` are splits, e.g. ``qrels/test.parquet``; a table without any is
+                shared by all.
             revision: The commit or tag of a Hub dataset, to pin what is read.
+            allow_outside: Whether the paths of images may lead out of the folder of the table. A table from somebody
+                else could name any file of this machine, so that is an error otherwise.
 
         Raises:
-            DatasetError: It can't be read, has several splits, or its columns are no known layout.
+            DatasetError: There is nothing, it can't be read, it has several splits, its columns are no known layout, or
+                images lie outside its folder.
+            ConfigError: An argument is of the wrong type.
         """
-        return cls.from_tables(files.load_tables(name_or_path, config, split=split, revision=revision))
+        for name, value in {"config": config, "split": split, "revision": revision}.items():
+            if value is not None and not isinstance(value, str):
+                raise ConfigError(f"{name}={value!r:.80}: expected a text, or None.")
+        tables = files.load_tables(name_or_path, config, split=split, revision=revision, allow_outside=allow_outside)
+        return cls.from_tables(tables)
 
     @property
     def corpus(self) -> Dataset:
@@ -261,8 +289,32 @@ class RetrievalDataset:
 
     @cached_property
     def relevance(self) -> Relevance:
-        """The judgements by position, with equal texts and byte-identical pages as one; computed once."""
+        """The judgements by position, with equal texts and byte-identical pages as one; computed once.
+
+        Where the corpus has no images, documents with equal texts are one.
+        """
         return Relevance(self.tables)
+
+    @cached_property
+    def _relevance_by_kind(self) -> dict[DocumentKind, Relevance]:
+        return {self.relevance.documents: self.relevance}
+
+    def relevance_of(self, documents: DocumentKind) -> Relevance:
+        """The judgements by position, for documents made of this; computed once for each.
+
+        With ``"text"``, two texts of one page image are two documents; with ``"text+image"``, documents are the same
+        where both parts are.
+
+        Args:
+            documents: ``"image"``, ``"text"`` or ``"text+image"``.
+
+        Raises:
+            ConfigError: ``documents`` is unknown, or the corpus lacks a column of it.
+        """
+        document_columns(self.corpus, documents)
+        if documents not in self._relevance_by_kind:
+            self._relevance_by_kind[documents] = Relevance(self.tables, documents)
+        return self._relevance_by_kind[documents]
 
     def training_rows(
         self,
@@ -282,14 +334,17 @@ class RetrievalDataset:
         =======  =========  ============  ===  ================
 
         Under ``rows.with_format(None)`` the same rows hold ids: ``query_id``, ``document_id``,
-        ``negative_document_ids``, and ``relevant_document_ids``, which is everything relevant to that query text.
-        ``shuffle``, ``select``, ``filter`` and ``train_test_split`` keep both. With ``documents="text"`` the columns
-        keep their names and hold texts.
+        ``negative_document_ids``, and a number, ``relevance_group``, that rows of one query text share; the view of
+        the rows knows what is relevant to each group. ``shuffle``, ``select``, ``filter`` and ``train_test_split`` keep
+        both. With ``documents="text"`` the columns keep their names and hold texts.
 
         Args:
-            num_negatives: Negatives a row. Ignored for a dataset without negatives, whose rows have none.
-            max_pixels: Upper bound of width times height of a page; ``None`` keeps every pixel.
-            documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
+            num_negatives: Negatives a row. A dataset without negatives gives rows without, and a warning where more
+                than one was asked for; ``mine_hard_negatives`` finds some.
+            max_pixels: Upper bound of width times height of a page; ``None`` keeps every pixel, except that a JPEG of
+                32 megapixels and more is decoded at half its size.
+            documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``; it decides which
+                documents are the same, too.
             on_short: What to do with a query that has too few negatives: ``"random"`` fills with documents that are not
                 relevant to it, ``"drop"`` leaves its rows out, ``"error"`` raises.
             seed: Of the filling.
@@ -302,9 +357,16 @@ class RetrievalDataset:
         num_negatives = require_whole("num_negatives", num_negatives, at_least=0)
         if max_pixels is not None:
             max_pixels = require_whole("max_pixels", max_pixels)
-        document_columns(self.corpus, documents)
+        seed = require_seed("seed", seed)
+        relevance = self.relevance_of(documents)
+        if num_negatives > 1 and self.negatives is None:
+            warnings.warn(
+                f"num_negatives={num_negatives} is not used: the dataset lists no negatives, so that rows have none. "
+                "Find some with mine_hard_negatives(), or leave num_negatives out.",
+                stacklevel=2,
+            )
         wanted = num_negatives if self.negatives is not None else 0
-        judgements = Judgements.of(self.relevance, "text_to_image")
+        judgements = Judgements.of(relevance, "text_to_image")
         return training_rows(judgements, wanted, documents, seed, on_short=on_short, max_pixels=max_pixels)
 
     def labeled_pairs(
@@ -332,8 +394,8 @@ class RetrievalDataset:
             DatasetError: There are too few documents, or texts, to fill a row.
         """
         num_negatives = require_whole("num_negatives", num_negatives, at_least=0)
-        document_columns(self.corpus, documents)
-        judgements = Judgements.of(self.relevance, direction, each_copy=True)
+        seed = require_seed("seed", seed)
+        judgements = Judgements.of(self.relevance_of(documents), direction, each_copy=True)
         return labeled_pairs(judgements, num_negatives, documents, seed)
 
     def labeled_lists(
@@ -360,8 +422,8 @@ class RetrievalDataset:
             DatasetError: There are too few documents, or texts, to fill a list.
         """
         num_negatives = require_whole("num_negatives", num_negatives, at_least=0)
-        document_columns(self.corpus, documents)
-        judgements = Judgements.of(self.relevance, direction, each_copy=True)
+        seed = require_seed("seed", seed)
+        judgements = Judgements.of(self.relevance_of(documents), direction, each_copy=True)
         return labeled_lists(judgements, num_negatives, documents, seed)
 
     def audit(self) -> AuditReport:
@@ -376,23 +438,36 @@ class RetrievalDataset:
 
         Raises:
             DatasetError: An id is of no query.
-            ConfigError: ``n_or_ids`` is a number below 1, or no id was given.
+            ConfigError: ``n_or_ids`` is neither a list of ids nor a number of 1 or more, or the list is empty.
         """
-        if isinstance(n_or_ids, (int, np.integer)):
+        if is_whole(n_or_ids) or isinstance(n_or_ids, bool):
             rows = np.arange(min(require_whole("n_or_ids", n_or_ids), len(self)))
+        elif isinstance(n_or_ids, (str, bytes)) or not isinstance(n_or_ids, Iterable):
+            raise ConfigError(f"n_or_ids={n_or_ids!r:.80}: expected a number of queries, or a list of their ids.")
         else:
             rows = self.relevance.find_queries(n_or_ids)
         return self.from_tables(self.relevance.subset(rows, np.arange(len(self.corpus))))
 
-    def deduplicate(self) -> "RetrievalDataset":
+    def deduplicate(self, *, documents: DocumentKind | None = None) -> "RetrievalDataset":
         """The dataset with one document for each page: the first of its byte-identical copies.
 
         Judgements and negatives follow. Of several scores for one page, the highest is kept.
+
+        Args:
+            documents: What a document is made of, and so which are the same: ``"text"`` keeps all texts of one page
+                image, ``"text+image"`` asks for both parts to be equal. ``None`` is ``"image"`` where the corpus has
+                images, else ``"text"``.
+
+        Raises:
+            ConfigError: ``documents`` is unknown, or the corpus lacks a column of it.
         """
-        return self.from_tables(merge_copies(self.relevance))
+        return self.from_tables(merge_copies(self.relevance if documents is None else self.relevance_of(documents)))
 
     def check_pages(self, *, show_progress_bar: bool = True) -> None:
         """Make sure that every page can be decoded, from its header and its end rather than in full.
+
+        What is damaged in the middle of a JPEG is not found, neither here nor when it is read: its decoder goes on
+        with grey or shifted blocks and reports nothing.
 
         Raises:
             ImageDecodeError: A page is missing, damaged, or no image; the message names the document.
@@ -417,9 +492,13 @@ class RetrievalDataset:
 
         Raises:
             DatasetError: The pages that queries share allow no split, or the corpus lacks the column.
-            ConfigError: ``eval_queries`` is no positive whole number.
+            ConfigError: ``eval_queries`` is no positive whole number, or ``seed`` none from 0 to 2**32 - 1.
+
+        Warns:
+            UserWarning: Fewer queries are left to train on than to evaluate.
         """
         eval_queries = require_whole("eval_queries", eval_queries)
+        seed = require_seed("seed", seed)
         train, evaluation = split_tables(self.relevance, eval_queries, seed=seed, group_column=group_column)
         return self.from_tables(train), self.from_tables(evaluation)
 
@@ -427,7 +506,8 @@ class RetrievalDataset:
         """Write the dataset to a new folder, which ``load`` reads; images are stored as they are encoded.
 
         Raises:
-            DatasetError: The folder is not empty.
+            DatasetError: The folder is not empty, or the file of a page is missing.
+            ConfigError: ``folder`` is no path.
         """
         files.save_tables(self.tables, folder)
 

@@ -2,11 +2,16 @@
 
 import json
 import os
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import datasets
 from datasets import Dataset, DatasetDict, get_dataset_config_names, load_dataset, load_from_disk
 
+from mmtune.arguments import require_path
+from mmtune.data.images import EncodedImages
 from mmtune.data.layouts import build_from_beir, build_from_known_layout
 from mmtune.data.tables import BuildNotes, Tables
 from mmtune.errors import ConfigError, DatasetError
@@ -15,6 +20,12 @@ _MANIFEST = "mmtune_dataset.json"
 _FORMAT_VERSION = 1
 _BEIR = ("corpus", "queries", "qrels")
 
+_HUB_NAME = re.compile(r"[\w.-]+(?:/[\w.-]+)?", re.ASCII)
+_READERS = {".csv": "from_csv(path)", ".tsv": 'from_csv(path, sep="\\t")', ".json": "from_json(path)"}
+_READERS |= {".jsonl": "from_json(path)", ".txt": "from_text(path)"}
+_FILES = {".parquet", ".pdf", ".arrow", ".zip", *_READERS}
+_SPLIT = re.compile(r"(train|dev|valid|val|validation|test|eval|evaluation)(?:[-_.]\d+)*(?:-of-\d+)?")
+
 
 def save_tables(tables: Tables, folder: str | os.PathLike[str]) -> None:
     """The tables as Arrow files below ``folder``, images encoded as they are.
@@ -22,7 +33,9 @@ def save_tables(tables: Tables, folder: str | os.PathLike[str]) -> None:
     Raises:
         DatasetError: ``folder`` holds something already.
     """
+    require_path("folder", folder)
     path = Path(folder)
+    _require_found(tables.corpus)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise DatasetError(f"{str(path)!r} is not empty. Save to a new folder, or remove what is there.")
     named = {"corpus": tables.corpus, "queries": tables.queries, "qrels": tables.qrels, "negatives": tables.negatives}
@@ -41,35 +54,72 @@ def save_tables(tables: Tables, folder: str | os.PathLike[str]) -> None:
 
 
 def load_tables(
-    name_or_path: str | os.PathLike[str], config: str | None, *, split: str | None, revision: str | None
+    name_or_path: str | os.PathLike[str],
+    config: str | None,
+    *,
+    split: str | None,
+    revision: str | None,
+    allow_outside: bool,
 ) -> Tables:
     """The tables of what ``save_tables`` wrote, or of rows in a known layout; see ``RetrievalDataset.load``.
 
     Raises:
         ConfigError: A configuration, split or revision is named of what has none.
-        DatasetError: There is nothing, it can't be read, it has several splits and none was named, or its columns are
-            no known layout.
+        DatasetError: There is nothing, it can't be read, it has several splits and none was named, its columns are
+            no known layout, or it names files elsewhere.
     """
+    require_path("name_or_path", name_or_path, what="a dataset, or its name on the Hub")
     path = Path(name_or_path)
+    is_local = _exists(os.fspath(name_or_path))
+    tables = _read_tables(path, is_local, config, split, revision)
+    if not allow_outside:
+        _require_inside(tables.corpus, path if is_local else None)
+    return tables
+
+
+def _exists(name: str) -> bool:
+    """Whether there is such a file or folder; otherwise the path must look like a name on the Hub.
+
+    Raises:
+        DatasetError: Nothing is there, and it can be no name of the Hub either.
+    """
+    path = Path(name)
+    try:
+        if path.exists():
+            return True
+    except (ValueError, OSError) as error:  # a null byte, a lone surrogate, or a name that is too long
+        raise DatasetError(f"{name!r:.200} can't be the path of a dataset: {error}.") from None
+    if not _HUB_NAME.fullmatch(name) or path.suffix.lower() in _FILES:
+        near = path.parent if path.parent.is_dir() else Path()
+        found = sorted(entry.name for entry in near.iterdir())[:10]
+        raise DatasetError(
+            f"The path {name!r} does not exist. {str(near.resolve())!r} holds {found}. Expected a folder written by "
+            "save(), a parquet file or a folder of them, or the name of a dataset on the Hub."
+        )
+    return False
+
+
+def _read_tables(path: Path, is_local: bool, config: str | None, split: str | None, revision: str | None) -> Tables:
     if (path / _MANIFEST).is_file():
         if config or split or revision:
             raise ConfigError(
-                f"{str(name_or_path)!r} was written by save() and has no configurations, splits or revisions. "
+                f"{str(path)!r} was written by save() and has no configurations, splits or revisions. "
                 "Leave config, split and revision out."
             )
         return _load_saved(path)
     try:
         if path.is_file():
+            _require_parquet(path)
             loaded = _pick_split(load_dataset("parquet", data_files=str(path)), str(path), split)
-        elif path.is_dir():
+        elif is_local:
             loaded = _load_folder(path, config, split)
         else:
-            loaded = _load_from_hub(str(name_or_path), config, split, revision)
+            loaded = _load_from_hub(path.as_posix(), config, split, revision)
     except DatasetError:
         raise
     except Exception as error:  # the Hub client and the readers raise many kinds; the name is what the user can mend
         raise DatasetError(
-            f"{str(name_or_path)!r} could not be loaded: {type(error).__name__}: {error}. Expected a folder written by "
+            f"{str(path)!r} could not be loaded: {type(error).__name__}: {error}. Expected a folder written by "
             "save(), a parquet file or a folder of them, or the name of a dataset on the Hub."
         ) from error
     return build_from_known_layout(loaded) if isinstance(loaded, Dataset) else build_from_beir(**loaded)
@@ -100,18 +150,17 @@ def _load_folder(path: Path, config: str | None, split: str | None) -> Dataset |
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         loaded = load_from_disk(str(path))
         return loaded if isinstance(loaded, Dataset) else _pick_split(loaded, str(path), split)
-    patterns = ("{}.parquet", "{}/*.parquet", "{}-*.parquet")
-    files_by_table = {
-        name: sorted(str(file) for pattern in patterns for file in path.glob(pattern.format(name))) for name in _BEIR
-    }
-    if config is None and all(files_by_table.values()):
+    files = {name: _files_by_split(path, name) for name in _BEIR}
+    if config is None and all(files.values()):
+        chosen = _pick_splits({name: list(by_split) for name, by_split in files.items()}, str(path), split)
         return {
-            name: _pick_split(load_dataset("parquet", data_files=files), f"{path}/{name}", split)
-            for name, files in files_by_table.items()
+            name: load_dataset("parquet", data_files=files[name][own], split="train") for name, own in chosen.items()
         }
     if not any(path.rglob("*.parquet")):
         found = sorted(entry.name for entry in path.iterdir())[:10]
-        raise DatasetError(f"The folder {str(path)!r} holds no parquet file and no saved dataset; it has {found}.")
+        raise DatasetError(
+            f"The folder {str(path)!r} holds no parquet file and no saved dataset; it has {found}.{_advise_on(path)}"
+        )
     return _pick_split(load_dataset(str(path), config), str(path), split)
 
 
@@ -119,10 +168,9 @@ def _load_from_hub(
     name: str, config: str | None, split: str | None, revision: str | None
 ) -> Dataset | dict[str, Dataset]:
     if config is None and set(_BEIR) <= set(get_dataset_config_names(name, revision=revision)):
-        return {
-            table: _pick_split(load_dataset(name, table, revision=revision), f"{name}, {table}", split)
-            for table in _BEIR
-        }
+        tables = {table: load_dataset(name, table, revision=revision) for table in _BEIR}
+        chosen = _pick_splits({table: list(splits) for table, splits in tables.items()}, name, split)
+        return {table: tables[table][own] for table, own in chosen.items()}
     return _pick_split(load_dataset(name, config, revision=revision), name, split)
 
 
@@ -134,3 +182,132 @@ def _pick_split(loaded: DatasetDict, name: str, split: str | None) -> Dataset:
             f"{name!r} has the splits {list(loaded)}, and split={split!r} was asked for. Name one of them."
         )
     return loaded[split]
+
+
+def _files_by_split(path: Path, table: str) -> dict[str, list[str]]:
+    """The files of one table of a BEIR folder by split; under ``""`` where their names tell no split."""
+    found: dict[str, list[str]] = {}
+    for pattern in ("{}.parquet", "{}/*.parquet", "{}-*.parquet"):
+        for file in sorted(path.glob(pattern.format(table))):
+            match = _SPLIT.fullmatch(file.stem.removeprefix(f"{table}-"))
+            found.setdefault(match[1] if match else "", []).append(str(file))
+    return found
+
+
+def _pick_splits(available: Mapping[str, Sequence[str]], name: str, split: str | None) -> dict[str, str]:
+    """For each table of a BEIR set the split to read: the one of the qrels, or the only one that a table has.
+
+    Raises:
+        DatasetError: The qrels have several splits and none was named, or a table lacks the one that was.
+    """
+    judged = available["qrels"]
+    named = sorted({own for splits in available.values() for own in splits} - {""})
+    if (split is None and len(judged) > 1) or (split is not None and split not in (named or ["train"])):
+        raise DatasetError(
+            f"{name!r} has the splits {named}, and split={split!r} was asked for. Name one of them: what is judged in "
+            "another one is no part of it."
+        )
+    wanted = judged[0] if split is None or judged == [""] else split
+    chosen: dict[str, str] = {}
+    for table, splits in available.items():
+        preferred = [own for own in (wanted, split or "") if own in splits] or (
+            list(splits) if len(splits) == 1 else []
+        )
+        if not preferred or (table == "qrels" and preferred[0] != wanted):
+            raise DatasetError(
+                f"The {table} of {name!r} have the splits {list(splits)}, and the split {wanted!r} is read. Name one "
+                "that all tables have, or bring the table into one split."
+            )
+        chosen[table] = preferred[0]
+    return chosen
+
+
+def _require_parquet(path: Path) -> None:
+    """Say how a file of another kind is read.
+
+    Raises:
+        DatasetError: The file is a table of another kind, or a PDF.
+    """
+    reader = _READERS.get(path.suffix.lower())
+    if reader:
+        raise DatasetError(
+            f"{str(path)!r} is no parquet file. Read it with rows = datasets.Dataset.{reader}, and pass the rows, or "
+            "write them with rows.to_parquet(...). Images in them are paths, or encoded bytes."
+        )
+    if path.suffix.lower() == ".pdf":
+        raise DatasetError(f"{str(path)!r} is a PDF. {_PDF_ADVICE}")
+
+
+_PDF_ADVICE = (
+    "Make an image of each page, and rows with the columns 'id', 'query' and 'image', e.g. with "
+    "datasets.Dataset.from_dict; pages without a query have a null there."
+)
+
+
+def _advise_on(path: Path) -> str:
+    """What to do with what a folder holds instead of parquet."""
+    kinds = {file.suffix.lower() for file in path.rglob("*") if file.is_file()}
+    if ".pdf" in kinds:
+        return f" These are PDFs. {_PDF_ADVICE}"
+    reader = next((_READERS[kind] for kind in sorted(kinds) if kind in _READERS), None)
+    if reader:
+        return f" Read the table with datasets.Dataset.{reader}, and pass the rows."
+    if kinds & {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff"}:
+        return (
+            " These are images. Make rows with the columns 'id', 'query' and 'image' (paths will do), e.g. with "
+            "datasets.Dataset.from_dict."
+        )
+    return ""
+
+
+def _outside_images(corpus: Dataset) -> list[tuple[int, str, int]]:
+    """The rows of a corpus whose images lie in files of their own, the paths, and the bytes; -1 of what is no file."""
+    if "image" not in corpus.column_names:
+        return []
+    images = EncodedImages(corpus)
+    paths = ((int(row), images.path(int(row))) for row in images.rows_without_bytes)
+    return [(row, path, max(-1, int(images.lengths[row]))) for row, path in paths if path]
+
+
+def _require_found(corpus: Dataset) -> None:
+    """Make sure that every image in a file of its own can be read, before anything is written.
+
+    Raises:
+        DatasetError: A file is missing, or no file.
+    """
+    lost = [(row, path) for row, path, length in _outside_images(corpus) if length < 0]
+    if lost:
+        row, path = lost[0]
+        raise DatasetError(
+            f"The files of {len(lost)} pages are missing, e.g. {path!r:.200} of document "
+            f"{corpus[row]['document_id']!r}. Pages are stored with the dataset. Restore the file, or leave the "
+            "document out."
+        )
+
+
+def _require_inside(corpus: Dataset, path: Path | None) -> None:
+    """Make sure that a table that was loaded names no image elsewhere: it may come from anybody.
+
+    Args:
+        corpus: The documents.
+        path: Where the table was loaded from; ``None`` is the Hub, whose files lie in the caches of the client.
+
+    Raises:
+        DatasetError: A path leads out of the folder; the message names it.
+    """
+    if path is None:
+        roots = [datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE]
+    else:
+        roots = [path if path.is_dir() else path.parent]
+    allowed = tuple(f"{os.path.realpath(root)}{os.sep}" for root in roots)
+    outside = [
+        (row, file) for row, file, _ in _outside_images(corpus) if not os.path.realpath(file).startswith(allowed)
+    ]
+    if outside:
+        row, file = outside[0]
+        raise DatasetError(
+            f"{len(outside)} images lie outside the folder of the table, e.g. {file!r} of document "
+            f"{corpus[row]['document_id']!r}. A table from elsewhere could read any file of this machine. Move the "
+            "images below the table's folder, or call RetrievalDataset.load(..., allow_outside=True) for a table that "
+            "you trust."
+        )

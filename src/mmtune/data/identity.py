@@ -1,4 +1,4 @@
-"""Which documents are the same page: byte-identical images, or equal texts where there is no image."""
+"""Which documents are the same: equal in everything that they are made of, images byte by byte."""
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
@@ -14,25 +14,50 @@ from mmtune.data.images import EncodedImages
 _SAMPLE_BYTES = 1024
 
 
-def identical_documents(corpus: Dataset) -> np.ndarray:
+def usual_kind(corpus: Dataset) -> DocumentKind:
+    """What a document is made of where nobody says: its image where the corpus has images, else its text."""
+    return "image" if "image" in corpus.column_names else "text"
+
+
+def identical_documents(corpus: Dataset, documents: DocumentKind) -> np.ndarray:
     """For each document the position of the first document with the same content.
 
-    Images are compared by their encoded bytes, without decoding. To read little of a large corpus, bytes are only
-    compared among images of equal length, first by a sample and then in full.
+    Two documents are the same where everything that they are made of is: with ``"text+image"`` both parts. A document
+    without an image, or without a text where texts are asked for, equals no other.
 
     Args:
-        corpus: A table with ``image``, encoded, and/or ``text``.
+        corpus: A table with what ``documents`` asks for.
+        documents: What a document is made of.
 
     Returns:
         int64, shape ``(len(corpus),)``; ``result[i] == i`` for the first of each kind.
+
+    Raises:
+        ConfigError: The corpus lacks what ``documents`` asks for.
+    """
+    equal_parts = {"text": _equal_texts, "image": _equal_images}
+    parts = [equal_parts[name](corpus) for name in document_columns(corpus, documents)]
+    _, at, inverse = np.unique(np.stack(parts), axis=1, return_index=True, return_inverse=True)
+    return at[inverse.reshape(-1)] if len(parts) > 1 else parts[0]
+
+
+def _equal_texts(corpus: Dataset) -> np.ndarray:
+    """For each document the first with the same text."""
+    first = np.arange(len(corpus))
+    codes = column(corpus, "text").dictionary_encode().indices
+    has_text = codes.is_valid().to_numpy(zero_copy_only=False)
+    _, at, inverse = np.unique(codes.drop_null().to_numpy(), return_index=True, return_inverse=True)
+    first[has_text] = np.flatnonzero(has_text)[at][inverse]
+    return first
+
+
+def _equal_images(corpus: Dataset) -> np.ndarray:
+    """For each document the first with the same encoded bytes, without decoding.
+
+    To read little of a large corpus, bytes are only compared among images of equal length, first by a sample and then
+    in full.
     """
     first = np.arange(len(corpus))
-    if "image" not in corpus.column_names:
-        codes = column(corpus, "text").dictionary_encode().indices
-        has_text = codes.is_valid().to_numpy(zero_copy_only=False)
-        _, at, inverse = np.unique(codes.drop_null().to_numpy(), return_index=True, return_inverse=True)
-        first[has_text] = np.flatnonzero(has_text)[at][inverse]
-        return first
     images = EncodedImages(corpus)
     for same_length in _group_repeated(images.lengths.tolist(), range(len(corpus))):
         for alike in _group_repeated((_hash_sample(images.read(row)) for row in same_length), same_length):

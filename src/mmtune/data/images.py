@@ -2,6 +2,8 @@
 
 import io
 import math
+import os
+import stat
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +21,12 @@ from mmtune.errors import ImageDecodeError
 
 MAX_DECODED_PIXELS = 2 * 89_478_485
 """Pages above this are refused as decompression bombs; the same bound at which Pillow raises."""
+
+MAX_FILE_BYTES = 1 << 30
+"""Files above this are not read: more than the pixels that are decoded take."""
+
+ENOUGH_PIXELS = 8_000_000
+"""What a huge JPEG may be scaled down to: an A4 page at 300 dpi, beyond any encoder's input."""
 
 _ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap width and height
 _HEADER_BYTES = 1 << 16
@@ -53,9 +61,9 @@ def decode_page(
     encoded = encoded or {}
     content = encoded.get("bytes")
     if content is None and not encoded.get("path"):
-        raise ImageDecodeError(
-            f"Document {document_id!r} has no image: neither bytes nor a path. Give it one, or leave the document out."
-        )
+        raise _no_image(document_id)
+    if content is None:
+        require_file(str(encoded["path"]), document_id)
     try:
         with Image.open(io.BytesIO(content) if content is not None else str(encoded["path"])) as image:
             _check_size(image, document_id)
@@ -85,6 +93,32 @@ def decode_page(
     if max_pixels is None or page.width * page.height <= max_pixels:
         return page
     return page.resize(size, Image.Resampling.BICUBIC)
+
+
+def _no_image(document_id: str) -> ImageDecodeError:
+    return ImageDecodeError(
+        f"Document {document_id!r} has no image: neither bytes nor a path. Give it one, or leave the document out."
+    )
+
+
+def require_file(path: str, document_id: str) -> None:
+    """Make sure that a path leads to a file that can be read to its end: no folder, pipe or device.
+
+    Raises:
+        ImageDecodeError: It does not, or the file has more than ``MAX_FILE_BYTES`` bytes.
+    """
+    try:
+        found = Path(path).stat()
+        problem = None if stat.S_ISREG(found.st_mode) else "it is no file, but a folder, a pipe or a device"
+        if found.st_size > MAX_FILE_BYTES:
+            problem = f"its {found.st_size:,} bytes are more than the {MAX_FILE_BYTES:,} that are read"
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    if problem:
+        raise ImageDecodeError(
+            f"Document {document_id!r} can't be decoded as an image (file {path!r}): {problem}. Restore the file, or "
+            "leave the document out."
+        )
 
 
 def _check_size(image: Image.Image, document_id: str) -> None:
@@ -123,24 +157,28 @@ def _fit_within(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:
     return width, min(height, max(1, max_pixels // width))
 
 
-def check_page(content: memoryview | bytes, document_id: str) -> None:
-    """Find out whether a page can be decoded: JPEG and PNG by header and end, others and doubtful ones in full.
+def looks_whole(ends: bytes, document_id: str) -> bool:
+    """Whether a page is a JPEG or PNG with a header and an end. Others and doubtful ones must be decoded to know.
+
+    What is damaged in between stays unseen, and of a JPEG also in decoding: its decoder goes on with grey or shifted
+    blocks, and reports nothing to Pillow (12.0).
+
+    Args:
+        ends: The first and the last bytes of the file.
+        document_id: Named in errors.
 
     Raises:
-        ImageDecodeError: The page is no readable image.
+        ImageDecodeError: The page has too many pixels.
     """
-    header = bytes(content[:_HEADER_BYTES])
     try:
-        with Image.open(io.BytesIO(header)) as image:
+        with Image.open(io.BytesIO(ends[:_HEADER_BYTES])) as image:
             _check_size(image, document_id)
             end = _END_BY_FORMAT.get(image.format or "")
-        looks_whole = end is not None and end in bytes(content[-_TAIL_BYTES:])
     except ImageDecodeError:
         raise
     except Exception:  # the header may be longer than what was read of it: decoding in full decides
-        looks_whole = False
-    if not looks_whole:
-        decode_page({"bytes": bytes(content), "path": None}, document_id)
+        return False
+    return end is not None and end in ends[-_TAIL_BYTES:]
 
 
 class EncodedImages:
@@ -151,6 +189,7 @@ class EncodedImages:
 
     Attributes:
         lengths: Bytes of each image, int64; a different negative number for each image that can't be found.
+        rows_without_bytes: The rows whose image is not in the table: in a file of its own, or nowhere.
     """
 
     def __init__(self, corpus: Dataset) -> None:
@@ -160,9 +199,9 @@ class EncodedImages:
         self._paths = pc.struct_field(stored, "path")
         self._order = np.arange(len(corpus)) if order is None else order
         lengths = pc.fill_null(pc.cast(pc.binary_length(self._bytes), pa.int64()), -1).to_numpy()[self._order].copy()
-        for row in np.flatnonzero(lengths < 0):
-            path = Path(self.path(int(row)) or "")
-            lengths[row] = path.stat().st_size if path.is_file() else -1 - row
+        self.rows_without_bytes = np.flatnonzero(lengths < 0)
+        for row in self.rows_without_bytes:
+            lengths[row] = _file_size(self.path(int(row)), missing=-1 - int(row))
         self.lengths = lengths
 
     def path(self, row: int) -> str | None:
@@ -177,23 +216,60 @@ class EncodedImages:
             ImageDecodeError: Its file can't be read; the message names the document.
         """
         content = self._bytes[int(self._order[row])].as_buffer()
-        if content is not None:
-            return memoryview(content)
+        return memoryview(content) if content is not None else self._read_file(row, None)
+
+    def read_ends(self, row: int) -> bytes:
+        """The first and the last bytes of the image in this row, or all where they are few; see ``looks_whole``.
+
+        Raises:
+            ImageDecodeError: Its file can't be read; the message names the document.
+        """
+        content = self._bytes[int(self._order[row])].as_buffer()
+        return self._read_file(row, _HEADER_BYTES) if content is None else _ends(memoryview(content))
+
+    def _read_file(self, row: int, at_each_end: int | None) -> bytes:
+        path, document_id = self.path(row), self._corpus[row]["document_id"]
+        if not path:
+            raise _no_image(document_id)
+        require_file(path, document_id)
         try:
-            return Path(self.path(row) or "").read_bytes()
+            with Path(path).open("rb") as file:
+                if at_each_end is None or self.lengths[row] <= at_each_end + _TAIL_BYTES:
+                    return file.read()
+                start = file.read(at_each_end)
+                file.seek(-_TAIL_BYTES, os.SEEK_END)
+                return start + file.read()
         except OSError as error:
             raise ImageDecodeError(
-                f"The file of document {self._corpus[row]['document_id']!r} can't be read: {error}. "
+                f"The file of document {document_id!r} can't be read: {error}. "
                 "Restore the file, or leave the document out."
             ) from error
 
 
+def _file_size(path: str | None, *, missing: int) -> int:
+    try:
+        found = Path(path or "").stat()
+    except (OSError, ValueError):
+        return missing
+    return found.st_size if stat.S_ISREG(found.st_mode) else missing
+
+
+def _ends(content: memoryview) -> bytes:
+    if len(content) <= _HEADER_BYTES + _TAIL_BYTES:
+        return bytes(content)
+    return bytes(content[:_HEADER_BYTES]) + bytes(content[-_TAIL_BYTES:])
+
+
 def check_pages(corpus: Dataset, *, show_progress_bar: bool = True) -> None:
-    """Make sure that every page of a corpus can be decoded; see ``check_page``.
+    """Make sure that every page of a corpus can be decoded: JPEG and PNG by header and end, others in full.
+
+    What is damaged in the middle of a JPEG is not found; see ``looks_whole``.
 
     Raises:
         ImageDecodeError: A page is missing, damaged, or no image; the message names the document.
     """
     images, document_ids = EncodedImages(corpus), column(corpus, "document_id")
     for row in tqdm(range(len(corpus)), desc="Checking pages", disable=not show_progress_bar, leave=False):
-        check_page(images.read(row), document_ids[row].as_py())
+        document_id = document_ids[row].as_py()
+        if not looks_whole(images.read_ends(row), document_id):
+            decode_page({"bytes": bytes(images.read(row)), "path": None}, document_id)

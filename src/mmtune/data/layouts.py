@@ -1,6 +1,7 @@
 """A builder per layout: from the rows that users have to the four tables. No builder decodes or copies an image."""
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from mmtune.arguments import listed
 from mmtune.data.arrow import (
     column,
     id_column,
+    is_lists,
+    is_text,
     lists,
     lists_of_rows,
     positions,
@@ -24,11 +27,13 @@ from mmtune.data.arrow import (
 from mmtune.data.tables import (
     BuildNotes,
     Tables,
+    advise_on,
     check_tables,
     id_lists,
     is_blank,
     is_number,
     require_columns,
+    require_finite,
     require_unique,
     text_column,
 )
@@ -73,9 +78,12 @@ def build_from_id_rows(
 ) -> Tables:
     """One row per page, its negatives as ids of other rows; see ``RetrievalDataset.from_id_rows``."""
     rows = _check_rows(rows, (id_name, query_name, image_name))
-    if negatives_name == "negatives" and not any("neg" in name.lower() for name in rows.column_names):
+    alike = _unused_negatives(rows, (id_name, query_name, image_name, negatives_name))
+    if negatives_name == "negatives" and negatives_name not in rows.column_names and not alike:
         negatives_name = None
-    if negatives_name is not None and negatives_name not in rows.column_names:
+    if negatives_name in rows.column_names:
+        _warn_of_unused(alike, f"column {negatives_name!r}")
+    elif negatives_name is not None:
         raise DatasetError(
             f"The table of rows has no column {negatives_name!r} for the negatives; it has {rows.column_names}. "
             "Name the column, or pass negatives_column=None where the rows list no negatives."
@@ -116,7 +124,10 @@ def build_from_columns(
     """One row per query with the images in it; see ``RetrievalDataset.from_columns``."""
     if isinstance(negative_names, str):
         raise ConfigError(f"negative_columns={negative_names!r} is one name. Pass a list, [{negative_names!r}].")
+    if negative_names is not None and not isinstance(negative_names, Sequence):
+        raise ConfigError(f"negative_columns={negative_names!r:.80}: expected a list of names of columns.")
     rows = _check_rows(rows, (query_name, image_name))
+    is_named = negative_names is not None
     if negative_names is None:
         matches = {name: re.fullmatch(r"negative(?:_(\d+))?", name) for name in rows.column_names}
         number_by_name = {name: int(match.group(1) or -1) for name, match in matches.items() if match}
@@ -124,6 +135,17 @@ def build_from_columns(
     image_names = [image_name, *negative_names]
     negative_names = image_names[1:]
     require_columns(rows, negative_names, "The table of rows")
+    alike = _unused_negatives(rows, (query_name, *image_names))
+    if is_named and negative_names:
+        _warn_of_unused(alike, f"columns {listed(negative_names)}")
+    elif alike and not is_named:
+        raise DatasetError(
+            f"Column {alike[0]!r} looks like hard negatives, and would not be used: rows without ids "
+            "(from_columns) take the images in 'negative', 'negative_0', 'negative_1', ...; the table has "
+            f"{rows.column_names}. If it holds ids, call from_id_rows(rows, id_column=..., "
+            f"negatives_column={alike[0]!r}); if images, from_columns(rows, negative_columns={alike!r}); or rename it, "
+            "or remove it."
+        )
     for name in image_names:
         rows = with_encoded_images(rows, name)
     # Of row i the page is document i, and negative k of n rows document n * (k + 1) + i; a null is no document.
@@ -172,6 +194,13 @@ def build_from_beir(corpus: Dataset, queries: Dataset, qrels: Dataset | None) ->
         rows, items = id_lists(queries, _NEGATIVES)
         negatives = table_dataset({"query_id": ids, "document_ids": lists_of_rows(rows, items, len(ids))})
 
+    alike = _unused_negatives(queries, (query_id, _POSITIVES, _NEGATIVES, *_QUERY_TEXT))
+    if alike and _NEGATIVES not in queries.column_names:
+        raise DatasetError(
+            f"Column {alike[0]!r} of the table of queries looks like hard negatives, and would not be used. Rename it "
+            f"to {_NEGATIVES!r}, with lists of document ids, or remove it."
+        )
+    _warn_of_unused(alike, f"column {_NEGATIVES!r}")
     lists_of_ids = [name for name in (_POSITIVES, _NEGATIVES) if name in queries.column_names]
     names = {"query_id": query_id, "text": _find_column(queries, _QUERY_TEXT, "table of queries")}
     queries = _rename_columns(queries.remove_columns(lists_of_ids), names)
@@ -201,9 +230,35 @@ def require_table(rows: object) -> Dataset:
         )
     if isinstance(rows, IterableDataset):
         raise DatasetError("A streamed dataset has no rows to resolve ids against. Load it without streaming=True.")
-    raise DatasetError(
-        f"Expected a datasets.Dataset, got {type(rows).__name__}. Build one, e.g. with Dataset.from_dict."
-    )
+    raise DatasetError(f"Expected a datasets.Dataset, got {type(rows).__name__}. {advise_on(rows)}")
+
+
+_LOOKS_LIKE_NEGATIVES = re.compile(
+    r"(?:.*[^a-z])?(?:hard)?neg(?:ative)?s?(?:[^a-z0-9]*(?:image|page|document|doc|passage|path|id)s?)*[^a-z0-9]*\d*"
+)
+
+
+def _unused_negatives(rows: Dataset, used: Sequence[str | None]) -> list[str]:
+    """Columns that nothing reads, and that look like hard negatives by name and by what they hold."""
+    schema = rows.data.table.schema
+    return [
+        name
+        for name in rows.column_names
+        if name not in used and _LOOKS_LIKE_NEGATIVES.fullmatch(name.lower()) and _holds_items(schema.field(name).type)
+    ]
+
+
+def _holds_items(kind: pa.DataType) -> bool:
+    """Whether a column of this type may hold ids, texts or images, rather than counts and flags."""
+    return is_text(kind) or is_lists(kind) or pa.types.is_struct(kind) or pa.types.is_binary(kind)
+
+
+def _warn_of_unused(names: Sequence[str], instead: str) -> None:
+    if names:
+        warnings.warn(
+            f"Columns {listed(names)} look like hard negatives and are not used: the negatives are those of {instead}.",
+            stacklevel=5,
+        )
 
 
 def _check_rows(rows: Dataset, required: Sequence[str]) -> Dataset:
@@ -223,12 +278,6 @@ def _resolve_negatives(
     rows, items = id_lists(asking, name)
     present = items.is_valid().to_numpy(zero_copy_only=False)
     rows, items = rows[present], items.filter(present)
-    own = np.flatnonzero(pc.equal(items, query_ids.take(rows)).to_numpy(zero_copy_only=False))
-    if len(own):
-        raise DatasetError(
-            f"{len(own)} rows list their own id among their negatives, e.g. {items[int(own[0])].as_py()!r}. A page "
-            "can't be a hard negative of the query it answers: take it out of the list."
-        )
     known = positions(items, ids) >= 0
     unknown = np.flatnonzero(~known)
     examples = [(query_ids[int(rows[at])].as_py(), items[int(at)].as_py()) for at in unknown[:10]]
@@ -309,6 +358,7 @@ def _read_judgements(queries: Dataset, ids: pa.Array, qrels: Dataset | None) -> 
         scores = column(qrels, _find_column(qrels, _SCORE, what))
         if not is_number(scores.type):
             raise DatasetError(f"The scores of the qrels are {scores.type}, expected numbers.")
+        require_finite(scores)
         return {
             "query_id": id_column(qrels, _find_column(qrels, _QUERY_ID[:2], what)),
             "document_id": id_column(qrels, _find_column(qrels, _DOCUMENT_ID[:4], what)),

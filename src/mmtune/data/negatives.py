@@ -84,28 +84,34 @@ def choose_negatives(candidates: Candidates, num_negatives: int, on_short: OnSho
     first.sort()
     usable = IntLists.grouped(rows[first], values[first], len(candidates.row_ids))
 
-    taken = np.minimum(usable.lengths, num_negatives)
-    items = np.full((len(taken), num_negatives), -1, dtype=np.int64)
-    mask = np.arange(num_negatives) < taken[:, None]
-    items[mask] = usable.values[(usable.offsets[:-1, None] + np.arange(num_negatives))[mask]]
-    rows = np.arange(len(taken))
-    short = taken < num_negatives
+    short = usable.lengths < num_negatives
     if short.any() and on_short == "error":
         at = np.flatnonzero(short)
-        examples = ", ".join(f"{candidates.row_ids[int(row)].as_py()!r} ({taken[row]})" for row in at[:3])
+        examples = ", ".join(f"{candidates.row_ids[int(row)].as_py()!r} ({usable.lengths[row]})" for row in at[:3])
         raise DatasetError(
             f"{len(at)} queries have fewer than {num_negatives} usable negatives, e.g. {examples}. Lower "
             'num_negatives, add negatives, or pass on_short="random" to fill at random or on_short="drop" to leave '
             "these queries out."
         )
-    if on_short == "drop":
-        rows, items = rows[~short], items[~short]
-    elif short.any():
+    rows = np.flatnonzero(~short) if on_short == "drop" else np.arange(len(short))
+    available = len(candidates.distinct)
+    if len(rows) and num_negatives > available:
+        kind, what = candidates.what
+        raise DatasetError(
+            f"{kind} {candidates.row_ids[int(rows[0])].as_py()!r} can't get {num_negatives} negatives: there are only "
+            f"{available} different {what}. Lower num_negatives, or add {what}."
+        )
+    usable = usable.take(rows)
+    taken = np.minimum(usable.lengths, num_negatives) if len(rows) else rows
+    items = np.full((len(rows), num_negatives if len(rows) else 0), -1, dtype=np.int64)
+    mask = np.arange(items.shape[1]) < taken[:, None]
+    items[mask] = usable.values[(usable.offsets[:-1, None] + np.arange(items.shape[1]))[mask]]
+    if on_short == "random" and short.any():
         _fill(candidates, items, np.random.default_rng(seed))
     return ChosenNegatives(
         rows=rows,
         items=items,
-        listed=int(taken[rows].sum()),
+        listed=int(taken.sum()),
         filled=int((num_negatives - taken)[short].sum()) if on_short == "random" else 0,
         refused=int(relevant.sum()),
         dropped=int(short.sum()) if on_short == "drop" else 0,
@@ -122,11 +128,20 @@ def _fill(candidates: Candidates, items: np.ndarray, rng: np.random.Generator) -
         holes = rows < 0
         rows[holes] = rng.integers(len(candidates.same), size=int(holes.sum()))
         relevant = candidates.is_relevant(np.broadcast_to(short[:, None], rows.shape), rows)
-        contents = candidates.same[rows]
-        repeats = (contents[:, :, None] == contents[:, None, :]) & ~np.eye(contents.shape[1], dtype=bool)
-        rows[holes & (relevant | repeats.any(axis=2))] = -1
+        rows[holes & (relevant | _stands_twice(candidates.same[rows]))] = -1
         items[short] = rows
     _fill_exactly(candidates, items, rng)
+
+
+def _stands_twice(values: np.ndarray) -> np.ndarray:
+    """Whether each entry of a matrix has an equal one in its row."""
+    order = np.argsort(values, axis=1, kind="stable")
+    ordered = np.take_along_axis(values, order, axis=1)
+    equals_next = ordered[:, 1:] == ordered[:, :-1]
+    no = np.zeros((len(values), 1), dtype=bool)
+    twice = np.empty(values.shape, dtype=bool)
+    np.put_along_axis(twice, order, np.hstack([equals_next, no]) | np.hstack([no, equals_next]), axis=1)
+    return twice
 
 
 def _fill_exactly(candidates: Candidates, items: np.ndarray, rng: np.random.Generator) -> None:

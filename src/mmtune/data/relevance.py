@@ -1,4 +1,4 @@
-"""What is relevant to what, as integers: the one place that knows equal query texts and byte-identical pages."""
+"""What is relevant to what, as integers: the one place that knows equal query texts and equal documents."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -8,8 +8,9 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from mmtune.data.arrow import IntLists, column, flat_lists, positions, table_dataset
-from mmtune.data.identity import identical_documents
+from mmtune.data.arrow import IntLists, as_texts, column, flat_lists, positions, table_dataset
+from mmtune.data.documents import DocumentKind
+from mmtune.data.identity import identical_documents, usual_kind
 from mmtune.data.tables import Tables
 from mmtune.errors import ConfigError, DatasetError
 
@@ -18,13 +19,22 @@ Direction = Literal["text_to_image", "image_to_text"]
 
 
 class Relevance:
-    """The judgements of a dataset by position, with equal texts and byte-identical pages counted as one.
+    """The judgements of a dataset by position, with equal texts and equal documents counted as one.
 
     A *page* here is the position of the first document with its content; a *text* a number per distinct query text.
+
+    Args:
+        tables: The data.
+        documents: What a document is made of, which decides what equals what. ``None`` is the image where the corpus
+            has images, else the text.
+
+    Raises:
+        ConfigError: The corpus lacks what ``documents`` asks for.
     """
 
-    def __init__(self, tables: Tables) -> None:
+    def __init__(self, tables: Tables, documents: DocumentKind | None = None) -> None:
         self.tables = tables
+        self.documents: DocumentKind = documents or usual_kind(tables.corpus)
         self.document_ids: pa.Array = column(tables.corpus, "document_id")
         self.query_ids: pa.Array = column(tables.queries, "query_id")
         self.judged_query = positions(column(tables.qrels, "query_id"), self.query_ids)
@@ -34,7 +44,7 @@ class Relevance:
     @cached_property
     def page(self) -> np.ndarray:
         """The page of each document, int64 of the length of the corpus."""
-        return identical_documents(self.tables.corpus)
+        return identical_documents(self.tables.corpus, self.documents)
 
     @property
     def query_texts(self) -> pa.Array:
@@ -103,7 +113,7 @@ class Relevance:
             DatasetError: An id is of no query.
             ConfigError: There is no id.
         """
-        wanted = pa.array([str(query_id) for query_id in ids], type=pa.string())
+        wanted = as_texts("query id", ids)
         rows = positions(wanted, self.query_ids)
         if not len(rows):
             raise ConfigError("n_or_ids holds no id. Name at least one query.")
@@ -116,7 +126,7 @@ class Relevance:
 
     @property
     def num_copies(self) -> int:
-        """Documents that are a byte-identical copy of another one."""
+        """Documents that equal another one in everything that they are made of."""
         return int((self.page != np.arange(len(self.page))).sum())
 
     def subset(self, queries: np.ndarray, documents: np.ndarray) -> Tables:

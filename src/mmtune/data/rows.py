@@ -12,13 +12,14 @@ from datasets import Dataset
 from mmtune import host
 from mmtune.data.arrow import IntLists, lists, table_dataset
 from mmtune.data.documents import DocumentKind, DocumentReader, KeyedTable
+from mmtune.data.images import ENOUGH_PIXELS
 from mmtune.data.judgements import Judgements
 from mmtune.data.negatives import ChosenNegatives, OnShort, choose_negatives
-from mmtune.data.relevance import Direction
+from mmtune.data.relevance import Direction, Relevance
 from mmtune.data.tables import Tables
 from mmtune.errors import DatasetError
 
-ID_COLUMNS = ("query_id", "document_id", "negative_document_ids", "relevant_document_ids")
+ID_COLUMNS = ("query_id", "document_id", "negative_document_ids", "relevance_group")
 """The columns of training rows under ``rows.with_format(None)``."""
 
 
@@ -27,7 +28,7 @@ class RowSource:
     """What rows of ids were made from, and what reads them; shared by all views of the rows.
 
     Attributes:
-        tables: The data; ``None`` in worker processes, which read rows and nothing else.
+        relevance: The judgements; ``None`` in worker processes, which read rows and nothing else.
         documents: What a document is made of.
         num_negatives: Negatives a row.
         chosen: How many negatives were ``listed``, ``filled`` and ``refused``, and how many rows ``dropped``.
@@ -35,7 +36,7 @@ class RowSource:
         reader: The documents.
     """
 
-    tables: Tables | None
+    relevance: Relevance | None
     documents: DocumentKind
     num_negatives: int
     chosen: Mapping[str, int]
@@ -44,20 +45,21 @@ class RowSource:
 
     @classmethod
     def of(
-        cls, tables: Tables, documents: DocumentKind, chosen: ChosenNegatives, max_pixels: int | None = None
+        cls, relevance: Relevance, documents: DocumentKind, chosen: ChosenNegatives, max_pixels: int | None = None
     ) -> "RowSource":
-        """What reads the texts and documents of some tables."""
+        """What reads the texts and documents of a dataset."""
+        tables = relevance.tables
         return cls(
-            tables,
+            relevance,
             documents,
             chosen.items.shape[1],
             {name: getattr(chosen, name) for name in ("listed", "filled", "refused", "dropped")},
             KeyedTable(tables.queries, "query_id", ["text"]),
-            DocumentReader(tables.corpus, documents, max_pixels=max_pixels),
+            DocumentReader(tables.corpus, documents, max_pixels=max_pixels, enough_pixels=ENOUGH_PIXELS),
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "tables": None}
+        return {**self.__dict__, "relevance": None}
 
     def read(self, query_ids: Sequence[str], document_ids: Sequence[str]) -> tuple[list[str], list[Any]]:
         """The texts and the documents with these ids; a document that occurs twice is decoded once."""
@@ -87,7 +89,7 @@ class View:
     @property
     def tables(self) -> Tables | None:
         """The data; ``None`` in worker processes."""
-        return self.source.tables
+        return None if self.source.relevance is None else self.source.relevance.tables
 
     @property
     def documents(self) -> DocumentKind:
@@ -109,6 +111,26 @@ class View:
         """What tells the rows that it reads from others."""
         parts = (self.source.queries.fingerprint, self.source.reader.fingerprint, self.num_negatives, self.direction)
         return ", ".join(map(str, (type(self).__name__, *parts)))
+
+    def relevant_to(self, groups: np.ndarray) -> tuple[np.ndarray, pa.Array]:
+        """Everything that is relevant to some groups of rows, which are the query texts.
+
+        Args:
+            groups: Numbers of the column ``relevance_group``.
+
+        Returns:
+            The place among ``groups`` of each relevant document, int64, rising; and the ids of the documents.
+
+        Raises:
+            DatasetError: This is the copy of a worker process, which reads rows and nothing else.
+        """
+        relevance = self.source.relevance
+        if relevance is None:
+            raise DatasetError(
+                "A pickled copy of training rows knows no relevance. Plan batches where training_rows() was called."
+            )
+        relevant = relevance.documents_of_text.take(groups)
+        return relevant.rows, relevance.document_ids.take(relevant.values)
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """The batch as the host reads it; ids where only some of the columns are asked for."""
@@ -219,14 +241,13 @@ def training_rows(
     order = order[row_of_query[relevance.judged_query[order]] >= 0]
     queries = relevance.judged_query[order]
     negatives = IntLists.of_rows(chosen.items[row_of_query[queries]])
-    relevant = relevance.documents_of_text.take(relevance.text[queries])
     ids = {
         "query_id": relevance.query_ids.take(queries),
         "document_id": relevance.document_ids.take(relevance.judged_document[order]),
         "negative_document_ids": negatives.ids(relevance.document_ids),
-        "relevant_document_ids": relevant.ids(relevance.document_ids),
+        "relevance_group": pa.array(relevance.text[queries]),
     }
-    view = TrainingView(RowSource.of(relevance.tables, documents, chosen, max_pixels))
+    view = TrainingView(RowSource.of(relevance, documents, chosen, max_pixels))
     return table_dataset(ids).with_transform(view)
 
 
@@ -239,7 +260,7 @@ def labeled_pairs(judgements: Judgements, num_negatives: int, documents: Documen
     labels = np.zeros(items.shape, dtype=np.int64)
     labels[:, 0] = 1
     ids = {"query_id": query_ids, "document_id": document_ids, "label": pa.array(labels.reshape(-1))}
-    view = PairView(RowSource.of(judgements.relevance.tables, documents, chosen), judgements.direction)
+    view = PairView(RowSource.of(judgements.relevance, documents, chosen), judgements.direction)
     return table_dataset(ids).with_transform(view)
 
 
@@ -256,5 +277,5 @@ def labeled_lists(judgements: Judgements, num_negatives: int, documents: Documen
         "document_ids": lists(items.offsets, document_ids),
         "labels": lists(items.offsets, pa.array(IntLists.grouped(row, grade, count).values)),
     }
-    view = ListView(RowSource.of(judgements.relevance.tables, documents, chosen), judgements.direction)
+    view = ListView(RowSource.of(judgements.relevance, documents, chosen), judgements.direction)
     return table_dataset(ids).with_transform(view)

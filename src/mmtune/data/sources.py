@@ -3,33 +3,108 @@
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from mmtune.data import layouts
 from mmtune.data.arrow import positions
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.identity import match_documents
+from mmtune.data.tables import advise_on
 from mmtune.errors import ConfigError, DatasetError
 
 
 def relevant_on_both_sides(train: RetrievalDataset, evaluation: RetrievalDataset) -> list[tuple[str, str]]:
     """Documents that are relevant in training and in evaluation, as pairs (training id, evaluation id).
 
-    Two documents are the same when their content is, or when they have the same id, unless a builder made up the ids
-    of a side from row numbers.
+    Two documents are the same when their content is, or when they have the same id; but ids of digits alone, or made up
+    from row numbers by a builder, mean nothing in another dataset.
     """
-    left, right = (np.unique(side.relevance.judged_document) for side in (train, evaluation))
-    pairs = match_documents(train.corpus, evaluation.corpus, left, right)
+    judged = np.unique(train.relevance.judged_document)
+    return _name(train, evaluation, _same_documents(train, evaluation, judged))
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """What a training set holds of what an evaluation asks for, without being trained on it as relevant.
+
+    Attributes:
+        listed_negatives: Answers of the evaluation that training lists as negatives, as pairs (training id,
+            evaluation id): it would learn to rank them low.
+        fill_candidates: Answers of the evaluation that stand in the training corpus and are neither relevant nor listed
+            there, as pairs: short lists of negatives are filled with such at random, and mining finds them.
+        query_texts: Queries of one text on both sides, as pairs (training id, evaluation id).
+    """
+
+    listed_negatives: tuple[tuple[str, str], ...] = ()
+    fill_candidates: tuple[tuple[str, str], ...] = ()
+    query_texts: tuple[tuple[str, str], ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.listed_negatives or self.fill_candidates or self.query_texts)
+
+    def __str__(self) -> str:
+        kinds = {
+            "answers of the evaluation are listed as training negatives": self.listed_negatives,
+            "answers of the evaluation may be drawn as training negatives": self.fill_candidates,
+            "query texts stand on both sides": self.query_texts,
+        }
+        found = (f"{len(pairs)} {what}, e.g. {_show(pairs[0])}" for what, pairs in kinds.items() if pairs)
+        return "; ".join(found) or "nothing is shared"
+
+
+def leaks_between(train: RetrievalDataset, evaluation: RetrievalDataset) -> Leaks:
+    """Answers of the evaluation among the training negatives, listed or to be drawn, and query texts on both sides.
+
+    ``RetrievalDataset.split`` leaves none. Documents are the same by content or id, as in ``relevant_on_both_sides``,
+    and texts where they are equal; what is relevant on both sides is that function's to find. Of several queries with
+    one text the first is named.
+    """
+    everything = np.arange(len(train.corpus))
+    same = _same_documents(train, evaluation, everything)
+    listed = np.zeros(len(everything), dtype=bool)
+    listed[train.relevance.listed_negatives.values] = True
+    judged = np.zeros(len(everything), dtype=bool)
+    judged[train.relevance.judged_document] = True
+    sides = train.relevance, evaluation.relevance
+    first, second = (np.unique(side.text, return_index=True)[1] for side in sides)
+    at = positions(sides[1].query_texts.take(second), sides[0].query_texts.take(first))
+    asked_twice = sorted(zip(first[at[at >= 0]].tolist(), second[at >= 0].tolist(), strict=True))
+    return Leaks(
+        tuple(_name(train, evaluation, {pair for pair in same if listed[pair[0]]})),
+        tuple(_name(train, evaluation, {pair for pair in same if not listed[pair[0]] and not judged[pair[0]]})),
+        tuple((sides[0].query_ids[one].as_py(), sides[1].query_ids[other].as_py()) for one, other in asked_twice),
+    )
+
+
+def _same_documents(
+    train: RetrievalDataset, evaluation: RetrievalDataset, of_train: np.ndarray
+) -> set[tuple[int, int]]:
+    """Pairs of positions: some documents of training, and those relevant in evaluation that are the same."""
+    answers = np.unique(evaluation.relevance.judged_document)
+    pairs = match_documents(train.corpus, evaluation.corpus, of_train, answers)
     if not (train.notes.ids_are_row_numbers or evaluation.notes.ids_are_row_numbers):
-        same_id = positions(evaluation.relevance.document_ids.take(right), train.relevance.document_ids)
-        shared = np.isin(same_id, left)
-        pairs += zip(same_id[shared].tolist(), right[shared].tolist(), strict=True)
-    found = {(int(at), int(row)) for at, row in pairs}
+        ids = evaluation.relevance.document_ids.take(answers)
+        is_name = pc.invert(pc.match_substring_regex(ids, r"^[0-9]+$")).to_numpy(zero_copy_only=False)
+        same_id = positions(ids, train.relevance.document_ids)
+        shared = np.isin(same_id, of_train) & is_name
+        pairs += zip(same_id[shared].tolist(), answers[shared].tolist(), strict=True)
+    return {(int(at), int(row)) for at, row in pairs}
+
+
+def _name(train: RetrievalDataset, evaluation: RetrievalDataset, pairs: set[tuple[int, int]]) -> list[tuple[str, str]]:
+    """The ids of pairs of positions, sorted."""
     ids = train.relevance.document_ids, evaluation.relevance.document_ids
-    return sorted((ids[0][at].as_py(), ids[1][row].as_py()) for at, row in found)
+    return sorted((ids[0][at].as_py(), ids[1][row].as_py()) for at, row in pairs)
+
+
+def _show(pair: tuple[str, str]) -> str:
+    one, other = pair
+    return repr(one) if one == other else f"{one!r} (there {other!r})"
 
 
 DatasetLike: TypeAlias = RetrievalDataset | Dataset | str | os.PathLike[str]
@@ -47,6 +122,8 @@ def as_retrieval_dataset(dataset: DatasetLike) -> RetrievalDataset:
     if isinstance(dataset, (str, os.PathLike)):
         return RetrievalDataset.load(dataset)
     if not isinstance(dataset, (Dataset, DatasetDict, IterableDataset)):
+        if type(dataset).__module__.partition(".")[0] in ("pandas", "polars"):
+            raise DatasetError(f"Expected a dataset, got a {type(dataset).__name__}. {advise_on(dataset)}")
         raise DatasetError(
             f"{dataset!r:.80} is no dataset. Expected a RetrievalDataset, a datasets.Dataset in a known layout, the "
             "path or Hub name of one, or a mapping of names to these."

@@ -1,5 +1,6 @@
 """A split by relevance: what answers a query on one side answers none on the other."""
 
+import warnings
 from collections import Counter
 
 import numpy as np
@@ -25,6 +26,8 @@ def split_tables(
             raise DatasetError(f"Column {group_column!r} holds {groups.type}, expected one value a document.")
     chosen = draw_evaluation_queries(relevance, eval_queries, seed=seed, groups=groups)
     rest = np.setdiff1d(np.arange(len(relevance.query_ids)), chosen)
+    if len(rest) < len(chosen):
+        _warn_of_few(relevance, groups, len(rest), len(chosen))
     answers = relevance.judged_document[np.isin(relevance.judged_query, chosen)]
     needed = np.union1d(answers, relevance.listed_negatives.take(chosen).values)
     others = np.flatnonzero(~np.isin(relevance.page, relevance.page[answers]))
@@ -59,10 +62,24 @@ def draw_evaluation_queries(
         raise DatasetError(
             f"No split of {len(set_of_query)} queries leaves 1 to {eval_queries} of them for evaluation and the others "
             f"for training: they are tied into {len(sizes)} sets of {sizes.min()} to {sizes.max()} queries. The "
-            f"largest holds {examples} and is tied by {_find_ties(relevance, largest, groups)}. Raise eval_queries, "
-            "add data, or name a finer group_column."
+            f"largest holds {examples} and is tied by {_find_ties(relevance, largest, groups)}. "
+            + (f"Pass eval_queries={sizes.min()} or more, or add" if len(sizes) > 1 else "Add")
+            + " data"
+            + (", or name a finer group_column." if groups is not None else ".")
         )
     return np.flatnonzero(np.isin(set_of_query, chosen))
+
+
+def _warn_of_few(relevance: Relevance, groups: pa.Array | None, left: int, taken: int) -> None:
+    """Warn that most queries went to evaluation, and say how many would leave the most to training."""
+    sizes = np.bincount(_find_tied_sets(relevance, groups))
+    enough = max((left + taken) // 5, int(sizes.min()))
+    remedy = f"eval_queries={enough} would do" if 2 * enough <= left + taken else "add data"
+    warnings.warn(
+        f"{left} queries are left to train on, and {taken} are for evaluation. Training needs the larger part: "
+        f"{remedy}.",
+        stacklevel=4,
+    )
 
 
 def _find_tied_sets(relevance: Relevance, groups: pa.Array | None) -> np.ndarray:

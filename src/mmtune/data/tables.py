@@ -24,6 +24,8 @@ from mmtune.data.arrow import (
 )
 from mmtune.errors import DatasetError, MissingDocumentError
 
+_LARGEST_SCORE = 2.0**31
+
 
 @dataclass(frozen=True)
 class BuildNotes:
@@ -82,8 +84,7 @@ def check_tables(
     for what, table in {"corpus": corpus, "queries": queries, "qrels": qrels, "negatives": negatives}.items():
         if not isinstance(table, Dataset) and not (what == "negatives" and table is None):
             raise DatasetError(
-                f"Expected a datasets.Dataset, got {type(table).__name__}, for {what}. "
-                "Build one, e.g. with Dataset.from_dict."
+                f"Expected a datasets.Dataset, got {type(table).__name__}, for {what}. {advise_on(table)}"
             )
     corpus = _check_corpus(corpus)
     queries = _check_queries(queries)
@@ -101,6 +102,31 @@ def check_tables(
             "At least one query needs a relevant document. Check the query column for null or blank texts."
         )
     return tables
+
+
+def advise_on(value: object) -> str:
+    """How a table is made of a value that is none; for messages."""
+    package = type(value).__module__.partition(".")[0]
+    if package in ("pandas", "polars"):
+        return f"Pass datasets.Dataset.from_{package}(frame)."
+    maker = "from_list(rows)" if isinstance(value, (list, tuple)) else "from_dict(columns)"
+    return f"Build one, e.g. with datasets.Dataset.{maker}."
+
+
+def require_finite(scores: pa.Array) -> None:
+    """Make sure that scores are numbers that a judgement can have.
+
+    Raises:
+        DatasetError: One is infinite, not a number, or beyond any grade.
+    """
+    values = pc.fill_null(scores, 0).to_numpy(zero_copy_only=False)
+    wrong = np.flatnonzero(~(np.abs(values.astype(np.float64)) < _LARGEST_SCORE))
+    if len(wrong):
+        row = int(wrong[0])
+        raise DatasetError(
+            f"{len(wrong)} scores of the qrels are no grades, e.g. {values[row]} in row {row}. Expected whole numbers "
+            "such as 1, 2, 3; leave out what was not judged."
+        )
 
 
 def require_columns(dataset: Dataset, names: Sequence[str], what: str) -> None:
@@ -224,7 +250,7 @@ def _check_qrels(qrels: Dataset, corpus: Dataset, queries: Dataset) -> Dataset:
     if not is_number(scores.type):
         raise DatasetError(f"The scores of the qrels are {scores.type}, expected integers of 1 and above.")
     values = pc.fill_null(scores, 0).to_numpy(zero_copy_only=False)
-    wrong = np.flatnonzero((values < 1) | (values != np.floor(values)))
+    wrong = np.flatnonzero(~((values >= 1) & (values == np.floor(values)) & (values < _LARGEST_SCORE)))
     if len(wrong):
         row = int(wrong[0])
         raise DatasetError(

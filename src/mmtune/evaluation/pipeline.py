@@ -203,7 +203,7 @@ def evaluate_pipeline(
     (k,) = require_wholes("ndcg_at_k", [ndcg_at_k])
     size = require_whole("batch_size", batch_size)
     data = as_retrieval_dataset(dataset)
-    judgements = Judgements.of(data.relevance, "text_to_image")
+    judgements = Judgements.of(data.relevance_of(documents), "text_to_image")
     num_documents = len(judgements.distinct_items)
     chosen = _choose_depths(depths, num_documents)
     reader = DatasetReader(data.corpus, data.queries, documents)

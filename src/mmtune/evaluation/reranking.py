@@ -180,7 +180,7 @@ def build_reranking_evaluator(
 
     def build(data: RetrievalDataset, own_name: str) -> RerankingEvaluator:
         reader = DatasetReader(data.corpus, data.queries, documents)
-        judgements = Judgements.of(data.relevance, direction)
+        judgements = Judgements.of(data.relevance_of(documents), direction)
         judgements.require_candidates(count, all_relevant=always_rerank_positives)
         if retriever is None:
             lists = judgements.lists(count, seed=seed)

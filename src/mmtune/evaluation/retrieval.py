@@ -180,8 +180,8 @@ def build_evaluator(
 
     def build(data: RetrievalDataset, own_name: str) -> SingleEvaluator:
         # A copy of a relevant page under another id would take its rank, and cost up to half the nDCG.
-        if documents == "image" and data.relevance.num_copies:
-            data = data.deduplicate()
+        if data.relevance_of(documents).num_copies:
+            data = data.deduplicate(documents=documents)
         return evaluator_class(data, documents, name=own_name, **options)
 
     return build_for_each(dataset, name, build)

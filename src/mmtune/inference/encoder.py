@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from mmtune.data.documents import DocumentKind, DocumentReader, as_host_input, document_columns
 from mmtune.data.identity import document_digests, text_digest
+from mmtune.data.images import ENOUGH_PIXELS
 from mmtune.data.relevance import Direction
 from mmtune.errors import ConfigError, DatasetError
 from mmtune.host import let_read_typed_texts
@@ -27,9 +28,6 @@ Retriever: TypeAlias = SentenceTransformer | MultiVectorEncoder
 
 Task: TypeAlias = Literal["query", "document"]
 """What an item is to a model, and so its prompt."""
-
-_ENOUGH_PIXELS = 8_000_000
-"""What a huge JPEG may be scaled down to: an A4 page at 300 dpi, beyond any encoder's input."""
 
 _SHARD_SIZE = 512
 """Items whose embeddings are held, compared and stored together; a store serves any batch size."""
@@ -76,7 +74,7 @@ class DatasetReader:
     @cached_property
     def documents(self) -> DocumentReader:
         """Gives the documents by id."""
-        return DocumentReader(self.corpus, self.kind, enough_pixels=_ENOUGH_PIXELS)
+        return DocumentReader(self.corpus, self.kind, enough_pixels=ENOUGH_PIXELS)
 
     @cached_property
     def _row_by_document_id(self) -> dict[str, int]:

@@ -230,7 +230,7 @@ def mine_hard_negatives(
     reader = DatasetReader(data.corpus, data.queries, documents)
 
     # Each distinct text and each distinct page once, by the first query and the first document that have it.
-    relevance = data.relevance
+    relevance = data.relevance_of(documents)
     queries = np.unique(relevance.text, return_index=True)[1]
     pages = np.flatnonzero(relevance.page == np.arange(len(relevance.page)))
     query_ids = relevance.query_ids.take(pa.array(queries)).to_pylist()

@@ -17,7 +17,6 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import torch.distributed
 from datasets import Dataset
@@ -289,20 +288,27 @@ def read_row_documents(dataset: Dataset) -> RowDocuments:
     Returns:
         One entry a row, in the same order.
     """
-    relevant_rows, relevant_ids = flat_lists(column(dataset, "relevant_document_ids"))
+    group_of_row = column(dataset, "relevance_group")
+    groups = pc.unique(group_of_row)
+    relevant_groups, relevant_ids = view_of(dataset).relevant_to(groups.to_numpy(zero_copy_only=False))
+    vocabulary = pc.unique(relevant_ids).drop_null()
+    relevant = positions(relevant_ids, vocabulary)
+    alike = _find_alike(relevant_groups, relevant, len(vocabulary))
+    positives = positions(column(dataset, "document_id").cast(vocabulary.type), vocabulary)
     negative_rows, negative_ids = flat_lists(column(dataset, "negative_document_ids"))
-    known = pc.unique(relevant_ids).drop_null()
+    brought = np.r_[positives, positions(negative_ids.cast(vocabulary.type), vocabulary)]
+    rows, known = np.r_[np.arange(len(dataset)), negative_rows], brought >= 0
+    documents = IntLists.grouped(rows[known], alike[brought[known]], len(dataset))
+    each_once = alike[relevant] == relevant
+    relevant_to_group = IntLists.grouped(relevant_groups[each_once], relevant[each_once], len(groups))
+    return RowDocuments(documents, relevant_to_group.take(positions(group_of_row, groups)), positives)
 
-    def lists(rows: np.ndarray, documents: np.ndarray) -> IntLists:
-        is_known = documents >= 0
-        return IntLists.grouped(rows[is_known], documents[is_known], len(dataset))
 
-    def documents(ids: pa.Array) -> np.ndarray:
-        return positions(ids.cast(known.type), known)
+def _find_alike(groups: np.ndarray, documents: np.ndarray, count: int) -> np.ndarray:
+    """For each document the first that is relevant to the same groups of rows: to batches they are the same.
 
-    positives = documents(column(dataset, "document_id"))
-    return RowDocuments(
-        lists(np.r_[np.arange(len(dataset)), negative_rows], np.r_[positives, documents(negative_ids)]),
-        lists(relevant_rows, documents(relevant_ids)),
-        positives,
-    )
+    Where many rows share a text, one number stands for everything that is relevant to it.
+    """
+    groups_of_document = IntLists.grouped(documents, groups, count)
+    first: dict[bytes, int] = {}
+    return np.array([first.setdefault(groups_of_document[row].tobytes(), row) for row in range(count)], dtype=np.int64)

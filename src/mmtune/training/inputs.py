@@ -144,6 +144,8 @@ def refuse_overlap(train: TrainingSets, evaluation: Mapping[str, RetrievalDatase
 def _trace_rows(rows: Dataset, documents: DocumentKind, num_negatives: int) -> TrainingSet:
     """Rows of ``training_rows``, with the queries they refer to."""
     require_view(rows)
+    if not len(rows):
+        raise DatasetError("The training rows are empty: what was selected or filtered left none. Pass at least one.")
     view = view_of(rows)
     if view.documents != documents:
         raise ConfigError(

@@ -253,7 +253,7 @@ class RerankerFinetuning(Finetuning):
 
     def _fit_candidates(self, data: RetrievalDataset, direction: Direction) -> int:
         """Candidates in a list: more where more is relevant, and fewer where a small set has no more."""
-        judgements = Judgements.of(data.relevance, direction)
+        judgements = Judgements.of(data.relevance_of(self.documents), direction)
         available = len(judgements.distinct_items)
         if available < 2:
             raise ConfigError(

@@ -97,7 +97,7 @@ def describe_data(train: TrainingSets, evaluation: Mapping[str, RetrievalDataset
             f"{prefix}negatives_listed": view.chosen["listed"],
             f"{prefix}negatives_filled_at_random": view.chosen["filled"],
             f"{prefix}negatives_refused_as_relevant": view.chosen["refused"],
-            f"{prefix}byte_identical_copies": part.data.relevance.num_copies,
+            f"{prefix}byte_identical_copies": part.data.relevance_of(view.documents).num_copies,
         }
         audit |= {f"{prefix}{key}": count for key, count in part.data.audit().counts.items() if count}
     for name, data in evaluation.items():
