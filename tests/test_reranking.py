@@ -499,3 +499,13 @@ def test_a_damaged_page_is_named() -> None:
     evaluator = build_reranking_evaluator(rows, num_candidates=2, show_progress_bar=False)
     with pytest.raises(ImageDecodeError, match="'bad'"):
         evaluator(StubReranker(by_hash))
+
+
+def test_the_order_of_each_list_is_told_and_no_file_is_written_unasked(tmp_path) -> None:
+    evaluator = build(texts_dataset(judged(), 40), num_candidates=6)
+    evaluator.write_csv = False
+    evaluator(StubReranker(by_hash), str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    for each in evaluator.lists:
+        scores = {name: by_hash(each.asking_id, name) for name in each.candidate_ids}
+        assert evaluator.top_ids[each.asking_id] == sorted(scores, key=scores.__getitem__, reverse=True)

@@ -9,7 +9,7 @@ import numpy as np
 from sentence_transformers import CrossEncoder
 from sentence_transformers.base.evaluation import BaseEvaluator
 
-from mmtune.arguments import require_whole
+from mmtune.arguments import require_name, require_whole
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
 from mmtune.data.judgements import CandidateList, Judgements
@@ -41,8 +41,11 @@ class RerankingEvaluator(BaseEvaluator):
         show_progress_bar: Whether to show a bar over the pairs.
 
     Attributes:
-        lists: The candidates.
+        lists: The candidates, each with ``asking_id`` and ``candidate_ids``.
+        batch_size: Pairs a forward pass; what is set here holds from the next call on.
+        write_csv: Whether a call with an output folder adds a line to a CSV file there, as the host's evaluators do.
         per_query: After a call, ``{metric key: {id of what asks: value}}``.
+        top_ids: After a call, ``{id of what asks: [candidate id, ...]}``, best first; ties stand as in ``lists``.
     """
 
     def __init__(
@@ -63,7 +66,9 @@ class RerankingEvaluator(BaseEvaluator):
         self.name = name
         self.batch_size = batch_size
         self.primary_metric = f"{name}_ndcg@{at_k}"
+        self.write_csv = True
         self.per_query: dict[str, dict[str, float]] = {}
+        self.top_ids: dict[str, list[str]] = {}
         self._reader = reader
         self._shows_progress = show_progress_bar
 
@@ -78,7 +83,7 @@ class RerankingEvaluator(BaseEvaluator):
         """
         scorer = PairScorer(model, self._reader, self.batch_size, self._shows_progress, direction=self.direction)
         names = f"{self.name}_ndcg@{self.at_k}", f"{self.name}_mrr@{self.at_k}", f"{self.name}_map"
-        self.per_query = {name: {} for name in names}
+        self.per_query, self.top_ids = {name: {} for name in names}, {}
         for each, scores in zip(self.lists, scorer.score_lists(self.lists), strict=True):
             gains = np.array(each.gains)
             values = (
@@ -88,9 +93,11 @@ class RerankingEvaluator(BaseEvaluator):
             )
             for name, value in zip(names, values, strict=True):
                 self.per_query[name][each.asking_id] = value
+            ranking = np.argsort(-scores, kind="stable").tolist()
+            self.top_ids[each.asking_id] = [each.candidate_ids[at] for at in ranking]
         metrics = {key: float(np.mean(list(part.values()))) for key, part in self.per_query.items()}
         self.store_metrics_in_model_card_data(model, metrics, epoch, steps)
-        if output_path is not None:
+        if output_path is not None and self.write_csv:
             self._write_csv(Path(output_path), metrics, epoch, steps)
         return metrics
 
@@ -170,6 +177,7 @@ def build_reranking_evaluator(
     """
     count = require_whole("num_candidates", num_candidates, at_least=2)
     depth = require_whole("at_k", at_k)
+    require_name("name", name)
     drawing_seed = require_whole("seed", seed, at_least=0)
     size = require_whole("batch_size", batch_size)
     options: dict[str, Any] = {"batch_size": size, "show_progress_bar": show_progress_bar}
