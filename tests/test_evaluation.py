@@ -1,18 +1,24 @@
 """The evaluator gives the host's numbers, for less work, and what the host can't give."""
 
 import io
+import json
 import math
+import re
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset, concatenate_datasets
 from PIL import Image
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
-from mmtune import ConfigError, DatasetError, ImageDecodeError, RetrievalDataset, build_evaluator
+from mmtune import ConfigError, DatasetError, ImageDecodeError, RetrievalDataset, build_evaluator, compose_router
 from mmtune.data.documents import DocumentReader
+from mmtune.evaluation import build_reranking_evaluator
 from mmtune.evaluation.metrics import ndcg
+from mmtune.inference.encoder import count_cut_texts
+from mmtune.inference.mining import mine_hard_negatives
 
 
 @pytest.fixture(scope="module")
@@ -207,3 +213,187 @@ def _png() -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), "white").save(buffer, "PNG")
     return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def late(text_encoder_path: str) -> MultiVectorEncoder:
+    return MultiVectorEncoder(text_encoder_path, device="cpu")
+
+
+def sentences(count: int = 30) -> RetrievalDataset:
+    words = ["revenue", "staff", "energy", "water", "region", "quarter", "growth", "loss", "export", "paper"]
+    texts = [f"{words[at % 10]} {words[at // 10]} {words[at * 7 % 10]} {at}" for at in range(count)]
+    ids = [f"s{at}" for at in range(count)]
+    asked = ids[:6]
+    return RetrievalDataset(
+        Dataset.from_dict({"document_id": ids, "text": texts}),
+        Dataset.from_dict({"query_id": asked, "text": [text[:14] for text in texts[:6]]}),
+        Dataset.from_dict({"query_id": asked, "document_id": asked, "score": [1] * 6}),
+    )
+
+
+def test_the_best_documents_of_each_query_are_told(text_encoder_path: str, late: MultiVectorEncoder) -> None:
+    data = sentences()
+    single = SentenceTransformer(text_encoder_path, device="cpu")
+    for model in (single, late):
+        evaluator = build_evaluator(data, model=model, documents="text", show_progress_bar=False)
+        assert evaluator.top_ids == {}
+        metrics = evaluator(model)
+        scores = model.similarity(
+            model.encode_query([{"text": text} for text in data.queries["text"][:]]),
+            model.encode_document([{"text": text} for text in data.corpus["text"][:]]),
+        )
+        ids = data.corpus["document_id"][:]
+        best = {
+            query: [ids[at] for at in row.argsort(descending=True)] for query, row in zip(ids, scores, strict=False)
+        }
+        assert {query: found[:10] for query, found in evaluator.top_ids.items()} == {
+            query: found[:10] for query, found in best.items()
+        }
+        assert {type(name) for found in evaluator.top_ids.values() for name in found} == {str}
+        hits = np.mean([found[0] == query for query, found in evaluator.top_ids.items()])
+        assert metrics[evaluator.primary_metric.replace("ndcg@10", "accuracy@1")] == pytest.approx(hits)
+        last = evaluator.top_ids
+        evaluator(model)
+        assert evaluator.top_ids == last
+
+
+def test_the_parts_of_a_mean_tell_theirs_and_share_a_batch_size(clip: SentenceTransformer, pages: Dataset) -> None:
+    few = pages.remove_columns("negatives")
+    evaluator = build_evaluator({"a": few.select(range(8)), "b": few}, batch_size=5, show_progress_bar=False)
+    assert evaluator.batch_size == 5
+    evaluator.batch_size = 3
+    assert [part.batch_size for part in evaluator.parts] == [3, 3]
+    evaluator(clip)
+    assert [len(part.top_ids) for part in evaluator.parts] == [len(part.queries) for part in evaluator.parts]
+
+
+@pytest.mark.parametrize("size", [2, 7])
+def test_a_batch_size_set_later_is_used(
+    pages: Dataset, clip: SentenceTransformer, late: MultiVectorEncoder, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    for model, data, kind in ((clip, pages, "image"), (late, sentences(), "text")):
+        seen: list[int] = []
+        encode = model.encode_document
+
+        def watched(inputs, encode=encode, seen=seen, **options):
+            seen.append(options["batch_size"])
+            assert len(inputs) <= options["batch_size"]
+            return encode(inputs, **options)
+
+        monkeypatch.setattr(model, "encode_document", watched)
+        evaluator = build_evaluator(data, model=model, documents=kind, batch_size=16, show_progress_bar=False)
+        evaluator.batch_size = size
+        evaluator(model)
+        assert set(seen) == {size}
+
+
+def test_truncations_share_what_they_evaluate(pages: Dataset, clip: SentenceTransformer) -> None:
+    """Two hundred thousand documents and six sizes were a gigabyte of the same dictionaries."""
+    evaluator = build_evaluator(pages, truncate_dims=[64, 16], show_progress_bar=False)
+    for part in evaluator.truncations:
+        for name in ("corpus", "corpus_ids", "queries", "relevant_docs", "_score_by_document_id", "_reader"):
+            assert getattr(part, name) is getattr(evaluator, name)
+    evaluator(clip)
+    assert [part.primary_metric for part in evaluator.truncations] == [
+        "vdr-64d_cosine_ndcg@10",
+        "vdr-16d_cosine_ndcg@10",
+    ]
+    tops = [part.top_ids for part in (evaluator, *evaluator.truncations)]
+    assert tops[0] != tops[1] != tops[2]
+    assert all(found.keys() == tops[0].keys() for found in tops)
+
+
+def test_predictions_and_csv_files_of_the_host(pages: Dataset, clip: SentenceTransformer, tmp_path) -> None:
+    evaluator = build_evaluator(pages, truncate_dims=[16], show_progress_bar=False)
+    evaluator.write_csv, evaluator.write_predictions = False, True
+    evaluator(clip, str(tmp_path))
+    names = [f"Information-Retrieval_evaluation_vdr{size}_predictions_cosine.jsonl" for size in ("", "-16d")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    for name, part in zip(names, (evaluator, *evaluator.truncations), strict=True):
+        lines = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        found = {line["query_id"]: [hit["corpus_id"] for hit in line["results"]] for line in lines}
+        assert found == part.top_ids
+
+
+def test_a_model_of_dot_products_is_measured_and_searched_with_them(text_encoder_path: str) -> None:
+    """Lengths decide then: evaluator, candidates, mining and pipeline agree, and the keys say so."""
+    model = SentenceTransformer(text_encoder_path, device="cpu", similarity_fn_name="dot")
+    data = sentences()
+    encode = model.encode_document
+    lengths = {text: 1 + at % 5 for at, text in enumerate(data.corpus["text"][:])}
+
+    def longer(inputs, **options):
+        return encode(inputs, **options) * torch.tensor([[lengths[item["text"]]] for item in inputs])
+
+    model.encode_document = longer
+    options = {"documents": "text", "show_progress_bar": False}
+    evaluator = build_evaluator(data, truncate_dims=[16], **options)
+    metrics = evaluator(model)
+    assert {key.split("_")[1] for key in metrics} == {"dot"}
+    assert evaluator.primary_metric == evaluator.metric_name(model) == "vdr_dot_ndcg@10"
+    lists = build_reranking_evaluator(
+        data, retriever=model, always_rerank_positives=False, num_candidates=8, **options
+    ).lists
+    assert {each.asking_id: list(each.candidate_ids) for each in lists} == {
+        query: found[:8] for query, found in evaluator.top_ids.items()
+    }
+    mined = mine_hard_negatives(data, model, num_negatives=3, relative_margin=None, **options)
+    for row in mined.negatives:
+        wrong = [name for name in evaluator.top_ids[row["query_id"]] if name != row["query_id"]]
+        assert row["document_ids"] == wrong[:3]
+    cosine = SentenceTransformer(text_encoder_path, device="cpu", similarity_fn_name="cosine")
+    other = build_evaluator(data, **options)
+    other(cosine)
+    assert other.top_ids != evaluator.top_ids
+
+
+def test_a_page_that_its_text_pushes_out_is_named(qwen3_vl_path: str, pages: Dataset) -> None:
+    """The host says "Mismatch in `image` token count" of a whole batch."""
+    model = SentenceTransformer(qwen3_vl_path, device="cpu")
+    model.max_seq_length = 200
+    few = pages.select(range(6)).remove_columns(
+        ["negatives", "text"] if "text" in pages.column_names else ["negatives"]
+    )
+    data = RetrievalDataset.from_id_rows(few.add_column("negatives", [[]] * 6))
+    texts = ["long " * 200 if at == 4 else "short" for at in range(6)]
+    corpus = data.corpus.add_column("text", texts)
+    data = RetrievalDataset(corpus, data.queries, data.qrels)
+    options = {"documents": "text+image", "show_progress_bar": False}
+    name = re.escape(corpus["document_id"][4])
+    message = f"can't read the document '{name}': Mismatch in `image` token count.* raise the model's max_seq_length"
+    with pytest.raises(DatasetError, match=message):
+        build_evaluator(data, **options)(model)
+    with pytest.raises(DatasetError, match=message):
+        mine_hard_negatives(data, model, num_negatives=1, **options)
+
+
+def test_texts_that_are_cut_off_are_counted_once(
+    text_encoder_path: str, late: MultiVectorEncoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    single, data = SentenceTransformer(text_encoder_path, device="cpu"), sentences()
+    single.max_seq_length = late.max_seq_length = 6
+    options = {"documents": "text", "show_progress_bar": False}
+    for model in (single, late):
+        tokens = [len(model.tokenizer(text)["input_ids"]) for text in data.corpus["text"][:]]
+        expected = sum(length > 6 for length in tokens)
+        assert expected == count_cut_texts(model, "document", data.corpus["text"][:]) > 0
+        evaluator = build_evaluator(data, model=model, **options)
+        caplog.clear()
+        evaluator(model)
+        evaluator(model)
+        said = [record.getMessage() for record in caplog.records if "more tokens" in record.getMessage()]
+        assert [line for line in said if "documents" in line] == [
+            f"{expected} of 30 documents have more tokens than the 6 that the model reads, and are cut off there. "
+            "Raise model.max_seq_length where the model allows it, or split the texts."
+        ]
+    late.max_seq_length = 128
+
+
+def test_texts_are_counted_by_the_route_that_reads_them(clip_path: str, text_encoder_path: str) -> None:
+    model = compose_router(text_encoder_path, clip_path, device="cpu")
+    assert count_cut_texts(model, "query", ["short", "word " * 500]) == 1
+    clip = SentenceTransformer(clip_path, device="cpu")
+    assert count_cut_texts(clip, "query", ["short", "word " * 500]) == 1
+    clip.prompts["query"] = "word " * 70
+    assert count_cut_texts(clip, "query", ["short"]) == 1

@@ -211,6 +211,23 @@ def test_one_direction_has_the_plain_name_and_one_prompt(on_texts, tmp_path: Pat
     assert result.settings["data"]["training_rows"] == 8 * 3
 
 
+def test_one_query_with_many_relevant_documents_does_not_lengthen_every_list(on_texts, tmp_path: Path) -> None:
+    evaluation = table(40, seed=1)
+    ids = evaluation.corpus["document_id"][:]
+    qrels = {"query_id": ["q0"] * 30 + ["q35"], "document_id": [*ids[:30], ids[35]], "score": [1] * 31}
+    asked = evaluation.queries.select([0, 35])
+    evaluation = RetrievalDataset(evaluation.corpus, asked, Dataset.from_dict(qrels))
+    result = on_texts(table(8), evaluation, output_dir=tmp_path, num_negatives=2, max_steps=1)
+    assert result.settings["data"]["evaluation_candidates"] == {"vdr-rerank": 10}
+    many, one = result.trainer.evaluator.lists
+    assert [(sum(gain > 0 for gain in each.gains), len(each.gains)) for each in (many, one)] == [(10, 19), (1, 10)]
+
+    everything = {"query_id": ["q0"] * 40 + ["q35"], "document_id": [*ids, ids[35]], "score": [1] * 41}
+    trivial = RetrievalDataset(evaluation.corpus, asked, Dataset.from_dict(everything))
+    with pytest.raises(ConfigError, match="All 40 different documents are relevant to query 'q0'"):
+        on_texts(table(8), trivial, output_dir=tmp_path / "other", max_steps=1)
+
+
 def test_without_evaluation_data_nothing_is_measured(on_texts, tmp_path: Path) -> None:
     result = on_texts(table(8), output_dir=tmp_path, max_steps=1)
     assert (result.before, result.after, result.primary_metric) == ({}, {}, None)

@@ -29,6 +29,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from mmtune import ConfigError, ImageDecodeError, RetrievalDataset, build_evaluator
 from mmtune.data.documents import as_host_input
+from mmtune.evaluation import late_interaction
 from mmtune.models.fresh import fresh_layers, guess_fresh_layers, is_even
 from mmtune.models.late_interaction import build_late_interaction, is_late_interaction
 
@@ -415,10 +416,17 @@ def test_scores_are_graded(pages: Dataset, colqwen: MultiVectorEncoder) -> None:
     assert metrics["vdr_maxsim_accuracy@1"] == 1.0
 
 
+@pytest.mark.parametrize(("portion_documents", "most_held"), [(1, 6), (9, 20), (1000, 28)])
 def test_only_the_portion_that_is_scored_is_held(
-    pages: Dataset, colqwen: MultiVectorEncoder, monkeypatch: pytest.MonkeyPatch
+    pages: Dataset,
+    colqwen: MultiVectorEncoder,
+    monkeypatch: pytest.MonkeyPatch,
+    portion_documents: int,
+    most_held: int,
 ) -> None:
-    """Not the corpus: the host lets go of a portion when the next one is there."""
+    """Not the corpus: the host lets go of a portion, of one batch at least, when the next one is there."""
+    document_bytes = colqwen.encode_document(pages[0]["image"]).nbytes
+    monkeypatch.setattr(late_interaction, "_PORTION_BYTES", portion_documents * document_bytes)
     made: list[weakref.ref] = []
     held: list[int] = []
     encode_document = colqwen.encode_document
@@ -432,7 +440,7 @@ def test_only_the_portion_that_is_scored_is_held(
     monkeypatch.setattr(colqwen, "encode_document", watched)
     build_evaluator(pages, model=colqwen, batch_size=3, show_progress_bar=False)(colqwen)
     assert len(made) == len(pages)
-    assert max(held) <= 6
+    assert most_held / 2 < max(held) <= most_held
     assert not any(reference() is not None for reference in made)
 
 

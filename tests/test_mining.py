@@ -198,7 +198,9 @@ def test_the_nearest_are_the_same_however_the_corpus_is_cut(data):
     wanted = IntLists(np.r_[0, np.cumsum(list(map(len, relevant)))], places)
     depth, at_once = data.draw(st.integers(1, 20)), data.draw(st.sampled_from([1, 2, 100]))
     shards = items.split(data.draw(st.sampled_from([1, 3, 100])))
-    found = find_nearest(lambda a, b: a @ b.T, queries, shards, depth=depth, relevant=wanted, at_once=at_once)
+    ids = [f"q{at}" for at in range(asking)], [f"d{at}" for at in range(count)]
+    options = {"depth": depth, "ids": ids, "relevant": wanted, "at_once": at_once}
+    found = find_nearest(lambda a, b: a @ b.T, queries, shards, **options)
     scores = (queries @ items.T).double().numpy()
     order = np.argsort(-scores, axis=1, kind="stable")[:, :depth]
     assert found.items.tolist() == order.tolist()

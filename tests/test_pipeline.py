@@ -209,7 +209,7 @@ def test_depths_that_nobody_chose_fit_the_corpus(clip, data, pages: Dataset) -> 
         ({"depths": [5, 1000]}, r"depths holds 1000, and the corpus has \d+ different documents"),
         ({"depths": []}, "depths is empty"),
         ({"depths": [0]}, "depths holds 0"),
-        ({"ndcg_at_k": 0}, "ndcg_at_k holds 0"),
+        ({"ndcg_at_k": 0}, "ndcg_at_k=0: expected a whole number"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"documents": "text"}, "needs a column 'text'"),
     ],
@@ -225,3 +225,26 @@ def test_models_of_the_wrong_kind(clip, data) -> None:
         evaluate_pipeline(StubReranker(), StubReranker(), data)
     with pytest.raises(ConfigError, match=r"Expected a reranker.*got SentenceTransformer"):
         evaluate_pipeline(clip, clip, data)
+
+
+def test_models_are_taken_as_checkpoints(
+    sentences: RetrievalDataset, late: MultiVectorEncoder, text_encoder_path: str, tmp_path
+) -> None:
+    options = {"documents": "text", "depths": [3], "show_progress_bar": False}
+    torch.manual_seed(0)
+    reranker, single = CrossEncoder(text_encoder_path, num_labels=1), SentenceTransformer(text_encoder_path)
+    sentences.save(tmp_path / "data")
+    for name, model in (("reranker", reranker), ("late", late), ("single", single)):
+        model.save(str(tmp_path / name))
+    for name, model in (("late", late), ("single", single)):
+        built = evaluate_pipeline(model, reranker, sentences, **options)
+        named = evaluate_pipeline(tmp_path / name, str(tmp_path / "reranker"), tmp_path / "data", **options)
+        for key, values in built.per_query.items():
+            assert named.per_query[key] == pytest.approx(values, abs=1e-6)
+
+
+def test_a_checkpoint_is_loaded_after_everything_else_was_checked(clip, data) -> None:
+    with pytest.raises(ConfigError, match="depths holds 1000"):
+        evaluate_pipeline("no/such/model", StubReranker(), data, depths=[1000])
+    with pytest.raises(ConfigError, match="Expected a reranker"):
+        evaluate_pipeline("no/such/model", clip, data)

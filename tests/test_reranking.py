@@ -219,10 +219,47 @@ def test_listed_negatives_come_first_and_random_ones_fill() -> None:
     data = texts_dataset({"q0": {"d0": 1}, "q1": {"d1": 1, "d2": 1}}, 20, negatives=listed)
     first, second = build(data).lists
     assert first.candidate_ids[:3] == ("d0", "d5", "d6")
-    assert len(set(first.candidate_ids)) == len(set(second.candidate_ids)) == 10
-    assert (first.gains, second.gains) == ((1, *[0] * 9), (1, 1, *[0] * 8))
+    assert (len(set(first.candidate_ids)), len(set(second.candidate_ids))) == (10, 11)
+    assert (first.gains, second.gains) == ((1, *[0] * 9), (1, 1, *[0] * 9))
     assert build(data).lists == build(data).lists
     assert build(data, seed=1).lists != build(data).lists
+
+
+@pytest.mark.parametrize("retrieved", [False, True])
+def test_many_relevant_documents_lengthen_one_list_and_leave_chance_where_it_is(
+    retrieved: bool, text_encoder_path: str
+) -> None:
+    """As in ViDoRe, where one query has more than a hundred: its list is neither all right, nor that of every query."""
+    four = {f"d{at}": 1 for at in range(200, 204)}
+    judgements = {"many": {f"d{at}": 1 + at % 2 for at in range(113)}, "one": {"d150": 1}, "four": four}
+    data = texts_dataset(judgements, 400)
+    retriever = SentenceTransformer(text_encoder_path, device="cpu") if retrieved else None
+    evaluator = build(data, retriever=retriever)
+    many = evaluator.lists[0]
+    assert [sum(gain == 0 for gain in each.gains) for each in evaluator.lists] == [9, 9, 9]
+    assert [len(set(each.candidate_ids)) for each in evaluator.lists] == [19, 10, 13]
+    # The best of what is relevant, so that an oracle reaches 1.0 at the depth of the metric.
+    assert sorted(many.gains)[9:] == [2] * 10
+    assert [len(each.all_gains) for each in evaluator.lists] == [113, 1, 4]
+    evaluator(StubReranker(lambda query, document: 0.0))
+    chance = evaluator.per_query["vdr-rerank_ndcg@10"]
+    assert all(0.45 < chance[query] < 0.56 for query in judgements), chance
+    grades = {(query, document): grade for query, own in judgements.items() for document, grade in own.items()}
+    assert evaluator(StubReranker(lambda *pair: grades.get(pair, 0)))["vdr-rerank_ndcg@10"] == 1.0
+
+
+def test_which_of_equally_relevant_documents_are_ranked_is_drawn() -> None:
+    data = texts_dataset({"q": {f"d{at}": 1 for at in range(60)}}, 100)
+    lists = [build(data, seed=seed).lists[0] for seed in (0, 0, 1)]
+    chosen = [{name for name, gain in zip(each.candidate_ids, each.gains, strict=True) if gain} for each in lists]
+    assert chosen[0] == chosen[1] != chosen[2]
+    assert chosen[0] != {f"d{at}" for at in range(10)}
+
+
+def test_nothing_is_ranked_where_nothing_can_be_wrong() -> None:
+    data = texts_dataset({"q": {f"d{at}": 1 for at in range(12)}, "other": {"d0": 1}}, 12)
+    with pytest.raises(ConfigError, match="All 12 different documents are relevant to query 'q'"):
+        build(data)
 
 
 def test_what_answers_the_same_text_is_not_wrong() -> None:
@@ -236,7 +273,7 @@ def test_what_answers_the_same_text_is_not_wrong() -> None:
     for each in build(data, num_candidates=4).lists:
         assert dict(zip(each.candidate_ids, each.gains, strict=True)).items() >= {("a", 1), ("b", 2)}
         assert "c" not in each.candidate_ids
-        assert sum(gain == 0 for gain in each.gains) == 2
+        assert sum(gain == 0 for gain in each.gains) == 3
         assert each.all_gains == (1, 2)
     with pytest.raises(ConfigError, match="num_candidates=6 is more than the 5 different documents"):
         build(data, num_candidates=6)
@@ -261,6 +298,10 @@ def test_pages_ask_for_texts_and_their_own_are_right(data) -> None:
     pairs = truth if direction == "text_to_image" else {pair[::-1] for pair in truth}
     num_candidates = len(set(asked))
     if num_candidates < 2:
+        return
+    if any(len({wanted for asks, wanted in pairs if asks == each}) == num_candidates for each in set(asking)):
+        with pytest.raises(ConfigError, match="every order of them is right"):
+            build(dataset, direction=direction, num_candidates=num_candidates)
         return
     lists = build(dataset, direction=direction, num_candidates=num_candidates).lists
     assert len(lists) == (count if direction == "text_to_image" else len({page for _, page in truth}))
@@ -422,7 +463,7 @@ def test_the_host_s_trainer_keeps_the_best_by_it(text_encoder_path: str, tmp_pat
         ({"num_candidates": 1}, "num_candidates=1: expected a whole number of 2 or more"),
         ({"num_candidates": 41}, "num_candidates=41 is more than the 40 different documents"),
         ({"num_candidates": 13, "direction": "image_to_text"}, "more than the 12 different query texts"),
-        ({"num_candidates": 3}, r"Query 'q\d+' has 4 relevant documents, and num_candidates=3 counts them"),
+        ({"seed": -1}, "seed=-1: expected a whole number of 0 or more"),
         ({"at_k": 0}, "at_k=0"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"documents": "image"}, "needs a column 'image'"),
@@ -458,3 +499,13 @@ def test_a_damaged_page_is_named() -> None:
     evaluator = build_reranking_evaluator(rows, num_candidates=2, show_progress_bar=False)
     with pytest.raises(ImageDecodeError, match="'bad'"):
         evaluator(StubReranker(by_hash))
+
+
+def test_the_order_of_each_list_is_told_and_no_file_is_written_unasked(tmp_path) -> None:
+    evaluator = build(texts_dataset(judged(), 40), num_candidates=6)
+    evaluator.write_csv = False
+    evaluator(StubReranker(by_hash), str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    for each in evaluator.lists:
+        scores = {name: by_hash(each.asking_id, name) for name in each.candidate_ids}
+        assert evaluator.top_ids[each.asking_id] == sorted(scores, key=scores.__getitem__, reverse=True)

@@ -7,6 +7,7 @@ import difflib
 import math
 import numbers
 import os
+import re
 from collections.abc import Iterable, Sequence
 
 from mmtune.errors import ConfigError
@@ -106,6 +107,42 @@ def require_seed(name: str, value: object) -> int:
     if not is_whole(value) or not 0 <= value < 2**32:  # type: ignore[operator] - a number, as is_whole has found
         raise ConfigError(f"{name}={value!r:.80}: expected a whole number from 0 to 2**32 - 1.")
     return int(value)  # type: ignore[call-overload]
+
+
+_NOT_IN_NAMES = re.compile(r'[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff/\\|<>:"*?]')
+_LONGEST_NAME = 64
+
+
+def require_name(what: str, value: object) -> str:
+    r"""``value``, after making sure that it can be part of a metric key, of a file's name and of a table.
+
+    Args:
+        what: What has the name, for the message.
+        value: What was given.
+
+    Raises:
+        ConfigError: It is no text, empty, longer than 64 bytes, begins or ends with a space or a dot, or holds a line
+            break or one of ``/ \ | < > : " * ?``.
+
+    Example:
+        >>> require_name("name", "vdr-fr")
+        'vdr-fr'
+        >>> require_name("name", "a/b")
+        Traceback (most recent call last):
+        mmtune.errors.ConfigError: name='a/b' holds '/'. Names become part of metric keys, file names and tables: ...
+    """
+    wrong = f"{what}={value!r:.80}"
+    if not isinstance(value, str):
+        raise ConfigError(f"{wrong}: expected a text such as 'vdr'.")
+    rule = (
+        f"Names become part of metric keys, file names and tables: give it another, of {_LONGEST_NAME} bytes at most."
+    )
+    found = _NOT_IN_NAMES.search(value)
+    if found is not None:
+        raise ConfigError(f"{wrong} holds {found.group()!r}. {rule}")
+    if not value or value != value.strip(" .") or len(value.encode()) > _LONGEST_NAME:
+        raise ConfigError(f"{wrong} is empty, too long, or begins or ends with a space or a dot. {rule}")
+    return value
 
 
 def nearest_name(name: object, known: Iterable[str], *, cutoff: float = 0.4) -> str | None:

@@ -135,53 +135,79 @@ class Judgements:
         asking, asked = self.asking_ids.take(rows), self.item_ids.take(items)
         return (asking, asked) if self.direction == "text_to_image" else (asked, asking)
 
-    def require_candidates(self, count: int, *, all_relevant: bool = True) -> None:
-        """Make sure that there are ``count`` different items, and that what is relevant is among so many.
-
-        Args:
-            count: The length of a list.
-            all_relevant: Whether a list holds everything relevant.
+    def require_candidates(self, count: int) -> None:
+        """Make sure that there are ``count`` different items.
 
         Raises:
-            ConfigError: There are fewer, or something has more relevant ones.
+            ConfigError: There are fewer.
         """
-        asking, items = self.candidates.what
+        items = self.candidates.what[1]
         available = len(self.distinct_items)
         if count > available:
             raise ConfigError(
                 f"num_candidates={count} is more than the {available} different {items} that there are. Lower it, or "
                 f"add {items}."
             )
-        row = int(self.relevant.lengths.argmax())
-        most = int(self.relevant.lengths[row])
-        if all_relevant and most > count:
+
+    def require_something_wrong(self) -> None:
+        """Make sure that each row has an item that is not relevant to it.
+
+        Raises:
+            ConfigError: Everything is relevant to a row, so that no ranking could be wrong.
+        """
+        asking, items = self.candidates.what
+        row, available = int(self.relevant.lengths.argmax()), len(self.distinct_items)
+        if self.relevant.lengths[row] >= available:
             raise ConfigError(
-                f"{asking} {self.asking_ids[row].as_py()!r} has {most} relevant {items}, and num_candidates={count} "
-                f"counts them. Raise it above {most}, or leave such queries out with select_queries()."
+                f"All {available} different {items} are relevant to {asking.lower()} "
+                f"{self.asking_ids[row].as_py()!r}, so that every order of them is right. Leave it out with "
+                f"select_queries(), or add {items}."
             )
 
-    def lists(self, num_candidates: int, *, seed: int, ranked: np.ndarray | None = None) -> list[CandidateList]:
-        """For each row everything relevant, then the best of what is not.
+    def lists(
+        self, num_candidates: int, *, seed: int, most_relevant: int | None = None, ranked: np.ndarray | None = None
+    ) -> list[CandidateList]:
+        """For each row what is relevant, then ``num_candidates - 1`` of what is not: the best, as far as there are any.
+
+        So a list is longer where more than one item is relevant, and chance stays what it is. Of more than
+        ``most_relevant`` relevant items those with the highest scores are taken, and random ones of equal score; the
+        rest counts as not found.
 
         Args:
-            num_candidates: The length of a list, what is relevant included.
-            seed: Of the filling where ``ranked``, or the listed negatives, are too short.
+            num_candidates: The length of a list with one relevant item.
+            seed: Of what is drawn: relevant items beyond ``most_relevant``, and the filling where ``ranked``, or the
+                listed negatives, are too short.
+            most_relevant: Relevant items of a list at most; ``None`` is ``num_candidates``.
             ranked: Items for each row, best first, int64, shape ``(rows, depth)``. ``None`` takes the negatives that
                 the dataset lists.
 
         Raises:
-            ConfigError: See ``require_candidates``.
+            ConfigError: There are fewer than ``num_candidates`` items, or everything is relevant to a row.
         """
         self.require_candidates(num_candidates)
-        lengths = self.relevant.lengths
+        self.require_something_wrong()
+        num_wrong = np.minimum(len(self.distinct_items) - self.relevant.lengths, num_candidates - 1)
         source = self.candidates if ranked is None else replace(self.candidates, lists=IntLists.of_rows(ranked))
-        items_by_row: dict[int, np.ndarray] = {}
-        # All rows of a chosen set get equally many negatives, so rows with equally many relevant items go together.
-        for length in np.unique(lengths):
-            rows = np.flatnonzero(lengths == length)
-            chosen = choose_negatives(source.take(rows), num_candidates - int(length), "random", seed)
-            items_by_row |= dict(zip(rows.tolist(), chosen.items, strict=True))
-        return [self._make_list(row, np.r_[self.relevant[row], items_by_row[row]]) for row in range(len(lengths))]
+        wrong_by_row: dict[int, np.ndarray] = {}
+        # All rows of a chosen set get equally many negatives.
+        for count in np.unique(num_wrong):
+            rows = np.flatnonzero(num_wrong == count)
+            chosen = choose_negatives(source.take(rows), int(count), "random", seed)
+            wrong_by_row |= dict(zip(rows.tolist(), chosen.items, strict=True))
+        most = num_candidates if most_relevant is None else most_relevant
+        return [
+            self._make_list(row, np.r_[self._best_relevant(row, most, seed), wrong_by_row[row]])
+            for row in range(len(num_wrong))
+        ]
+
+    def _best_relevant(self, row: int, count: int, seed: int) -> np.ndarray:
+        """At most ``count`` of what is relevant to a row."""
+        relevant = self.relevant[row]
+        if len(relevant) <= count:
+            return relevant
+        drawn = np.random.default_rng((seed, row)).permutation(len(relevant))
+        best = drawn[np.argsort(-self.scores[row][drawn], kind="stable")]
+        return relevant[np.sort(best[:count])]
 
     def lists_as_ranked(self, ranked: np.ndarray) -> list[CandidateList]:
         """For each row what a retriever found, and nothing else.

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, IterableDataset
 
+from mmtune.arguments import require_name
 from mmtune.data import layouts
 from mmtune.data.arrow import positions
 from mmtune.data.dataset import RetrievalDataset
@@ -142,13 +143,16 @@ def datasets_by_name(given: DatasetsLike) -> dict[str, DatasetLike]:
 
     Raises:
         DatasetError: The mapping is empty.
-        ConfigError: A name can't be part of a metric key, or is that of the mean or of a truncation.
+        ConfigError: A name can't be part of a metric key, a file's name and a table (see ``require_name``), holds
+            ``_``, or is that of the mean or of a truncation.
     """
     if not isinstance(given, Mapping) or isinstance(given, DatasetDict):
         return {"": given}
     if not given:
         raise DatasetError("The mapping of datasets is empty. Name at least one dataset.")
-    if not all(isinstance(name, str) and _NAME.fullmatch(name) for name in given):
+    for name in given:
+        require_name("the name of a dataset", name)
+    if not all(_NAME.fullmatch(name) for name in given):
         raise ConfigError(
             f"The datasets are named {list(given)}. Names become part of metric "
             "keys: they are texts without '_', other than 'mean' and dimensions such as '64d'."

@@ -1,5 +1,6 @@
 """What every retrieval evaluator shares: documents read as they are encoded, graded nDCG, ties without names."""
 
+import math
 from collections.abc import Generator, Sequence
 from typing import Any, ClassVar
 
@@ -12,7 +13,8 @@ from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
 from mmtune.errors import ConfigError
 from mmtune.evaluation.metrics import ndcg
-from mmtune.inference.encoder import DatasetReader, Retriever, encode, join
+from mmtune.inference.encoder import DatasetReader, Retriever, encode, join, warn_of_cut_texts
+from mmtune.inference.search import not_finite
 from mmtune.inference.store import Embeddings
 
 _TIE_ORDER_SEED = 0
@@ -57,7 +59,10 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
 
     Attributes:
         model_class: The kind of model that it scores.
+        batch_size: Documents or queries a forward pass; what is set here holds from the next call on.
         per_query: After a call, ``{metric key: {query id: value}}`` of nDCG at each depth and dimension.
+        top_ids: After a call, ``{query id: [document id, ...]}`` of the best documents at full size, best first; a
+            hundred, or as many as the deepest metric looks at.
     """
 
     model_class: ClassVar[type[BaseModel]]
@@ -89,8 +94,13 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
             batch_size=batch_size,
             **host_kwargs,
         )
+        # The host names this file only where predictions were asked for at construction.
+        self.predictions_file = self.csv_file.replace("_results.csv", "_predictions.jsonl")
         self.per_query: dict[str, dict[str, float]] = {}
+        self.top_ids: dict[str, list[str]] = {}
         self._shows_progress = show_progress_bar
+        self._has_looked_for_cut_texts = False
+        self._id_by_order = [document_ids[at] for at in np.argsort(order).tolist()]
 
     def metric_name(self, model: Retriever) -> str:
         """The key of the metric that says how good ``model`` is: nDCG at the deepest k, at this evaluator's size."""
@@ -100,8 +110,13 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
         """The model, after making sure that it is of the kind that this evaluator scores.
 
         Raises:
-            ConfigError: It is another of the host's kinds.
+            ConfigError: It is another of the host's kinds, or embeds nothing.
         """
+        if not all(hasattr(model, name) for name in ("encode_query", "encode_document", "similarity")):
+            raise ConfigError(
+                f"Expected a {self.model_class.__name__}, got {type(model).__name__}. Load a checkpoint with "
+                "load_model, and pass what it gives."
+            )
         if isinstance(model, BaseModel) and not isinstance(model, self.model_class):
             raise ConfigError(
                 f"This evaluator scores a {self.model_class.__name__}, and the model is a {type(model).__name__}. "
@@ -110,7 +125,10 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
         return model
 
     def encode_queries(self, model: Retriever) -> Embeddings:
-        """The embeddings of all queries, in the order of ``queries_ids``."""
+        """The embeddings of all queries, in the order of ``queries_ids``; the first call warns of texts too long."""
+        if not self._has_looked_for_cut_texts:
+            warn_of_cut_texts(model, self._reader)
+            self._has_looked_for_cut_texts = True
         ids = self.queries_ids
         return join(encode(model, "query", ids, self._reader, batch_size=self.batch_size, at_once=len(ids)))
 
@@ -123,17 +141,24 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
                 yield portion
 
     def compute_metrics(self, queries_result_list: list[Any]) -> dict[str, Any]:
-        """The host's metrics, with nDCG graded, and ``per_query`` filled.
+        """The host's metrics, with nDCG graded, and ``per_query`` and ``top_ids`` filled.
 
         Args:
             queries_result_list: For each query its hits, ``{"corpus_id": ..., "score": ...}``, in any order.
+
+        Raises:
+            DatasetError: A score is not a finite number; the message names query and document.
         """
         metrics: dict[str, Any] = super().compute_metrics(queries_result_list)
         similarity = next(iter(self.score_functions or ()))
         values_by_k: dict[int, dict[str, float]] = {k: {} for k in self.ndcg_at_k}
         for query_id, hits in zip(self.queries_ids, queries_result_list, strict=True):
             score_by_document_id = self._score_by_document_id[query_id]
+            wrong = next((hit for hit in hits if not math.isfinite(hit["score"])), None)
+            if wrong is not None:
+                raise not_finite(query_id, str(wrong["corpus_id"]), wrong["score"])
             ranked = sorted(hits, key=lambda hit: (-hit["score"], hit["corpus_id"]))
+            self.top_ids[query_id] = [self._id_by_order[hit["corpus_id"].order] for hit in ranked]
             gains = [score_by_document_id.get(hit["corpus_id"], 0) for hit in ranked]
             for k, values in values_by_k.items():
                 values[query_id] = ndcg(gains, list(score_by_document_id.values()), k)

@@ -1,8 +1,10 @@
 """The evaluator for models of late interaction: token embeddings are scored a portion of documents at a time."""
 
-from collections.abc import Generator
+from collections.abc import Iterator
+from itertools import chain, islice
 from typing import Any
 
+import torch
 from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.multi_vector_encoder.evaluation import MultiVectorInformationRetrievalEvaluator
 from torch.nn.utils.rnn import pad_sequence
@@ -11,23 +13,23 @@ from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
 from mmtune.evaluation.corpus import CorpusEvaluator
 from mmtune.inference.encoder import Retriever
-from mmtune.inference.store import Embeddings
+
+_PORTION_BYTES = 64 * 2**20
 
 
 class LateInteractionEvaluator(CorpusEvaluator, MultiVectorInformationRetrievalEvaluator):
     """The host's ``MultiVectorInformationRetrievalEvaluator`` over documents that are read as they are encoded.
 
-    Besides what ``CorpusEvaluator`` says, the token embeddings of a batch of documents are scored and let go before
-    those of the next but one are made: 1,500 pages of 700 tokens would be half a gigabyte. Every query keeps its best
-    hits. The arguments are those of ``CorpusEvaluator``.
+    Besides what ``CorpusEvaluator`` says, token embeddings are scored and let go in portions of 64 MB, or of one batch
+    where that is more: 1,500 pages of 700 tokens would be half a gigabyte. Every query keeps its best hits. The
+    arguments are those of ``CorpusEvaluator``.
     """
 
     model_class = MultiVectorEncoder
 
     def __init__(self, data: RetrievalDataset, documents: DocumentKind, **options: Any) -> None:
         super().__init__(data, documents, **options)
-        self.corpus_chunk_size = self.batch_size
-        self._portions: Generator[Embeddings, None, None] | None = None
+        self._embeddings: Iterator[torch.Tensor] | None = None
 
     def __call__(
         self,
@@ -46,13 +48,19 @@ class LateInteractionEvaluator(CorpusEvaluator, MultiVectorInformationRetrievalE
             ImageDecodeError: A page is no readable image; the message names the document.
         """
         encoder = self.require_kind(model)
-        self.per_query = {}
-        self._portions = self.encode_documents(model)
+        self.per_query, self.top_ids = {}, {}
+        portions = self.encode_documents(encoder)
+        first = next(portions)
+        # The host scores a chunk at a time; many small ones take far longer.
+        document_bytes = sum(item.nbytes for item in first) / len(first)
+        self.corpus_chunk_size = max(self.batch_size, int(_PORTION_BYTES / max(document_bytes, 1)))
+        self._embeddings = chain(iter(first), chain.from_iterable(portions))
+        del first
         try:
             return super().__call__(encoder, output_path, epoch, steps, *args, **kwargs)
         finally:
-            self._portions.close()
-            self._portions = None
+            self._embeddings = None
+            portions.close()
 
     def embed_inputs(
         self, model: Any, sentences: Any, encode_fn_name: str | None = None, *args: Any, **kwargs: Any
@@ -61,6 +69,6 @@ class LateInteractionEvaluator(CorpusEvaluator, MultiVectorInformationRetrievalE
         if encode_fn_name == "query":
             # Padded once, as the host does it: the queries are compared with every portion.
             return pad_sequence(list(self.encode_queries(model)), batch_first=True)
-        if self._portions is not None:
-            return next(self._portions)
+        if self._embeddings is not None:
+            return list(islice(self._embeddings, len(sentences)))
         return super().embed_inputs(model, sentences, encode_fn_name, *args, **kwargs)

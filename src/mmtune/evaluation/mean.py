@@ -29,6 +29,14 @@ class AnyEvaluator(Protocol):
         """The key of the metric that says how good a model is."""
         ...
 
+    @property
+    def batch_size(self) -> int:
+        """Items a forward pass; what is set here holds from the next call on."""
+        ...
+
+    @batch_size.setter
+    def batch_size(self, value: int) -> None: ...
+
 
 class MeanEvaluator(SequentialEvaluator):
     """Several evaluators and the mean of their metrics, under ``<name>-mean_...`` keys.
@@ -38,8 +46,9 @@ class MeanEvaluator(SequentialEvaluator):
         name: Prefix of the keys of the means.
 
     Attributes:
-        parts: The evaluators.
+        parts: The evaluators, each with ``top_ids`` or ``lists`` of its own.
         per_query: After a call, that of each evaluator.
+        batch_size: That of the evaluators; what is set here holds for all of them.
     """
 
     def __init__(self, evaluators: Sequence[Any], name: str) -> None:
@@ -60,6 +69,16 @@ class MeanEvaluator(SequentialEvaluator):
         columns = zip(*(each.values() for each in metrics), strict=True)
         means = {self._of_mean(key): float(np.mean(values)) for key, values in zip(metrics[0], columns, strict=True)}
         return {key: value for each in (*metrics, means) for key, value in each.items()}
+
+    @property
+    def batch_size(self) -> int:
+        """Items a forward pass."""
+        return self.parts[0].batch_size
+
+    @batch_size.setter
+    def batch_size(self, value: int) -> None:
+        for part in self.parts:
+            part.batch_size = value
 
     def metric_name(self, model: Any) -> str:
         """The key of the mean that says how good ``model`` is."""

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from sentence_transformers import CrossEncoder
+from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
 
 from mmtune.arguments import require_whole, require_wholes
 from mmtune.data.documents import DocumentKind
@@ -19,6 +19,10 @@ from mmtune.evaluation.metrics import expected_gains, ndcg
 from mmtune.inference.encoder import DatasetReader, Retriever, require_retriever
 from mmtune.inference.reranker import PairScorer, require_reranker
 from mmtune.inference.search import search
+from mmtune.models.late_interaction import is_late_interaction
+from mmtune.models.loading import load_host_model
+from mmtune.models.opening import LoadOptions
+from mmtune.models.rerankers import build_reranker
 
 _DEPTHS = (5, 10, 20, 50)
 _LOST_SHOWN = 10
@@ -147,8 +151,8 @@ class PipelineReport:
 
 
 def evaluate_pipeline(
-    retriever: Retriever,
-    reranker: CrossEncoder,
+    retriever: Retriever | str | os.PathLike[str],
+    reranker: CrossEncoder | str | os.PathLike[str],
     dataset: DatasetLike,
     *,
     depths: Sequence[int] | None = None,
@@ -164,8 +168,9 @@ def evaluate_pipeline(
     document, and everything relevant to the text of a query is relevant to it.
 
     Args:
-        retriever: A ``SentenceTransformer`` or a ``MultiVectorEncoder``.
-        reranker: A ``CrossEncoder`` with one score a pair.
+        retriever: A ``SentenceTransformer`` or a ``MultiVectorEncoder``, or a checkpoint of one, a folder or a name on
+            the Hub.
+        reranker: A ``CrossEncoder`` with one score a pair, or a checkpoint for ``build_reranker``.
         dataset: A ``RetrievalDataset``, rows in a known layout, or what ``RetrievalDataset.load`` takes.
         depths: How many documents are reranked a query. ``None`` is 5, 10, 20 and 50 as far as the corpus has them,
             and all of a smaller corpus.
@@ -178,9 +183,9 @@ def evaluate_pipeline(
         The report; its ``save`` writes it to a folder.
 
     Raises:
-        ConfigError: A depth is not positive or larger than the corpus, a model is of the wrong kind, or the corpus
-            lacks what ``documents`` asks for.
-        DatasetError: The data can't be read, or its layout is unknown.
+        ConfigError: A depth is not positive or larger than the corpus, a model is of the wrong kind or can't be
+            loaded, or the corpus lacks what ``documents`` asks for.
+        DatasetError: The data can't be read, its layout is unknown, or a model gives no finite numbers for an item.
 
     Example:
         >>> from mmtune.evaluation.pipeline import PipelineReport, StageTimes
@@ -198,15 +203,20 @@ def evaluate_pipeline(
         <BLANKLINE>
         Encoding the corpus took 1.0 s. Before reranking, a query is encoded in 10.00 ms and searched for in 1.00 ms.
     """
-    require_retriever(retriever)
-    require_reranker(reranker)
-    (k,) = require_wholes("ndcg_at_k", [ndcg_at_k])
+    # Weights are loaded after everything else has been checked.
+    if not isinstance(retriever, (str, os.PathLike)):
+        require_retriever(retriever)
+    if not isinstance(reranker, (str, os.PathLike)):
+        require_reranker(reranker)
+    k = require_whole("ndcg_at_k", ndcg_at_k)
     size = require_whole("batch_size", batch_size)
     data = as_retrieval_dataset(dataset)
     judgements = Judgements.of(data.relevance_of(documents), "text_to_image")
     num_documents = len(judgements.distinct_items)
     chosen = _choose_depths(depths, num_documents)
     reader = DatasetReader(data.corpus, data.queries, documents)
+
+    retriever, reranker = _open_retriever(retriever, documents), _open_reranker(reranker)
 
     # nDCG may look below the reranked documents.
     deepest = min(max(chosen[-1], k), num_documents)
@@ -226,6 +236,22 @@ def evaluate_pipeline(
         pair_scoring_s=scored_s / (len(ranked) * chosen[-1]),
     )
     return PipelineReport(tuple(chosen), k, num_documents, times, _measure_queries(ranked, scores, chosen, k))
+
+
+def _open_retriever(model: Retriever | str | os.PathLike[str], documents: DocumentKind) -> Retriever:
+    if not isinstance(model, (str, os.PathLike)):
+        return model
+    path = os.fspath(model)
+    kind = MultiVectorEncoder if is_late_interaction(path) else SentenceTransformer
+    return load_host_model(kind, path, LoadOptions(), modality="image" if "image" in documents else "text")
+
+
+def _open_reranker(model: CrossEncoder | str | os.PathLike[str]) -> CrossEncoder:
+    if not isinstance(model, (str, os.PathLike)):
+        return model
+    reranker = build_reranker(os.fspath(model))
+    require_reranker(reranker)
+    return reranker
 
 
 def _measure_queries(

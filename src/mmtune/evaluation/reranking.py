@@ -9,7 +9,7 @@ import numpy as np
 from sentence_transformers import CrossEncoder
 from sentence_transformers.base.evaluation import BaseEvaluator
 
-from mmtune.arguments import require_whole
+from mmtune.arguments import require_name, require_whole
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
 from mmtune.data.judgements import CandidateList, Judgements
@@ -41,8 +41,11 @@ class RerankingEvaluator(BaseEvaluator):
         show_progress_bar: Whether to show a bar over the pairs.
 
     Attributes:
-        lists: The candidates.
+        lists: The candidates, each with ``asking_id`` and ``candidate_ids``.
+        batch_size: Pairs a forward pass; what is set here holds from the next call on.
+        write_csv: Whether a call with an output folder adds a line to a CSV file there, as the host's evaluators do.
         per_query: After a call, ``{metric key: {id of what asks: value}}``.
+        top_ids: After a call, ``{id of what asks: [candidate id, ...]}``, best first; ties stand as in ``lists``.
     """
 
     def __init__(
@@ -63,7 +66,9 @@ class RerankingEvaluator(BaseEvaluator):
         self.name = name
         self.batch_size = batch_size
         self.primary_metric = f"{name}_ndcg@{at_k}"
+        self.write_csv = True
         self.per_query: dict[str, dict[str, float]] = {}
+        self.top_ids: dict[str, list[str]] = {}
         self._reader = reader
         self._shows_progress = show_progress_bar
 
@@ -78,7 +83,7 @@ class RerankingEvaluator(BaseEvaluator):
         """
         scorer = PairScorer(model, self._reader, self.batch_size, self._shows_progress, direction=self.direction)
         names = f"{self.name}_ndcg@{self.at_k}", f"{self.name}_mrr@{self.at_k}", f"{self.name}_map"
-        self.per_query = {name: {} for name in names}
+        self.per_query, self.top_ids = {name: {} for name in names}, {}
         for each, scores in zip(self.lists, scorer.score_lists(self.lists), strict=True):
             gains = np.array(each.gains)
             values = (
@@ -88,9 +93,11 @@ class RerankingEvaluator(BaseEvaluator):
             )
             for name, value in zip(names, values, strict=True):
                 self.per_query[name][each.asking_id] = value
+            ranking = np.argsort(-scores, kind="stable").tolist()
+            self.top_ids[each.asking_id] = [each.candidate_ids[at] for at in ranking]
         metrics = {key: float(np.mean(list(part.values()))) for key, part in self.per_query.items()}
         self.store_metrics_in_model_card_data(model, metrics, epoch, steps)
-        if output_path is not None:
+        if output_path is not None and self.write_csv:
             self._write_csv(Path(output_path), metrics, epoch, steps)
         return metrics
 
@@ -134,16 +141,18 @@ def build_reranking_evaluator(
 ) -> AnyRerankingEvaluator:
     """An evaluator of rerankers, for ``evaluator=`` of ``CrossEncoderTrainer`` or for ``evaluator(model)``.
 
-    Each list holds everything that is relevant, and fills up with what is not: first the negatives that the dataset
+    Each list holds what is relevant and ``num_candidates - 1`` wrong candidates: first the negatives that the dataset
     lists, then random ones; or what ``retriever`` finds. Nothing that is relevant to the same text, under any id or as
-    a byte-identical page, counts as wrong. With one relevant of ten candidates, chance is nDCG@10 0.454.
+    a byte-identical page, counts as wrong. With one relevant of ten candidates, chance is nDCG@10 0.454; lists in which
+    more is relevant are longer, so that chance stays near it (0.45 to 0.56). Where more is relevant than both
+    ``num_candidates`` and ``at_k``, the best of that are in the list, and the rest counts as not found in MAP.
 
     Args:
         dataset: A ``RetrievalDataset``, rows in a known layout, or what ``RetrievalDataset.load`` takes. Several by
             name are evaluated one after the other, as ``vdr-rerank-<name>_ndcg@10``, and averaged, as
             ``vdr-rerank-mean_ndcg@10``.
         direction: ``"text_to_image"`` asks with a text for pages; ``"image_to_text"`` asks with a page for query texts.
-        num_candidates: The length of each list, what is relevant included; 2 or more.
+        num_candidates: The length of a list with one relevant candidate, which is included; 2 or more.
         name: Prefix of the metric keys.
         batch_size: Pairs a forward pass.
         documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
@@ -156,7 +165,7 @@ def build_reranking_evaluator(
 
     Raises:
         ConfigError: An argument has a value it can't have, there are fewer documents (or texts) than
-            ``num_candidates``, a query has more relevant ones, or the corpus lacks what ``documents`` asks for.
+            ``num_candidates``, everything is relevant to a query, or the corpus lacks what ``documents`` asks for.
         DatasetError: The data can't be read, or its layout is unknown.
 
     Example:
@@ -168,6 +177,8 @@ def build_reranking_evaluator(
     """
     count = require_whole("num_candidates", num_candidates, at_least=2)
     depth = require_whole("at_k", at_k)
+    require_name("name", name)
+    drawing_seed = require_whole("seed", seed, at_least=0)
     size = require_whole("batch_size", batch_size)
     options: dict[str, Any] = {"batch_size": size, "show_progress_bar": show_progress_bar}
     if retriever is not None:
@@ -181,16 +192,18 @@ def build_reranking_evaluator(
     def build(data: RetrievalDataset, own_name: str) -> RerankingEvaluator:
         reader = DatasetReader(data.corpus, data.queries, documents)
         judgements = Judgements.of(data.relevance_of(documents), direction)
-        judgements.require_candidates(count, all_relevant=always_rerank_positives)
+        judgements.require_candidates(count)
+        # As many relevant ones as nDCG looks at.
+        filling: dict[str, Any] = {"seed": drawing_seed, "most_relevant": max(count, depth)}
         if retriever is None:
-            lists = judgements.lists(count, seed=seed)
+            lists = judgements.lists(count, **filling)
         else:
             # Deep enough to stay full when what is relevant is taken out.
             more = int(judgements.relevant.lengths.max()) if always_rerank_positives else 0
             wanted = min(count + more, len(judgements.distinct_items))
             found = search(retriever, judgements, reader, depth=wanted, **options).found
             if always_rerank_positives:
-                lists = judgements.lists(count, seed=seed, ranked=found)
+                lists = judgements.lists(count, ranked=found, **filling)
             else:
                 lists = judgements.lists_as_ranked(found)
         return RerankingEvaluator(lists, reader, direction=direction, at_k=depth, name=own_name, **options)

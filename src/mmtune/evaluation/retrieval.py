@@ -1,12 +1,13 @@
 """The evaluator for training time: a corpus of pages, one encoding, every dimension, graded."""
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 
-from mmtune.arguments import require_whole, require_wholes
+from mmtune.arguments import require_name, require_whole, require_wholes
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
 from mmtune.data.sources import DatasetsLike
@@ -32,7 +33,6 @@ class RetrievalEvaluator(CorpusEvaluator):
         documents: What a document is made of.
         name: Prefix of the metric keys.
         truncate_dims: Dimensions to score besides the full one.
-        truncate_dim: The one dimension that this evaluator scores; ``None`` is the full size.
         **options: ``ndcg_at_k``, ``batch_size`` and ``show_progress_bar``, as for ``CorpusEvaluator``.
 
     Attributes:
@@ -48,15 +48,20 @@ class RetrievalEvaluator(CorpusEvaluator):
         *,
         name: str = "vdr",
         truncate_dims: Sequence[int] = (),
-        truncate_dim: int | None = None,
         **options: Any,
     ) -> None:
-        own_name = name if truncate_dim is None else f"{name}-{truncate_dim}d"
-        super().__init__(data, documents, name=own_name, truncate_dim=truncate_dim, **options)
-        self.truncations = [
-            RetrievalEvaluator(data, documents, name=name, truncate_dim=dim, **options) for dim in truncate_dims
-        ]
+        super().__init__(data, documents, name=name, **options)
         self._encoded: EncodedDataset | None = None
+        self.truncations: list[RetrievalEvaluator] = [self._truncated(dim) for dim in truncate_dims]
+
+    def _truncated(self, dim: int) -> "RetrievalEvaluator":
+        """An evaluator of one dimension over the same documents and judgements, which are not copied."""
+        part = copy(self)
+        part.name, part.truncate_dim = f"{self.name}-{dim}d", dim
+        for file in ("csv_file", "predictions_file"):
+            setattr(part, file, getattr(self, file).replace(f"_{self.name}_", f"_{part.name}_"))
+        part.truncations = []
+        return part
 
     def __call__(
         self,
@@ -78,10 +83,12 @@ class RetrievalEvaluator(CorpusEvaluator):
         require_dimensions([evaluator.truncate_dim for evaluator in self.truncations], embedder)
         encoded = self.encode(embedder)
         metrics: dict[str, float] = {}
-        self.per_query = {}
+        per_query: dict[str, dict[str, float]] = {}
         for evaluator in (self, *self.truncations):
+            evaluator.write_csv, evaluator.write_predictions = self.write_csv, self.write_predictions
             metrics |= evaluator._score(embedder, encoded, output_path, epoch, steps)
-            self.per_query |= evaluator.per_query
+            per_query |= evaluator.per_query
+        self.per_query = per_query
         return metrics
 
     def encode(self, model: SentenceTransformer) -> EncodedDataset:
@@ -94,7 +101,7 @@ class RetrievalEvaluator(CorpusEvaluator):
     ) -> dict[str, float]:
         """The host's call on embeddings that are there already, cut to this evaluator's dimension."""
         self._encoded = EncodedDataset(*(part[:, : self.truncate_dim] for part in encoded))
-        self.per_query = {}
+        self.per_query, self.top_ids = {}, {}
         try:
             return super().__call__(model, output_path, epoch, steps, corpus_embeddings=self._encoded.corpus)
         finally:
@@ -162,6 +169,7 @@ def build_evaluator(
     if not depths:
         raise ConfigError("ndcg_at_k is empty. Give at least one depth, e.g. (10,).")
     size = require_whole("batch_size", batch_size)
+    require_name("name", name)
     options: dict[str, Any] = {"ndcg_at_k": depths, "batch_size": size, "show_progress_bar": show_progress_bar}
 
     if model is not None:

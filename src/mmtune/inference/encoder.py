@@ -1,5 +1,6 @@
 """Embeddings of the texts and documents of a dataset, a portion at a time, decoded while the model works."""
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,6 +11,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_args
 import torch
 from datasets import Dataset
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+from sentence_transformers.base.modules import Transformer
 from tqdm.auto import tqdm
 
 from mmtune.data.documents import DocumentKind, DocumentReader, as_host_input, document_columns
@@ -19,6 +21,9 @@ from mmtune.data.relevance import Direction
 from mmtune.errors import ConfigError, DatasetError
 from mmtune.host import let_read_typed_texts
 from mmtune.inference.store import Embeddings, EmbeddingStore, Pair
+from mmtune.models.routes import find_router
+
+logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -70,6 +75,13 @@ class DatasetReader:
     def text_by_query_id(self) -> dict[str, str]:
         """The queries."""
         return dict(zip(self.queries["query_id"][:], self.queries["text"][:], strict=True))
+
+    def texts(self, task: Task) -> list[str]:
+        """All query texts, or those of the documents that are made of one."""
+        if task == "query":
+            return list(self.text_by_query_id.values())
+        given = self.corpus["text"][:] if "text" in self.kind.split("+") else []
+        return [text for text in given if text is not None]
 
     @cached_property
     def documents(self) -> DocumentReader:
@@ -130,7 +142,7 @@ def encode(
         at_once: Items a portion; ``None`` is ``batch_size``. The host sorts a portion by length.
 
     Raises:
-        DatasetError: The model gives no finite numbers for an item; the message names it.
+        DatasetError: The model can't read an item, or gives no finite numbers for it; the message names it.
         ImageDecodeError: A page is no readable image; the message names the document.
     """
     if isinstance(model, torch.nn.Module):  # an evaluator also takes what only has the methods of a model
@@ -141,14 +153,95 @@ def encode(
     embed = model.encode_query if task == "query" else model.encode_document
     portions = portions_of(ids, at_once or batch_size)
     for portion, inputs in zip(portions, read_ahead(lambda each: reader.read(task, each), portions), strict=True):
-        embeddings: Any = embed(inputs, **options)
-        finite = torch.stack([torch.isfinite(item).all() for item in embeddings]).tolist()
-        if not all(finite):
-            raise DatasetError(
-                f"The model gives numbers that are not finite for the {task} {portion[finite.index(False)]!r}. Load it "
-                'in another precision (dtype="float32"), or look at that item.'
-            )
+        try:
+            embeddings: Any = embed(inputs, **options)
+        except ValueError as error:
+            at, reason = find_unreadable(lambda each: embed([each], **options), inputs, error)
+            raise DatasetError(f"The model can't read the {task} {portion[at]!r}: {reason} {HOW_TO_FIT}") from error
+        _require_finite(embeddings, task, portion)
         yield embeddings
+
+
+HOW_TO_FIT = (
+    "Text beside a page may be longer than the model reads, so that a part of the page is cut off: raise the model's "
+    "max_seq_length, shorten the text, or load the model with a lower max_pixels."
+)
+
+
+def find_unreadable(read: Callable[[Any], object], inputs: Sequence[Any], error: Exception) -> tuple[int, str]:
+    """Which item of a batch a model can't read, and why.
+
+    Raises:
+        Exception: ``error`` itself, where the model can read each of them.
+    """
+    for at, item in enumerate(inputs):
+        try:
+            read(item)
+        except ValueError as own:
+            return at, str(own)
+    raise error
+
+
+def _require_finite(embeddings: Embeddings, task: Task, ids: Sequence[str]) -> None:
+    if isinstance(embeddings, torch.Tensor):
+        finite = torch.isfinite(embeddings).flatten(1).all(dim=1)
+    else:
+        finite = torch.stack([torch.isfinite(item).all() for item in embeddings])
+    if not finite.all():
+        raise DatasetError(
+            f"The model gives numbers that are not finite for the {task} {ids[finite.tolist().index(False)]!r}. Load "
+            'it in another precision (dtype="float32"), look at that item, or at whether the training diverged.'
+        )
+
+
+def count_cut_texts(model: Retriever, task: Task, texts: Iterable[str]) -> int:
+    """How many texts have more tokens than a model reads; the host cuts the rest off without a word.
+
+    Prompts count, and what a chat template adds does not, so a text that just fits may be cut all the same.
+
+    Args:
+        model: The model; where nothing limits its texts, none is cut.
+        task: What the texts are to the model.
+        texts: What it will be given.
+    """
+    encoder = _text_encoder(model, task)
+    limit = getattr(encoder, "max_seq_length", None)
+    if limit is None:
+        return 0
+    names = ("query",) if task == "query" else ("document", "passage", "corpus")
+    prompt = next((model.prompts[name] for name in names if name in model.prompts), None) or ""
+    # A token takes a byte at least, so that few texts have to be tokenised; some stand beside any text.
+    room = limit - len(prompt.encode()) - 4
+    long = [f"{prompt}{text}" for text in texts if len(text) > room or len(text.encode(errors="replace")) > room]
+    tokens = encoder.tokenizer(long, truncation=False, padding=False, verbose=False)["input_ids"] if long else []
+    return sum(len(each) > limit for each in tokens)
+
+
+def _text_encoder(model: Retriever, task: Task) -> Any:
+    """What reads the texts of a model: the host's ``Transformer`` where it has a tokenizer, else ``None``."""
+    if not isinstance(model, torch.nn.Module):
+        return None
+    router = find_router(model)
+    routes = {} if router is None else dict(router.sub_modules.items())
+    readers: Any = next((routes[name] for name in (task, "text") if name in routes), model)
+    encoders = (module for module in readers.children() if isinstance(module, Transformer))
+    return next((encoder for encoder in encoders if encoder.tokenizer is not None), None)
+
+
+def warn_of_cut_texts(model: Retriever, reader: DatasetReader) -> None:
+    """Log a warning where queries, or the texts of documents, are longer than a model reads."""
+    for task, what in (("query", "queries"), ("document", "documents")):
+        texts = reader.texts(task)
+        cut = count_cut_texts(model, task, texts)
+        if cut:
+            logger.warning(
+                "%d of %d %s have more tokens than the %d that the model reads, and are cut off there. Raise "
+                "model.max_seq_length where the model allows it, or split the texts.",
+                cut,
+                len(texts),
+                what,
+                _text_encoder(model, task).max_seq_length,
+            )
 
 
 def encode_shards(

@@ -11,14 +11,21 @@ import pyarrow as pa
 import torch
 from sentence_transformers import CrossEncoder
 
-from mmtune.arguments import require_number, require_whole
+from mmtune.arguments import require_number, require_path, require_whole
 from mmtune.data.arrow import IntLists, lists, table_dataset
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
 from mmtune.data.relevance import Relevance
 from mmtune.data.sources import DatasetLike, as_retrieval_dataset
 from mmtune.errors import ConfigError
-from mmtune.inference.encoder import DatasetReader, Retriever, encode_shards, join, require_retriever
+from mmtune.inference.encoder import (
+    DatasetReader,
+    Retriever,
+    encode_shards,
+    join,
+    require_retriever,
+    warn_of_cut_texts,
+)
 from mmtune.inference.reranker import PairScorer, require_reranker
 from mmtune.inference.search import find_nearest
 from mmtune.inference.store import EmbeddingStore, Pair, ScoreStore, model_fingerprint
@@ -226,6 +233,8 @@ def mine_hard_negatives(
     if reranker is not None:
         require_reranker(reranker)
     size = require_whole("batch_size", batch_size)
+    if cache_folder is not None:
+        require_path("cache_folder", cache_folder)
     data = as_retrieval_dataset(dataset)
     reader = DatasetReader(data.corpus, data.queries, documents)
 
@@ -237,6 +246,7 @@ def mine_hard_negatives(
     document_ids = relevance.document_ids.take(pa.array(pages)).to_pylist()
     relevant = _relevant_pages(relevance, pages)
 
+    warn_of_cut_texts(model, reader)
     store = None if cache_folder is None else EmbeddingStore(cache_folder, model)
     options: dict[str, Any] = {"batch_size": size, "show_progress_bar": show_progress_bar, "store": store}
     texts = join(encode_shards(model, "query", query_ids, reader, **options))
@@ -244,7 +254,8 @@ def mine_hard_negatives(
     most_relevant = int(relevant.lengths.max())
     # As deep as the rule looks, and so much more as relevant documents may stand in the way.
     depth = rule.last_rank(most_relevant) + most_relevant
-    nearest = find_nearest(model.similarity, texts, shards, depth=depth, relevant=relevant)
+    ids = query_ids, document_ids
+    nearest = find_nearest(model.similarity, texts, shards, depth=depth, ids=ids, relevant=relevant)
     is_relevant = relevance.is_relevant(np.broadcast_to(queries[:, None], nearest.items.shape), pages[nearest.items])
     ranking = Ranking(
         query_ids, document_ids, relevant, nearest.relevant_scores, nearest.items, nearest.scores, is_relevant

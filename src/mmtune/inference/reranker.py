@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 from mmtune.data.documents import as_host_input
 from mmtune.data.judgements import CandidateList
 from mmtune.data.relevance import Direction
-from mmtune.errors import ConfigError
-from mmtune.inference.encoder import DatasetReader, portions_of, read_ahead
+from mmtune.errors import ConfigError, DatasetError
+from mmtune.inference.encoder import HOW_TO_FIT, DatasetReader, find_unreadable, portions_of, read_ahead
 from mmtune.inference.store import Pair, ScoreStore
 
 _PAIRS_A_FILE = 1024
@@ -79,6 +79,7 @@ class PairScorer:
 
         Raises:
             ConfigError: A score is not a finite number; the message names the pair.
+            DatasetError: The model can't read a pair; the message names it.
             ImageDecodeError: A page is no readable image; the message names the document.
         """
         keys: Sequence[Any] = range(len(pairs)) if contents is None else contents
@@ -115,20 +116,27 @@ class PairScorer:
         # Models that know no messages take pairs of bare texts only, which the host never takes for paths of images.
         typed = self.model.supports("message")
         given: list[Any] = [[as_host_input(part) if typed else part for part in pair] for pair in inputs]
-        scores = self.model.predict(
-            given,
-            prompt_name=self.direction if self.direction in (self.model.prompts or {}) else None,
-            batch_size=self.batch_size,
-            show_progress_bar=False,
-            activation_fn=self.activation or torch.nn.Identity(),
-            convert_to_tensor=True,
-        )
+        options: dict[str, Any] = {
+            "prompt_name": self.direction if self.direction in (self.model.prompts or {}) else None,
+            "batch_size": self.batch_size,
+            "show_progress_bar": False,
+            "activation_fn": self.activation or torch.nn.Identity(),
+            "convert_to_tensor": True,
+        }
+        try:
+            scores = self.model.predict(given, **options)
+        except ValueError as error:
+            at, reason = find_unreadable(lambda pair: self.model.predict([pair], **options), given, error)
+            raise DatasetError(
+                f"The model can't read query {pairs[at].query_id!r} with document {pairs[at].document_id!r}: {reason} "
+                f"{HOW_TO_FIT}"
+            ) from error
         values = torch.as_tensor(scores).cpu().double().numpy()
         wrong = np.flatnonzero(~np.isfinite(values))
         if len(wrong):
             pair = pairs[int(wrong[0])]
             raise ConfigError(
                 f"The model scores query {pair.query_id!r} with document {pair.document_id!r} as {values[wrong[0]]}. "
-                'Load it in another precision (dtype="float32"), or look at whether its training diverged.'
+                'Load it in another precision (dtype="float32"), or look at whether the training diverged.'
             )
         return values.tolist()

@@ -1,8 +1,9 @@
 """What a retriever finds: the best items for each that asks, of a corpus in one piece or in many."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +11,8 @@ import torch
 
 from mmtune.data.arrow import IntLists
 from mmtune.data.judgements import Judgements
-from mmtune.inference.encoder import DatasetReader, Retriever, encode_shards, join
+from mmtune.errors import DatasetError
+from mmtune.inference.encoder import DatasetReader, Retriever, encode_shards, join, warn_of_cut_texts
 from mmtune.inference.store import Embeddings
 
 _TIE_ORDER_SEED = 0  # that of the retrieval evaluators: equal scores stand in the order they give them
@@ -37,6 +39,7 @@ def find_nearest(
     shards: Iterable[Embeddings],
     *,
     depth: int,
+    ids: tuple[Sequence[str], Sequence[str]],
     relevant: IntLists | None = None,
     at_once: int = 4096,
 ) -> Nearest:
@@ -47,8 +50,12 @@ def find_nearest(
         asking: The embeddings of what asks.
         shards: The embeddings of the items, in their order.
         depth: Items to find for each.
+        ids: Of what asks and of the items, for errors.
         relevant: For each that asks the items whose scores are wanted besides.
         at_once: How many that ask are compared with a shard at a time, which bounds the memory.
+
+    Raises:
+        DatasetError: A score is not a finite number; the message names what was compared.
     """
     wanted = relevant or IntLists(np.zeros(len(asking) + 1, dtype=np.int64), np.array([], dtype=np.int64))
     wanted_rows, relevant_scores = wanted.rows, np.full(len(wanted.values), np.nan)
@@ -58,6 +65,9 @@ def find_nearest(
         for start in range(0, len(asking), at_once):
             rows = slice(start, start + at_once)
             new = similarity(asking[rows], shard)
+            if not torch.isfinite(new).all():
+                row, column = (~torch.isfinite(new)).nonzero()[0].tolist()
+                raise not_finite(ids[0][start + row], ids[1][seen + column], new[row, column].item())
 
             of_rows = (wanted_rows >= rows.start) & (wanted_rows < rows.stop)
             here = np.flatnonzero(of_rows & (wanted.values >= seen) & (wanted.values < seen + len(shard)))
@@ -75,6 +85,15 @@ def find_nearest(
         found[is_old] = items[np.nonzero(is_old)[0], columns[is_old]]
         scores, items, seen = found_scores, found, seen + len(shard)
     return Nearest(items, scores, relevant_scores)
+
+
+def not_finite(asking_id: str, item_id: str, score: float) -> DatasetError:
+    """What is raised where the similarity of two embeddings is no number to rank by."""
+    return DatasetError(
+        f"The model compares {asking_id!r} with {item_id!r} as {score}, which is no number to rank by: their "
+        'embeddings are too large for its precision. Load it in another (dtype="float32"), or look at whether the '
+        "training diverged."
+    )
 
 
 def top_columns(scores: torch.Tensor, count: int) -> torch.Tensor:
@@ -135,17 +154,17 @@ def search(
     text_ids, document_ids = (asking_ids, asked_ids) if texts_ask else (asked_ids, asking_ids)
     options = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
 
+    warn_of_cut_texts(retriever, reader)
     started = time.perf_counter()
     texts = join(encode_shards(retriever, "query", text_ids, reader, **options))
     texts_done = time.perf_counter()
     documents = join(encode_shards(retriever, "document", document_ids, reader, **options))
     encoded = time.perf_counter()
 
+    how: dict[str, Any] = {"depth": depth, "ids": (asking_ids, asked_ids), "at_once": 128}
     if texts_ask:
-        nearest = find_nearest(retriever.similarity, texts, [documents], depth=depth, at_once=128)
+        nearest = find_nearest(retriever.similarity, texts, [documents], **how)
     else:
         # The text stays the query of the similarity: MaxSim is not symmetric.
-        nearest = find_nearest(
-            lambda asking, asked: retriever.similarity(asked, asking).T, documents, [texts], depth=depth, at_once=128
-        )
+        nearest = find_nearest(lambda asking, asked: retriever.similarity(asked, asking).T, documents, [texts], **how)
     return Search(items[nearest.items], encoded - texts_done, texts_done - started, time.perf_counter() - encoded)

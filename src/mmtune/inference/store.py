@@ -19,6 +19,7 @@ import xxhash
 from sentence_transformers.base.modules import Module
 from transformers import PreTrainedModel
 
+from mmtune.arguments import require_path
 from mmtune.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -147,6 +148,7 @@ def read_scores(folder: str | os.PathLike[str]) -> pa.Table:
     Raises:
         ConfigError: The folder holds no scores.
     """
+    require_path("folder", folder)
     if not (Path(folder) / _MANIFEST).is_file():
         raise ConfigError(f"{str(folder)!r} holds no scores. Pass the folder that was given to score_rows.")
     files = sorted(Path(folder).glob("scores-*.parquet"))

@@ -10,7 +10,7 @@ from datasets import Dataset
 from sentence_transformers import CrossEncoder
 
 from mmtune import host
-from mmtune.arguments import require_whole
+from mmtune.arguments import require_number, require_path, require_whole
 from mmtune.data.arrow import column, flat_lists, table_dataset
 from mmtune.data.documents import KeyedTable
 from mmtune.data.rows import TrainingView, view_of
@@ -48,7 +48,7 @@ class TeacherScores:
 
     def scaled(self, factor: float) -> "TeacherScores":
         """The scores times a factor, e.g. to bring the margins of logits to those of cosines."""
-        scores = pc.multiply(column(self.table, "score"), float(factor))
+        scores = pc.multiply(column(self.table, "score"), require_number("factor", factor))
         ids = {name: column(self.table, name) for name in ("query_id", "document_id", "content")}
         return replace(self, table=table_dataset({**ids, "score": scores}))
 
@@ -154,6 +154,8 @@ def score_rows(
     view = _require_view(rows)
     require_reranker(teacher)
     size = require_whole("batch_size", batch_size)
+    if folder is not None:
+        require_path("folder", folder)
     reader = _reader_of(view)
     store = None if folder is None else ScoreStore(folder, f"{model_fingerprint(teacher)}-{view.documents}")
     pairs = _pairs_of(rows, reader)

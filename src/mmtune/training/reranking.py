@@ -69,8 +69,9 @@ def finetune_reranker(
             Listwise losses get a list a query, graded; contrastive ones conflict-free batches.
         args: The host's training arguments, passed on as they are; only empty ``prompts`` are filled, on a copy.
         documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
-        num_candidates: The length of the lists that are ranked to measure, what is relevant included. They are longer
-            where something has more relevant ones, and shorter where a small set has no more.
+        num_candidates: The length of the lists that are ranked to measure, one relevant candidate included. A list is
+            longer where more is relevant, as in ``build_reranking_evaluator``, and shorter where a small set has no
+            more.
         lora: As in ``finetune``.
         freeze: As in ``finetune``.
         allow_overlap: Accept documents that are relevant in training and in evaluation.
@@ -247,12 +248,12 @@ class RerankerFinetuning(Finetuning):
         data = {
             "directions": list(self.directions),
             "form_of_rows": train.form,
-            "evaluation_candidates": {part.name: len(part.lists[0].candidate_ids) for part in parts},
+            "evaluation_candidates": {part.name: min(len(each.candidate_ids) for each in part.lists) for part in parts},
         }
         return {"data": data, "training": {"loss_arguments": getattr(loss, "get_config_dict", dict)()}}
 
     def _fit_candidates(self, data: RetrievalDataset, direction: Direction) -> int:
-        """Candidates in a list: more where more is relevant, and fewer where a small set has no more."""
+        """Candidates in a list with one relevant one: fewer than asked for where a small set has no more."""
         judgements = Judgements.of(data.relevance_of(self.documents), direction)
         available = len(judgements.distinct_items)
         if available < 2:
@@ -260,4 +261,5 @@ class RerankerFinetuning(Finetuning):
                 f"direction {direction!r} ranks {judgements.candidates.what[1]}, and the evaluation data have only "
                 f"{available}. Add some, or leave the direction out."
             )
-        return min(max(self.num_candidates, int(judgements.relevant.lengths.max())), available)
+        judgements.require_something_wrong()
+        return min(self.num_candidates, available)
