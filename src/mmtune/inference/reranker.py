@@ -15,6 +15,7 @@ from mmtune.data.relevance import Direction
 from mmtune.errors import ConfigError
 from mmtune.inference.encoder import DatasetReader, portions_of, read_ahead
 from mmtune.inference.store import Pair, ScoreStore
+from mmtune.models.precision import scoring_in_float32
 
 _PAIRS_A_FILE = 1024
 
@@ -115,14 +116,15 @@ class PairScorer:
         # Models that know no messages take pairs of bare texts only, which the host never takes for paths of images.
         typed = self.model.supports("message")
         given: list[Any] = [[as_host_input(part) if typed else part for part in pair] for pair in inputs]
-        scores = self.model.predict(
-            given,
-            prompt_name=self.direction if self.direction in (self.model.prompts or {}) else None,
-            batch_size=self.batch_size,
-            show_progress_bar=False,
-            activation_fn=self.activation or torch.nn.Identity(),
-            convert_to_tensor=True,
-        )
+        with scoring_in_float32(self.model):  # in half precision candidates tie
+            scores = self.model.predict(
+                given,
+                prompt_name=self.direction if self.direction in (self.model.prompts or {}) else None,
+                batch_size=self.batch_size,
+                show_progress_bar=False,
+                activation_fn=self.activation or torch.nn.Identity(),
+                convert_to_tensor=True,
+            )
         values = torch.as_tensor(scores).cpu().double().numpy()
         wrong = np.flatnonzero(~np.isfinite(values))
         if len(wrong):
