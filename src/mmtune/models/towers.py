@@ -77,18 +77,6 @@ def take_tower(encoder: Transformer, modality: str) -> list[nn.Module] | None:
     return [alone, dense.eval()]
 
 
-def pad_texts(encoder: nn.Module) -> None:
-    """Pad every text to SigLIP's one length, unless the checkpoint says otherwise.
-
-    SigLIP pools the last token, padding or not, and was trained on texts of one length: else the embedding of a text
-    depends on the batch it is in.
-    """
-    if isinstance(encoder, Transformer) and isinstance(encoder.model, SiglipModel | Siglip2Model):
-        fixed = {"padding": "max_length", "max_length": encoder.config.text_config.max_position_embeddings}
-        kwargs = encoder.processing_kwargs
-        encoder.processing_kwargs = {**kwargs, "text": {**fixed, **kwargs.get("text", {})}}
-
-
 def freeze_unused(encoder: nn.Module, embeddings: Iterable[torch.Tensor]) -> int:
     """Freeze what has no part in these embeddings; it could not learn.
 
