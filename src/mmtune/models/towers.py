@@ -61,7 +61,8 @@ def take_tower(encoder: Transformer, modality: str) -> list[nn.Module] | None:
         return None
     tower = getattr(model, TOWERS[modality])
     if MODEL_MAPPING.get(type(tower.config), None) is not type(tower):
-        return None if isinstance(model, CLIPModel) else [_without_images(encoder)]
+        # older versions of transformers (5.4) have a class of its own for no tower: these stay whole
+        return None if isinstance(model, CLIPModel) or modality == "image" else [_without_images(encoder)]
     projection = getattr(model, PROJECTIONS[modality], None)
     alone = _alone(encoder, tower, modality)
     if projection is None:
