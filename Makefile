@@ -23,17 +23,25 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 MMTUNE_TEST_TORCHVISION="$(CURDIR
 # A process for each core, a file of tests at a time: a file builds its models and runs once.
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
+# The oldest versions of the declared ranges, in an environment of their own. torchvision is not in it: the tests of
+# Qwen3-VL are skipped.
+OLDEST := .venv-oldest
+OLDEST_TESTS := $(addprefix tests/test_,testing.py dataset.py evaluation.py rerankers.py routers.py)
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow check format docs build clean
+.PHONY: help demo test test-oldest slow check format docs build clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED)  ## train a small model on drawn pages; leaves the model and a report in demo-output/
 	$(BIN)/python examples/demo.py --output demo-output $(ARGS)
 
 test: $(INSTALLED_DEV)  ## run the tests, without those marked slow
 	$(PYTEST) $(ARGS)
+
+test-oldest: $(OLDEST)/.installed  ## run the tests of models, data and evaluation on the oldest versions of the ranges
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest $(OLDEST_TESTS) $(ARGS)
 
 slow: $(INSTALLED_DEV)  ## run the tests marked slow
 	$(PYTEST) -m slow $(ARGS)
@@ -54,7 +62,7 @@ build: $(INSTALLED_DEV)  ## build the wheel and the source distribution into dis
 	$(BIN)/python -m build --no-isolation
 
 clean:  ## remove what the other targets made, the environment too
-	rm -rf $(VENV) build dist demo-output docs/_build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist demo-output docs/_build .pytest_cache .ruff_cache .hypothesis
 	find . -type d -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -68,4 +76,10 @@ $(INSTALLED_DEV): $(INSTALLED)
 	$(PIP_INSTALL) --editable '.[dev,lora]'
 	$(PIP_INSTALL) --no-deps --upgrade --target $(TORCHVISION_FOR_TESTS) torchvision \
 		|| echo 'No torchvision wheel here: the tests that need one are skipped.'
+	@touch $@
+
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --disable-pip-version-check --constraint constraints-oldest.txt --editable '.[lora]' \
+		pytest pytest-timeout pytest-xdist hypothesis ir-measures pytrec_eval-terrier
 	@touch $@

@@ -259,7 +259,7 @@ def test_parts_that_do_not_fit_are_refused(data, clip_path: str, tmp_path: Path,
 
 def test_lora_without_peft_is_refused_before_weights_load(data, clip_path, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("mmtune.models.lora.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r'pip install "mmtune\[lora\]"'):
+    with pytest.raises(ConfigError, match=r'pip install peft \(in a clone of mmtune: pip install "\.\[lora\]"\)'):
         finetune(clip_path, data[0], output_dir=tmp_path / "run", lora=True)
 
 
@@ -300,6 +300,12 @@ def test_a_fresh_projection_of_late_interaction_gets_a_looser_clip_too(late: Fin
     assert training["max_grad_norm"] == 30.0
     assert list(training["learning_rate_mapping"].values()) == [pytest.approx(1e-2)]
     assert late.settings["model"]["fresh_layers"] == ["1"]
+
+
+def test_late_interaction_with_adapters_keeps_the_looser_clip(data, qwen3_vl_path: str, tmp_path: Path) -> None:
+    model = build_late_interaction(qwen3_vl_path, max_pixels=64 * 64, device="cpu")
+    result = finetune(model, data[0], output_dir=tmp_path / "run", lora=True, max_steps=1, **QUIET)
+    assert result.settings["training"]["max_grad_norm"] == 30.0
 
 
 def test_late_interaction_trains_from_its_folder_as_what_it_is(late: FinetuneResult, data, tmp_path: Path) -> None:

@@ -17,6 +17,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
     AutoProcessor,
+    CLIPConfig,
+    Gemma3Config,
+    LlavaConfig,
+    PaliGemmaConfig,
     PreTrainedTokenizerFast,
     Siglip2ImageProcessorPil,
     Siglip2Processor,
@@ -38,7 +42,9 @@ from families import (
     tiny_siglip2_naflex,
 )
 from mmtune.errors import ConfigError, MissingExtraError
+from mmtune.host import flash_attention_loads
 from mmtune.models import load_model
+from mmtune.models.checkpoints import Encoder
 from mmtune.models.loading import check_checkpoint, check_documents, describe_model, load_host_model
 from mmtune.models.opening import LoadOptions
 from mmtune.models.pixels import PixelLimits, image_arguments, warn_unused_limits
@@ -159,11 +165,45 @@ def test_dtype_and_attention_fit_the_gpu(
     monkeypatch.setattr("mmtune.models.opening.get_device_name", lambda: "cuda:0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: computes_bfloat16)
-    monkeypatch.setattr("mmtune.models.opening.is_flash_attn_2_available", lambda: has_flash_attention)
+    monkeypatch.setattr("mmtune.models.opening.flash_attention_loads", lambda: has_flash_attention)
     monkeypatch.setattr("mmtune.models.loading.build", lambda kind, name, **kwargs: asked.update(kwargs) or stop())
     with pytest.raises(InterruptedError, match="before the weights"):
         load_model(clip_path, dtype=dtype)
     assert (asked["model_kwargs"]["dtype"], asked["model_kwargs"].get("attn_implementation")) == expected
+
+
+CLIP_VISION = {"model_type": "clip_vision_model"}
+
+
+@pytest.mark.parametrize(
+    ("config", "runs"),
+    [
+        (CLIPConfig(), True),
+        (LlavaConfig(vision_config=CLIP_VISION, text_config={"model_type": "llama"}), True),
+        (Gemma3Config(), False),
+        (PaliGemmaConfig(), False),
+        (LlavaConfig(vision_config=CLIP_VISION, text_config={"model_type": "gemma3_text"}), False),
+        (SiglipVisionConfig(), True),
+    ],
+    ids=["clip", "llava", "gemma3", "paligemma", "llava on gemma3", "siglip vision"],
+)
+def test_flash_attention_is_for_models_whose_mask_it_can_express(config, runs, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("mmtune.models.opening.flash_attention_loads", lambda: True)
+    encoder = Encoder(frozenset({"text", "image"}), config)
+    chosen = LoadOptions(dtype="bfloat16", device="cuda").for_host([encoder])["model_kwargs"]
+    assert chosen.get("attn_implementation") == ("flash_attention_2" if runs else None)
+    asked = LoadOptions(dtype="bfloat16", device="cuda", attention="flash_attention_2").for_host([encoder])
+    assert asked["model_kwargs"]["attn_implementation"] == "flash_attention_2"
+
+
+def test_flash_attention_by_the_kernels_package_counts(monkeypatch):
+    monkeypatch.setattr(
+        "transformers.utils.is_flash_attn_2_available", lambda kernels_fallback_ok=False: kernels_fallback_ok
+    )
+    assert flash_attention_loads()
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: False)
+    assert not flash_attention_loads()
 
 
 def stop():
@@ -187,6 +227,17 @@ def test_host_arguments_are_passed_on(clip_path):
     model = load_model(clip_path, device="cpu", truncate_dim=16, prompts={"query": "search: "})
     assert model.encode(["revenue"]).shape == (1, 16)
     assert model.prompts["query"] == "search: "
+
+
+def test_a_model_that_was_saved_cut_off_says_so(clip_path, tmp_path):
+    SentenceTransformer(clip_path, device="cpu", truncate_dim=16).save_pretrained(str(tmp_path / "cut"))
+    model = load_model(tmp_path / "cut", device="cpu")
+    assert model.encode(["revenue"]).shape == (1, 16), "kept, as the host keeps it"
+    told = describe_model(model)
+    assert (told["embedding_dimension"], told["full_dimension"], told["truncate_dim"]) == (16, 128, 16)
+    assert model.truncate_dim == 16
+    whole = describe_model(load_model(clip_path, device="cpu"))
+    assert (whole["embedding_dimension"], whole["full_dimension"], whole["truncate_dim"]) == (128, 128, None)
 
 
 # what a fresh checkpoint gets
@@ -256,6 +307,26 @@ def test_a_fresh_siglip_embeds_a_text_alike_in_every_batch(build, tmp_path, capl
     plain = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
     for inputs in (TEXTS, [PAGE]):
         assert abs(plain.encode(inputs) - model.encode(inputs)).max() <= 1e-6
+
+
+@pytest.mark.parametrize("build", [tiny_raw_siglip, tiny_siglip2_naflex])
+def test_a_siglip_that_the_host_saved_embeds_a_text_alike_in_every_batch_too(build, tmp_path, caplog):
+    host = SentenceTransformer(build(tmp_path / "fresh"), device="cpu")
+    host.save_pretrained(str(tmp_path / "host"))
+    model = load_model(tmp_path / "host", device="cpu")
+    assert change_by_batch(model) <= 1e-5
+    assert "every text is padded to 64 tokens" in caplog.text
+    model.save_pretrained(str(tmp_path / "saved"))
+    assert change_by_batch(SentenceTransformer(str(tmp_path / "saved"), device="cpu")) <= 1e-5
+
+
+def test_what_a_checkpoint_says_about_padding_stands(tmp_path, caplog):
+    host = SentenceTransformer(tiny_raw_siglip(tmp_path / "fresh"), device="cpu")
+    host[0].processing_kwargs = {"text": {"padding": "max_length", "max_length": 32}}
+    host.save_pretrained(str(tmp_path / "host"))
+    model = load_model(tmp_path / "host", device="cpu")
+    assert model[0].processing_kwargs["text"] == {"padding": "max_length", "max_length": 32}
+    assert "feels padding" not in caplog.text
 
 
 def test_a_tokenizer_without_a_length_is_held_to_the_positions_of_the_encoder(tmp_path):
@@ -487,7 +558,10 @@ def test_a_missing_extra_is_named_before_weights(clip_path, tmp_path, monkeypatc
         raise ImportError(MISSING_TORCHVISION)
 
     monkeypatch.setattr(AutoProcessor, "from_pretrained", from_pretrained)
-    with pytest.raises(MissingExtraError, match=r'needs torchvision, .*pip install "mmtune\[vlm\]"'):
+    with pytest.raises(
+        MissingExtraError,
+        match=r'needs torchvision, .*pip install torchvision .*"\.\[vlm\]"',
+    ):
         load_model(without_weights(clip_path, tmp_path / "copy"))
 
 
@@ -501,7 +575,10 @@ def test_qwen3_vl_without_torchvision_names_the_extra(clip_path, tmp_path):
     }
     processor = json.dumps({"processor_class": "Qwen3VLProcessor", **parts})
     (folder / "processor_config.json").write_text(processor, encoding="utf-8")
-    with pytest.raises(MissingExtraError, match=r'needs torchvision, .*pip install "mmtune\[vlm\]"'):
+    with pytest.raises(
+        MissingExtraError,
+        match=r'needs torchvision, .*pip install torchvision .*"\.\[vlm\]"',
+    ):
         load_model(folder)
 
 

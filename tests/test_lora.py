@@ -523,7 +523,7 @@ def test_prompt_tuning_is_refused():
 def test_peft_is_asked_for_where_it_is_missing(monkeypatch):
     monkeypatch.setattr("mmtune.models.lora.find_spec", lambda name: None)
     check_lora(None)
-    with pytest.raises(MissingExtraError, match=r'pip install "mmtune\[lora\]"'):
+    with pytest.raises(MissingExtraError, match=r'pip install peft \(in a clone of mmtune: pip install "\.\[lora\]"\)'):
         check_lora(True)
 
 

@@ -1,5 +1,7 @@
 """The parts of a model: found in every family, frozen to the bit, and refused where a model lacks them."""
 
+from functools import partial
+
 import pytest
 import torch
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
@@ -20,7 +22,12 @@ from transformers import (
 )
 
 from mmtune.errors import ConfigError
+from mmtune.models import build_late_interaction, build_reranker, load_model
 from mmtune.models.parts import describe_training, encoder_parts, freeze_parts, model_parts, parts_named
+from mmtune.models.routes import freeze_unreached
+from mmtune.testing import tiny_llava
+from mmtune.training.run import ready_model
+from mmtune.training.trainers import EMBEDDING, RERANKING
 
 SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
 SIGLIP_VISION = {"model_type": "siglip_vision_model", **SMALL}
@@ -320,3 +327,51 @@ def test_dual_encoders_of_the_family_are_told_apart():
     for used in (["text", "image"], ["text"], ["image"]):
         module = OnlyModel(model, {key: methods[key] for key in used})
         assert sorted(encoder_parts(module)) == ["projection", "text", "vision"]
+
+
+# out of reach
+
+
+BEHIND = "vision_tower.encoder.layers.1"
+
+
+@pytest.mark.parametrize(
+    ("load", "path", "documents", "expected"),
+    [
+        (load_model, "clip_path", "image", {"logit_scale"}),
+        (load_model, "siglip_path", "image", {"logit_scale", "logit_bias"}),
+        (load_model, "qwen3_vl_path", "image", set()),
+        (load_model, "qwen3_vl_path", "text", {"visual"}),
+        (load_model, "llava_path", "image", {BEHIND, "vision_tower.post_layernorm"}),
+        (build_late_interaction, "qwen3_vl_path", "text+image", set()),
+        (build_late_interaction, "llava_path", "image", {BEHIND, "vision_tower.post_layernorm"}),
+        (build_reranker, "llava_path", "image", {BEHIND, "vision_tower.post_layernorm"}),
+        (partial(build_reranker, head="dense"), "llava_path", "image", {BEHIND, "vision_tower.post_layernorm"}),
+        (partial(build_reranker, head="dense"), "qwen3_vl_path", "text", {"visual"}),
+    ],
+)
+def test_what_nothing_reaches_is_frozen(load, path, documents, expected, request):
+    model = load(request.getfixturevalue(path), device="cpu")
+    before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    random_state = torch.get_rng_state()
+    freeze_unreached(model, documents)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    frozen = before - {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all(any(f".{part}" in name for part in expected) for name in frozen)
+    assert all(any(f".{part}" in name for name in frozen) for part in expected)
+
+
+@pytest.mark.parametrize("kind", ["embedding", "reranker"])
+def test_what_a_run_does_not_reach_learns_again_after_it(kind, llava_path):
+    load = {"embedding": load_model, "reranker": build_reranker}[kind]
+    model = load(llava_path, device="cpu")
+    learned = [parameter.requires_grad for parameter in model.parameters()]
+    chosen = {"embedding": EMBEDDING, "reranker": RERANKING}[kind]
+    with ready_model(model, chosen, documents="image", freeze=(), lora=None, seed=0):
+        assert any(f".{BEHIND}" in name and not p.requires_grad for name, p in model.named_parameters())
+    assert [parameter.requires_grad for parameter in model.parameters()] == learned
+
+
+@pytest.fixture(scope="module")
+def llava_path(tmp_path_factory):
+    return tiny_llava(tmp_path_factory.mktemp("models") / "llava")

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from mmtune.errors import ConfigError
 from mmtune.models.presets import ROUTER_PRESETS, router_preset
+from mmtune.models.routers import compose_router
 from mmtune.models.routes import check_routes
 
 TINY = {
@@ -52,6 +53,17 @@ def test_prompts_of_a_preset_belong_to_its_text_checkpoint(text_encoder_path, si
     assert preset.compose(device="cpu").prompts == {"query": "query: ", "document": "passage: "}
     replaced = router_preset("multilingual-siglip2", text=text_encoder_path, image=siglip_path, device="cpu")
     assert replaced.prompts == {"query": "", "document": ""}
+
+
+def test_prompts_of_a_preset_for_texts_stay_away_from_the_pages_of_a_vlm(text_encoder_path, qwen3_vl_path):
+    preset = replace(ROUTER_PRESETS["multilingual-siglip2"], text=text_encoder_path)
+    model = preset.compose(image=qwen3_vl_path, device="cpu")
+    assert {name: prompt for name, prompt in model.prompts.items() if prompt} == {"query": "query: "}
+
+
+def test_prompts_of_a_text_encoder_are_texts(text_encoder_path, siglip_path):
+    with pytest.raises(ConfigError, match=r"text_prompts=.'query': 1. is no mapping of texts"):
+        compose_router(text_encoder_path, siglip_path, text_prompts={"query": 1})
 
 
 def test_overrides_win(text_encoder_path, siglip_path):

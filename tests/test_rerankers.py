@@ -18,6 +18,8 @@ from families import tiny_llava, tiny_paligemma
 from mmtune.errors import ConfigError
 from mmtune.models import load_model
 from mmtune.models.chat import find_answers, pair_template, role_failure
+from mmtune.models.fresh import seeded
+from mmtune.models.precision import scoring_in_float32
 from mmtune.models.rerankers import HEADS, build_reranker
 
 SIZES = [(64, 64), (96, 64), (128, 128), (300, 500)]
@@ -108,6 +110,12 @@ def without_weights(checkpoint: str, folder: Path) -> str:
     for file in folder.rglob("*.safetensors"):
         file.write_bytes(b"no weights")
     return str(folder)
+
+
+def many_pairs() -> list[tuple]:
+    sizes = [(64 + 8 * k, 64) for k in range(16)]
+    pages = [Image.new("RGB", size, (15 * k, 250 - 15 * k, 100)) for k, size in enumerate(sizes)]
+    return [(f"revenue of 20{k:02}", page) for k in range(3) for page in pages]
 
 
 def rendered(model: CrossEncoder, pair: tuple, **prompt: str) -> str:
@@ -526,3 +534,62 @@ def test_a_classifier_of_several_classes_is_refused(text_reranker_path, tmp_path
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(ConfigError, match="gives 3 scores per pair"):
         build_reranker(str(tmp_path / "model"), device="cpu")
+
+
+# scores in float32
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_in_half_precision_do_not_tie_candidates(
+    llava_path: str, head: str, dtype: str, tmp_path: Path
+) -> None:
+    pairs = many_pairs()
+    reranker = build_reranker(llava_path, head=head, dtype=dtype, device="cpu")
+    scores = reranker.predict(pairs)
+    assert len(set(scores.tolist())) == len(pairs)
+    exact = build_reranker(llava_path, head=head, dtype="float32", device="cpu").predict(pairs)
+    assert np.corrcoef(scores, exact)[0, 1] > 0.99
+    reranker.save_pretrained(str(tmp_path))
+    assert (build_reranker(tmp_path, dtype=dtype, device="cpu").predict(pairs) == scores).all()
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_plain_host_scores_in_the_precision_of_the_weights(llava_path: str, head: str, tmp_path: Path) -> None:
+    pairs = many_pairs()
+    build_reranker(llava_path, head=head, dtype="bfloat16", device="cpu").save_pretrained(str(tmp_path))
+    plain = CrossEncoder(str(tmp_path), device="cpu", model_kwargs={"dtype": "bfloat16"})
+    tied = plain.predict(pairs)
+    assert len(set(tied.tolist())) < len(pairs)
+    with scoring_in_float32(plain):
+        assert len(set(plain.predict(pairs).tolist())) == len(pairs)
+    assert (plain.predict(pairs) == tied).all(), "the caller's model is as it was"
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_scores_are_in_float32_in_training_too(llava_path: str, head: str) -> None:
+    reranker = build_reranker(llava_path, head=head, dtype="bfloat16", device="cpu").train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = reranker(dict(reranker.preprocess(many_pairs()[:4])))["scores"]
+    assert scores.dtype == torch.float32
+    scores.sum().backward()
+    layer = reranker[0].model.get_output_embeddings() if head == "logit_score" else reranker[-1].linear
+    assert layer.weight.grad is not None
+    assert bool(layer.weight.grad.any())
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_scores_in_float32_anyway_stay_as_they_are(llava_path: str, head: str, tmp_path: Path) -> None:
+    reranker = build_reranker(llava_path, head=head, device="cpu")
+    reranker.save_pretrained(str(tmp_path))
+    assert (CrossEncoder(str(tmp_path), device="cpu").predict(many_pairs()) == reranker.predict(many_pairs())).all()
+
+
+def test_a_classifier_of_one_score_does_not_tie_either(text_encoder_path: str, tmp_path: Path) -> None:
+    with seeded(0):
+        CrossEncoder(text_encoder_path, num_labels=1, device="cpu").save_pretrained(str(tmp_path))
+    pairs = [(f"revenue of 20{k:02}", f"page {k * k} of {k}") for k in range(60)]
+    half = CrossEncoder(str(tmp_path), device="cpu", model_kwargs={"dtype": "bfloat16"})
+    ready = build_reranker(tmp_path, dtype="bfloat16", device="cpu")
+    tied, told_apart = (len(set(reranker.predict(pairs).tolist())) for reranker in (half, ready))
+    assert tied < 40 < 50 < told_apart

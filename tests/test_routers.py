@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -29,10 +30,11 @@ from transformers import (
     Siglip2Processor,
 )
 
+from families import tiny_raw_siglip
 from mmtune.data import RetrievalDataset
 from mmtune.errors import ConfigError
 from mmtune.host import let_read_typed_texts
-from mmtune.models.fresh import fresh_layers, guess_fresh_layers
+from mmtune.models.fresh import fresh_layers, guess_fresh_layers, seeded
 from mmtune.models.loading import check_checkpoint, load_model
 from mmtune.models.routers import compose_router, router_mapping
 from mmtune.models.routes import check_routes, extract_route
@@ -227,6 +229,25 @@ def test_texts_of_siglip_do_not_depend_on_their_batch(siglip_path, clip_path):
         assert abs(model.encode(TEXTS)[1] - model.encode(TEXTS[1:])[0]).max() < 1e-6
 
 
+@pytest.mark.parametrize("as_modules", [False, True])
+def test_texts_of_siglip_train_as_they_are_served(as_modules, clip_path, tmp_path):
+    path = tiny_raw_siglip(tmp_path / "siglip")
+    model = compose([Transformer(path)] if as_modules else path, clip_path)
+    model.save_pretrained(str(tmp_path / "router"))
+    loaded = load_model(tmp_path / "router", device="cpu")
+    texts = [*TEXTS, "how the profits of the paper division developed over the years", "costs"]
+    pages = [Image.effect_noise((64, 64), spread).convert("RGB") for spread in (20, 60, 100, 140)]
+    features = [loaded.preprocess(texts, task="query"), loaded.preprocess(pages, task="document")]
+    cached = CachedMultipleNegativesRankingLoss(loaded, mini_batch_size=1)
+    plain_loss = MultipleNegativesRankingLoss(loaded)
+    with torch.no_grad():
+        expected = plain_loss([dict(part) for part in features], None).item()
+    assert cached([dict(part) for part in features], None).item() == pytest.approx(expected, abs=1e-5)
+    for router in (model, loaded):
+        alone = np.concatenate([router.encode([text]) for text in texts])
+        assert abs(alone - router.encode(texts)).max() < 1e-5
+
+
 def test_freezes_what_no_route_reaches_in_a_dual_encoder_kept_whole(text_encoder_path, metaclip_path):
     model = compose(text_encoder_path, metaclip_path)
     encoder = model[0].sub_modules["image"][0].model
@@ -275,6 +296,21 @@ def test_a_projection_is_fresh_until_it_was_trained_also_after_loading(text_enco
             module.linear.weight.data += 1e-3
     guess_fresh_layers(trained)
     assert fresh_layers(trained) == {}
+
+
+def test_the_layers_of_a_router_put_together_by_hand_are_found(text_encoder_path, siglip_path, caplog):
+    with seeded(0):
+        text = [Transformer(text_encoder_path), Pooling(64), Dense(64, 96), Dense(96, 48, bias=False)]
+        routes = {"text": text, "image": [Transformer(siglip_path), Dense(64, 48)]}
+    mappings = {(None, "text"): "text", (None, "image"): "image"}
+    model = SentenceTransformer(modules=[Router(routes, route_mappings=mappings), Normalize()], device="cpu")
+    found = ("0.sub_modules.text.2", "0.sub_modules.text.3", "0.sub_modules.image.1")
+    assert guess_fresh_layers(model) == found
+    assert all(f"{name!r} is taken for fresh" in caplog.text for name in found)
+    for layer in fresh_layers(model).values():
+        layer.linear.weight.data += 2e-2 * torch.randn_like(layer.linear.weight)
+    assert guess_fresh_layers(model) == ()
+    assert fresh_layers(model) == {}
 
 
 def test_every_trained_parameter_of_a_tower_gets_a_gradient(text_encoder_path, siglip_path):

@@ -156,7 +156,7 @@ def test_sizes_of_a_clip_can_be_chosen(tmp_path: Path):
 
 def test_qwen3_vl_without_torchvision_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr("mmtune.testing.models.find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r'pip install "mmtune\[vlm\]"'):
+    with pytest.raises(MissingExtraError, match=r'pip install torchvision .*"\.\[vlm\]"'):
         tiny_qwen3_vl(tmp_path)
 
 

@@ -4,7 +4,9 @@ Seen in sentence-transformers 6.2, transformers 5.23, datasets 5.2 and peft 0.21
 is called, so that the data layer, which has no models, can use what it needs.
 """
 
+import inspect
 import re
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import MethodType
@@ -136,9 +138,34 @@ def attention_of(config: Any) -> str | None:
     return getattr(config, "_attn_implementation", None)
 
 
+def flash_attention_loads() -> bool:
+    """Whether flash attention 2 runs here: from flash-attn, or by the ``kernels`` package from the Hub or its cache.
+
+    Older versions of transformers know the first only (5.4; 5.23 knows both). A lower bound above them would replace
+    the look at the signature.
+    """
+    from transformers.utils import is_flash_attn_2_available
+
+    by_kernels = {"kernels_fallback_ok": True}
+    known = inspect.signature(is_flash_attn_2_available).parameters
+    return is_flash_attn_2_available(**{name: value for name, value in by_kernels.items() if name in known})
+
+
 def supports_flash_attention(model_class: Any) -> bool:
-    """Whether a class of transformers runs with flash attention. A public accessor would replace it."""
-    return getattr(model_class, "_supports_flash_attn", False)
+    """Whether a class of transformers runs with flash attention, and computes what it computes without.
+
+    Flash attention is given no mask but that of the padding. A class that lets some tokens see later ones, as Gemma 3
+    does with those of an image, says all the same that it supports it, and becomes causal without a word (transformers
+    5.4 to 5.23). Only the module that defines it shows such a mask: by the arguments of transformers' own functions for
+    masks. A flag that tells it would replace the look at the source.
+    """
+    if not getattr(model_class, "_supports_flash_attn", False):
+        return False
+    try:
+        source = inspect.getsource(sys.modules[model_class.__module__])
+    except (OSError, TypeError):  # a class without a file
+        return False
+    return not any(argument in source for argument in ("or_mask_function", "block_sequence_ids"))
 
 
 def forget_adapter(model: Any) -> None:

@@ -15,6 +15,7 @@ from mmtune.data.relevance import Direction
 from mmtune.errors import ConfigError, DatasetError
 from mmtune.inference.encoder import HOW_TO_FIT, DatasetReader, find_unreadable, portions_of, read_ahead
 from mmtune.inference.store import Pair, ScoreStore
+from mmtune.models.precision import scoring_in_float32
 
 _PAIRS_A_FILE = 1024
 
@@ -124,7 +125,8 @@ class PairScorer:
             "convert_to_tensor": True,
         }
         try:
-            scores = self.model.predict(given, **options)
+            with scoring_in_float32(self.model):  # in half precision candidates tie
+                scores = self.model.predict(given, **options)
         except ValueError as error:
             at, reason = find_unreadable(lambda pair: self.model.predict([pair], **options), given, error)
             raise DatasetError(

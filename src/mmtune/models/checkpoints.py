@@ -338,10 +338,16 @@ def missing_extra(name: str, error: ImportError) -> MissingExtraError:
     """The error for a package that a checkpoint needs, with the extra of mmtune that brings it."""
     package = next((package for package in EXTRA_BY_PACKAGE if package in str(error).lower()), None)
     package = package or next(iter(re.findall(r"pip install `?([\w-]+)", str(error))), None)
-    requirement = f'"mmtune[{EXTRA_BY_PACKAGE[package]}]"' if package in EXTRA_BY_PACKAGE else package
-    remedy = f"Run: pip install {requirement}" if package else "Install that package."
+    remedy = how_to_install(package) if package else "Install that package."
     missing = f"{package}, which is not installed" if package else "a package that is not installed"
     return MissingExtraError(f"{name!r} needs {missing}: {first_line(error)} {remedy}")
+
+
+def how_to_install(package: str) -> str:
+    """The command that brings a package, and the extra of mmtune that has it, as one sentence."""
+    extra = EXTRA_BY_PACKAGE.get(package)
+    in_a_clone = f' (in a clone of mmtune: pip install ".[{extra}]")' if extra else ""
+    return f"Run: pip install {package}{in_a_clone}"
 
 
 def first_line(error: BaseException) -> str:

@@ -6,7 +6,7 @@ mean over all tokens unless the architecture is called ``...ForCausalLM``, and t
 
 import logging
 import warnings
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -14,6 +14,7 @@ from sentence_transformers.base.modules import Transformer
 from sentence_transformers.base.modules.transformer import ProcessingKwargs
 from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import batch_to_device
+from torch import nn
 
 from mmtune.errors import ConfigError
 from mmtune.models.checkpoints import SAMPLES, first_line
@@ -24,43 +25,56 @@ PADDING_MATTERS = 0.05
 logger = logging.getLogger(__name__)
 
 
-def fit_modules(model: SentenceTransformer) -> SentenceTransformer:
-    """Give a model that the host made from a fresh checkpoint the pooling and padding that its encoder needs.
+def fit_pooling(model: SentenceTransformer) -> None:
+    """Give a model that the host made from a fresh checkpoint the pooling that its encoder needs.
 
-    Both live in the host's modules, so they are saved with the model.
-
-    - Where the encoder is causal, the last token is the only one that has seen the whole page: it becomes the embedding
-      in place of the mean.
-    - Where padding changes the embedding of a text, as in SigLIP, every text is padded to the same length, as it was
-      in that family's training.
+    Where the encoder is causal, the last token is the only one that has seen the whole page: it becomes the embedding
+    in place of the mean. It is saved with the model.
 
     Args:
-        model: As the host makes it from a checkpoint without ``modules.json``.
-
-    Returns:
-        The same model, changed in place. What was changed is logged, and ``describe_model`` tells it.
+        model: As the host makes it from a checkpoint without ``modules.json``; changed in place. What was changed is
+            logged, and ``describe_model`` tells it.
     """
     encoder, *others = model
-    if not isinstance(encoder, Transformer) or encoder.backend != "torch" or "text" not in encoder.modalities:
-        return model
-    name = encoder.config.name_or_path
+    if not _embeds_texts(encoder):
+        return
     for pooling in others:
         if isinstance(pooling, Pooling) and pooling.pooling_mode == "mean" and is_causal(encoder, model.device):
             pooling.pooling_mode = "lasttoken"
+            name = encoder.config.name_or_path
             logger.warning("%r is causal: its embedding is the last token, where the host takes the mean.", name)
-    if not others:
+
+
+def fit_padding(model: nn.Module, device: torch.device) -> None:
+    """Pad every text to one length in the encoders where padding changes the embedding of a text, as in SigLIP.
+
+    SigLIP pools the last token, padding or not, and was trained on texts of one length: else the embedding of a text
+    depends on the batch it is in. The padding is saved with the model. What a checkpoint says about padding stands.
+
+    Args:
+        model: Any module, with all encoders in it; changed in place. What was changed is logged, and
+            ``describe_model`` tells it.
+        device: Where it is.
+    """
+    for encoder in model.modules():
+        if not _embeds_texts(encoder) or encoder.module_output_name != "sentence_embedding":
+            continue
         # the host looks for the number of positions in the config of one tower only
         positions = getattr(encoder.config.get_text_config(), "max_position_embeddings", None)
         if positions and (encoder.max_seq_length or positions) >= positions:
             encoder.max_seq_length = positions
-        if padding_matters(encoder, model.device):
+        if padding_matters(encoder, device):
             # Without a mask, as in the training of SigLIP. With one, the host's cached losses would cut the padding off
             # each mini-batch, and train other embeddings than those in use (sentence-transformers 6.2).
             fixed = {"padding": "max_length", "return_attention_mask": False}
             kwargs = encoder.processing_kwargs
             encoder.processing_kwargs = {**kwargs, "text": {**kwargs.get("text", {}), **fixed}}
+            name = encoder.config.name_or_path
             logger.warning("%r feels padding: every text is padded to %d tokens.", name, encoder.max_seq_length)
-    return model
+
+
+def _embeds_texts(module: nn.Module) -> TypeGuard[Transformer]:
+    return isinstance(module, Transformer) and module.backend == "torch" and "text" in module.modalities
 
 
 def is_causal(encoder: Transformer, device: torch.device) -> bool:

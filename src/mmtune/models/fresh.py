@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from sentence_transformers import MultiVectorEncoder
+from sentence_transformers import CrossEncoder
 from sentence_transformers.base.modules import Dense, Router
 from torch import nn
 
@@ -20,6 +20,9 @@ TOKENS = "token_embeddings"
 
 ENOUGH_TO_EXPECT = 20
 """How many numbers of a fresh layer lie, on average, in the outermost strip that must not be empty."""
+
+ENOUGH_TO_TELL = 20 * ENOUGH_TO_EXPECT
+"""Weights of the smallest layer that is judged: a few numbers look even by chance."""
 
 _MARK = "weights_as_drawn"
 
@@ -53,10 +56,11 @@ def fresh_layers(model: HostModel) -> dict[str, nn.Module]:
 def guess_fresh_layers(model: HostModel) -> tuple[str, ...]:
     """Mark the layers that nobody has marked and that look as they were drawn; the one place that guesses.
 
-    The host adds a random projection to a bare backbone and keeps no note of it, and no note of a Router's projection
-    is saved. So the numbers are all there is: a fresh projection of a ``MultiVectorEncoder`` is even, as torch draws
-    it, and one of a Router orthogonal with a bias of zero, as ``compose_router`` starts it. A few steps of training
-    leave neither. The marks of layers that other means have trained since, such as the host's trainer, are removed.
+    The host adds a random projection to a bare backbone and keeps no note of it, whoever puts a ``Dense`` behind an
+    encoder keeps none, and none of a Router's projection is saved. So the numbers are all there is: a fresh ``Dense``
+    is even, as torch draws it, or, in a Router, orthogonal with a bias of zero, as ``compose_router`` starts it. A few
+    steps of training leave neither. The marks of layers that other means have trained since, such as the host's
+    trainer, are removed. The score head of a reranker is none of these.
 
     Args:
         model: Any host model; its weights stay as they are.
@@ -71,8 +75,7 @@ def guess_fresh_layers(model: HostModel) -> tuple[str, ...]:
             if not torch.equal(drawn.to(now), now):
                 mark_fresh(layer, fresh=False)
         if isinstance(layer, Dense) and not is_fresh(layer):
-            of_tokens = isinstance(model, MultiVectorEncoder) and layer.module_input_name == TOKENS
-            even = of_tokens and is_even(layer.linear)
+            even = not isinstance(model, CrossEncoder) and is_even(layer.linear)
             if even or (id(layer) in in_routers and _is_orthogonal(layer.linear)):
                 mark_fresh(layer)
                 guessed.append(name)
@@ -88,6 +91,8 @@ def is_even(layer: nn.Linear) -> bool:
     """
     weights = layer.weight.detach().flatten()
     edge, count = layer.in_features**-0.5, len(weights)
+    if count < ENOUGH_TO_TELL:
+        return False
     # rounded as the weights are: in half precision, those at the edge may lie beyond it
     strip = torch.tensor([edge * (1 - ENOUGH_TO_EXPECT / count), edge * (1 + 1e-6)]).to(weights.dtype).tolist()
     largest = weights.abs().max().item()

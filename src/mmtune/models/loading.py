@@ -12,7 +12,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from mmtune.errors import ConfigError
 from mmtune.host import attention_of
 from mmtune.models.checkpoints import read_encoders, require_modality
-from mmtune.models.fitting import check_prompts, fit_modules
+from mmtune.models.fitting import check_prompts, fit_padding, fit_pooling
 from mmtune.models.kinds import HostModel, SameModel
 from mmtune.models.opening import LoadOptions, build, check_host_kwargs, check_limits, open_checkpoint
 from mmtune.models.pixels import apply_pixel_limits, effective_pixel_limits
@@ -32,8 +32,9 @@ def load_model(
     """A host model that embeds pages, with dtype and attention chosen for the hardware.
 
     A checkpoint without ``modules.json`` was made for something else, and gets what its encoder needs: the last token
-    as the embedding where each token sees only those before it (the host takes the mean of all), and texts padded to
-    one length where padding changes their embedding (SigLIP). A log line says so, and it is saved with the model.
+    as the embedding where each token sees only those before it (the host takes the mean of all). With any checkpoint,
+    texts are padded to one length where padding changes their embedding (SigLIP) and nothing is said about it. A log
+    line tells, and it is saved with the model.
 
     ``describe_model`` says what was chosen. Whatever can be checked without weights is checked first.
 
@@ -44,9 +45,10 @@ def load_model(
         min_pixels: Smallest number of pixels per image, likewise.
         dtype: Of the weights: ``"bfloat16"``, ``"float16"``, ``"float32"``, or a torch dtype. ``"auto"`` is bfloat16
             on a GPU that computes in it, else float32.
-        attention: An ``attn_implementation`` of transformers. ``"auto"`` is flash attention where flash-attn is
-            installed, the weights are in half precision on a GPU and every encoder supports it; else transformers
-            chooses (SDPA where it can).
+        attention: An ``attn_implementation`` of transformers. ``"auto"`` is flash attention where flash-attn or the
+            package kernels is installed, the weights are in half precision on a GPU, and every encoder computes the
+            same with it (Gemma 3 does not: the tokens of an image look both ways); else transformers chooses (SDPA
+            where it can).
         device: Where the model goes; ``None`` lets the host choose.
         **host_kwargs: Further arguments of ``SentenceTransformer``. A dtype, attention or pixel limit may stand in
             ``model_kwargs`` or ``processor_kwargs`` instead of above, not in both.
@@ -97,7 +99,8 @@ def load_host_model(
     _require(model, modality, "pages, which are images" if modality == "image" else "texts")
     if isinstance(model, SentenceTransformer):
         if files.modules is None:
-            fit_modules(model)
+            fit_pooling(model)
+        fit_padding(model, model.device)
         check_prompts(model)
     return apply_pixel_limits(model, options.limits)
 
@@ -147,12 +150,12 @@ def describe_model(model: HostModel) -> dict[str, Any]:
         model: Any host model, also one that ``load_model`` did not load.
 
     Returns:
-        ``base_model`` (name or path, ``None`` where unknown), ``modalities``, ``embedding_dimension``
-        (``None`` for a reranker), ``parameters``
-        (their number), ``dtype`` and ``attention`` (several are joined by ``", "``), ``device``, ``min_pixels``
-        and ``max_pixels`` (``None`` where the image size is fixed), ``pooling`` (``"mean"``, ``"lasttoken"``, ...;
-        ``None`` where the encoder pools by itself) and ``text_padding`` (``"longest"`` of a batch, or to
-        ``"max_length"``).
+        ``base_model`` (name or path, ``None`` where unknown), ``modalities``, ``embedding_dimension`` (what it gives,
+        cut off at ``truncate_dim``; ``None`` for a reranker), ``full_dimension`` (before anything is cut off),
+        ``truncate_dim`` (``None`` where nothing is), ``parameters`` (their number), ``dtype`` and ``attention``
+        (several are joined by ``", "``), ``device``, ``min_pixels`` and ``max_pixels`` (``None`` where the image size
+        is fixed), ``pooling`` (``"mean"``, ``"lasttoken"``, ...; ``None`` where the encoder pools by itself) and
+        ``text_padding`` (``"longest"`` of a batch, or to ``"max_length"``).
     """
     limits = effective_pixel_limits(model)
     transformers = [module for module in model.modules() if isinstance(module, Transformer)]
@@ -167,6 +170,8 @@ def describe_model(model: HostModel) -> dict[str, Any]:
         "base_model": model.model_card_data.base_model or next((c.name_or_path for c in configs), None) or None,
         "modalities": list(map(_plus, model.modalities)),
         "embedding_dimension": None if isinstance(model, CrossEncoder) else model.get_embedding_dimension(),
+        "full_dimension": full_dimension(model),
+        "truncate_dim": getattr(model, "truncate_dim", None),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtype": _joined(str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()),
         "attention": _joined(map(attention_of, configs)),
@@ -178,6 +183,16 @@ def describe_model(model: HostModel) -> dict[str, Any]:
             padding if isinstance(padding, str) else "longest" if padding else "none" for padding in paddings
         ),
     }
+
+
+def full_dimension(model: HostModel) -> int | None:
+    """The size of a model's embeddings before its ``truncate_dim`` cuts them off; ``None`` for a reranker."""
+    if isinstance(model, CrossEncoder):
+        return None
+    if not isinstance(model, SentenceTransformer):
+        return model.get_embedding_dimension()
+    with model.truncate_embeddings(None):
+        return model.get_embedding_dimension()
 
 
 def _joined(names: Iterable[str | None]) -> str | None:

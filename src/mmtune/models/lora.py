@@ -15,6 +15,7 @@ from torch import nn
 from mmtune.errors import ConfigError, MissingExtraError
 from mmtune.host import adapter_layers, forget_adapter, take_out_adapters
 from mmtune.models.adapters import encoders_of, has_adapters, is_quantized
+from mmtune.models.checkpoints import how_to_install
 from mmtune.models.fresh import seeded
 from mmtune.models.parts import PROJECTION, encoder_parts, parts_named
 
@@ -43,7 +44,7 @@ def check_lora(lora: LoraChoice) -> None:
     if lora is None or lora is False:
         return
     if find_spec("peft") is None:
-        raise MissingExtraError(f'lora={lora!r} needs peft, which is not installed. Run: pip install "mmtune[lora]"')
+        raise MissingExtraError(f"lora={lora!r} needs peft, which is not installed. {how_to_install('peft')}")
     from peft import PeftConfig
 
     if lora is not True and not isinstance(lora, PeftConfig):

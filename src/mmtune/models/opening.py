@@ -10,12 +10,14 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from safetensors import SafetensorError
+from sentence_transformers.base.modules import Transformer
 from sentence_transformers.util import get_device_name
-from transformers.utils import is_flash_attn_2_available
+from torch import nn
+from transformers import PreTrainedConfig
 
 from mmtune.arguments import is_whole, nearest_name
 from mmtune.errors import ConfigError
-from mmtune.host import supports_flash_attention
+from mmtune.host import flash_attention_loads, supports_flash_attention
 from mmtune.models.checkpoints import TEXT_ONLY, CheckpointFiles, Encoder, find_checkpoint, first_line, missing_extra
 from mmtune.models.kinds import HostModel
 from mmtune.models.pixels import PixelLimits, image_arguments, warn_unused_limits
@@ -25,7 +27,11 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 OWN_ARGUMENTS = frozenset({"max_pixels", "min_pixels", "dtype", "attention", "device"})
 """What every function that loads a checkpoint takes besides the host's arguments."""
 
-Built = TypeVar("Built")
+PADDED_ALWAYS = ("qwen2_vl",)
+"""Model types that don't work when flash attention gets the texts of a batch as one row, as the host says of them
+(``unpad_inputs``, sentence-transformers 6.2)."""
+
+Built = TypeVar("Built", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -121,13 +127,20 @@ def _chosen_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
 
 
 def _flash_attention_fits(dtype: torch.dtype, device: torch.device, encoders: Sequence[Encoder]) -> bool:
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or not is_flash_attn_2_available():
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
     configs = [encoder.config for encoder in encoders if encoder.config or encoder.modalities != TEXT_ONLY]
-    return all(
-        config is not None and supports_flash_attention(transformers.MODEL_MAPPING.get(type(config), None))
-        for config in configs
-    )
+    # the kernels package may have to download: asked last
+    return all(map(_runs_with_flash_attention, configs)) and flash_attention_loads()
+
+
+def _runs_with_flash_attention(config: PreTrainedConfig | None) -> bool:
+    """Whether a model does, with all models inside it, such as the PaliGemma of a ColPali."""
+    if config is None or not supports_flash_attention(transformers.MODEL_MAPPING.get(type(config), None)):
+        return False
+    inner = [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
+    classes = [transformers.MODEL_MAPPING.get(type(part), None) for part in inner]
+    return all(supports_flash_attention(part) for part in classes if part is not None)
 
 
 def check_host_kwargs(model_class: type[HostModel], host_kwargs: Mapping[str, Any]) -> None:
@@ -216,7 +229,7 @@ def build(host_class: Callable[..., Built], name: str, **host_kwargs: Any) -> Bu
         MissingExtraError: A package that the checkpoint needs is not installed.
     """
     try:
-        return host_class(name, **host_kwargs)
+        built = host_class(name, **host_kwargs)
     except ImportError as error:
         raise missing_extra(name, error) from error
     except ValueError as error:  # an attention that transformers does not know, among others
@@ -226,3 +239,7 @@ def build(host_class: Callable[..., Built], name: str, **host_kwargs: Any) -> Bu
             f"The weights of {name!r} can't be loaded: {first_line(error)} Expected the weight files that belong to "
             f"its config. Download or save the checkpoint again."
         ) from error
+    for module in built.modules():
+        if isinstance(module, Transformer) and module.config.model_type in PADDED_ALWAYS:
+            module.unpad_inputs = False
+    return built

@@ -52,10 +52,9 @@ class RouterPreset:
             if name not in known:
                 raise ConfigError(f"A Router has no argument {name!r}. {_hint(name, known)} Rename or remove it.")
         own = {name: getattr(self, name) for name in ("text", "image", "dimension", "route_by", "freeze")}
-        model = compose_router(**{**own, **overrides})
         if "text" not in overrides:
-            model.prompts.update(self.prompts)
-        return model
+            own["text_prompts"] = self.prompts
+        return compose_router(**{**own, **overrides})
 
 
 _PRESETS = (

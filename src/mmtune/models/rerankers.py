@@ -22,6 +22,7 @@ from mmtune.models.checkpoints import CheckpointFiles, Encoder, first_line, read
 from mmtune.models.loading import load_host_model
 from mmtune.models.opening import LoadOptions, build, check_host_kwargs, check_limits, open_checkpoint
 from mmtune.models.pixels import apply_pixel_limits
+from mmtune.models.precision import score_in_float32
 
 HEADS = ("logit_score", "dense")
 DIRECTIONS = {
@@ -52,7 +53,8 @@ def build_reranker(
     The language model is asked whether query and document belong together. The score is the log-odds of its answer,
     ``logit(true_token) - logit(false_token)`` where the answer begins; both heads start there. ``predict`` gives it as
     it is, since a sigmoid makes all large scores the same 1.0; ``activation_fn=torch.nn.Sigmoid()``, here or in
-    ``predict``, gives probabilities.
+    ``predict``, gives probabilities. It is computed in float32 whatever the dtype of the weights: in bfloat16 many
+    candidates tie. The plain host, which loads the saved model, computes it in the dtype of the weights.
 
     Whatever can be checked without weights is checked first: the tokens, and, by rendering the chat template, that
     prompt, query and document reach the model. A template without these roles gets lines in front that keep them.
@@ -138,6 +140,7 @@ def build_reranker(
             **{name: value for name, value in host_kwargs.items() if name not in consumed},
         },
     )
+    score_in_float32(model)
     if Path(files.name).is_dir():
         model.model_card_data.local_files_only = True
     model.model_card_data.set_base_model(files.name, revision=host_kwargs.get("revision"))
@@ -194,6 +197,7 @@ def _load_ready(
     if prompts:
         options = replace(options, host_kwargs={**options.host_kwargs, "prompts": dict(prompts)})
     model = load_host_model(CrossEncoder, files.name, options, modality="text")
+    score_in_float32(model)
     if DIRECTIONS.keys() & model.prompts.keys():  # another model's prompts have names of their own
         _check_directions(prompts or {})
     return model

@@ -1,7 +1,7 @@
 """Two encoders that become one model: the host's Router, with the parts that make its routes meet."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -16,13 +16,13 @@ from mmtune.arguments import require_one_of
 from mmtune.errors import ConfigError
 from mmtune.host import declare_modalities
 from mmtune.models.checkpoints import first_line, read_encoders
-from mmtune.models.fitting import is_causal
+from mmtune.models.fitting import fit_padding, is_causal
 from mmtune.models.fresh import mark_fresh
 from mmtune.models.loading import load_host_model
 from mmtune.models.opening import LoadOptions, open_checkpoint, require_dimension
 from mmtune.models.pixels import apply_pixel_limits
 from mmtune.models.routes import check_routes, model_of, output_of, router_mapping, sample_of
-from mmtune.models.towers import freeze_unused, is_dual_encoder, pad_texts, take_tower
+from mmtune.models.towers import freeze_unused, is_dual_encoder, take_tower
 
 __all__ = ["Side", "compose_router", "router_mapping"]
 
@@ -112,6 +112,7 @@ def compose_router(
     min_pixels: int | None = None,
     dtype: str | torch.dtype = "auto",
     attention: str = "auto",
+    text_prompts: Mapping[str, str] | None = None,
 ) -> SentenceTransformer:
     """One model of a text encoder and an image encoder, by the host's Router.
 
@@ -140,6 +141,9 @@ def compose_router(
         dtype: As in ``load_model``, for checkpoints; ``"auto"`` is float32, because the host can't load a Router in
             half precision again where a route has a projection.
         attention: As in ``load_model``, for checkpoints.
+        text_prompts: What the text encoder wants in front of texts and does not bring along, by the names that the host
+            uses, such as ``{"query": "query: ", "document": "passage: "}``. One for documents is left out where it
+            would reach an image encoder that reads prompts, as a VLM does.
 
     Returns:
         A new model in evaluation mode, with the routes ``"text"`` and ``"image"`` and an attribute ``router_mapping``,
@@ -162,6 +166,12 @@ def compose_router(
         raise ConfigError(f"freeze names {unknown[0]!r}. A Router has the sides 'text' and 'image'. Name these.")
     require_one_of("route_by", route_by, ("modality", "task"))
     dimension = require_dimension(dimension, "an embedding")
+    prompts = text_prompts or {}
+    if not isinstance(prompts, Mapping) or not all(isinstance(part, str) for each in prompts.items() for part in each):
+        raise ConfigError(
+            f"text_prompts={text_prompts!r} is no mapping of texts. Expected prompts by name. Pass some, as in "
+            f'{{"query": "query: "}}, or None.'
+        )
     for modality, source in (("text", text), ("image", image)):
         _check_source(modality, source)
 
@@ -169,6 +179,7 @@ def compose_router(
     options = LoadOptions(max_pixels, min_pixels, "float32" if dtype == "auto" else dtype, attention, device)
     image_side = _encoder("image", image, options, whole=route_by == "task")
     text_side = _encoder("text", text, replace(options, max_pixels=None, min_pixels=None), whole=False)
+    text_side.model.prompts.update(prompts)
     if isinstance(text, str | os.PathLike) and isinstance(image, str | os.PathLike):
         # the host loads static embeddings in float32 whatever it is told, and a loss takes one dtype only
         text_side.model.to(next(image_side.model.parameters()).dtype)
@@ -220,7 +231,8 @@ def _encoder(modality: str, source: Side, options: LoadOptions, *, whole: bool) 
     modules: list[Any] = list(loaded)
     while len(modules) > 1 and isinstance(modules[-1], Normalize):
         modules.pop()
-    pad_texts(modules[0])
+    if not is_checkpoint:  # else load_host_model has
+        fit_padding(loaded, loaded.device)
     if is_checkpoint and not whole and is_dual_encoder(modules[0]):
         tower = take_tower(modules[0], modality)
         if tower is not None:

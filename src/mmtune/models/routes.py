@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Router
 from sentence_transformers.util import batch_to_device
 from torch import nn
 
 from mmtune.errors import ConfigError
+from mmtune.models.adapters import encoders_of, is_quantized
 from mmtune.models.checkpoints import SAMPLES, first_line
+from mmtune.models.fresh import TOKENS
 from mmtune.models.kinds import HostModel
 from mmtune.models.towers import freeze_unused
 
@@ -105,18 +107,32 @@ def unify_dtypes(model: HostModel) -> None:
 
 
 def freeze_unreached(model: HostModel, documents: str = "image") -> None:
-    """Freeze what no query and no document of a Router reaches: it could not learn, and torchrun would wait for it.
+    """Freeze what no query and no document reaches: it could not learn, and torchrun would wait for it.
+
+    Such are CLIP's ``logit_scale``, the bias of SigLIP, the layers of LLaVA's image encoder behind the one that is
+    read, and the towers of a Router that no route uses. A forward pass with gradients tells, of a query and of a
+    document, or of a pair for a reranker; only what it ends in is taken for trained on, so a loss that reads a
+    parameter of the model besides must unfreeze it.
 
     Args:
-        model: Any host model that ``check_routes`` has passed; one without a Router stays as it is.
-        documents: As in ``check_routes``.
+        model: Any host model that ``check_routes`` has passed. One with quantised weights, which learn nothing, stays
+            as it is.
+        documents: As in ``check_routes``; for other kinds than these nothing is known to be out of reach.
     """
-    router = find_router(model)
-    if router is None:
+    if not set(documents.split("+")) <= SAMPLES.keys() or any(map(is_quantized, encoders_of(model))):
         return
-    ways = (("query", "text"), ("document", documents))
-    reached = [output_of(model, sample_of(kind), gradients=True, task=task) for task, kind in ways]
-    freeze_unused(model, (features["sentence_embedding"] for features in reached))
+    if isinstance(model, CrossEncoder):
+        pair = (sample_of("text"), sample_of(documents))
+        reached = [output_of(model, pair, gradients=True)["scores"]]
+    else:
+        output = TOKENS if isinstance(model, MultiVectorEncoder) else "sentence_embedding"
+        ways = (("query", "text"), ("document", documents))
+        reached = [output_of(model, sample_of(kind), gradients=True, task=task)[output] for task, kind in ways]
+    # an expert that these samples are not sent to may get others
+    experts = [weight for name, weight in model.named_parameters() if ".experts." in name and weight.requires_grad]
+    freeze_unused(model, reached)
+    for weight in experts:
+        weight.requires_grad_(True)
 
 
 def extract_route(model: SentenceTransformer, route: str = "text") -> SentenceTransformer:

@@ -61,7 +61,8 @@ def take_tower(encoder: Transformer, modality: str) -> list[nn.Module] | None:
         return None
     tower = getattr(model, TOWERS[modality])
     if MODEL_MAPPING.get(type(tower.config), None) is not type(tower):
-        return None if isinstance(model, CLIPModel) else [_without_images(encoder)]
+        # older versions of transformers (5.4) have a class of its own for no tower: these stay whole
+        return None if isinstance(model, CLIPModel) or modality == "image" else [_without_images(encoder)]
     projection = getattr(model, PROJECTIONS[modality], None)
     alone = _alone(encoder, tower, modality)
     if projection is None:
@@ -75,18 +76,6 @@ def take_tower(encoder: Transformer, modality: str) -> list[nn.Module] | None:
             init_weight=projection.weight.detach(),
         )
     return [alone, dense.eval()]
-
-
-def pad_texts(encoder: nn.Module) -> None:
-    """Pad every text to SigLIP's one length, unless the checkpoint says otherwise.
-
-    SigLIP pools the last token, padding or not, and was trained on texts of one length: else the embedding of a text
-    depends on the batch it is in.
-    """
-    if isinstance(encoder, Transformer) and isinstance(encoder.model, SiglipModel | Siglip2Model):
-        fixed = {"padding": "max_length", "max_length": encoder.config.text_config.max_position_embeddings}
-        kwargs = encoder.processing_kwargs
-        encoder.processing_kwargs = {**kwargs, "text": {**fixed, **kwargs.get("text", {})}}
 
 
 def freeze_unused(encoder: nn.Module, embeddings: Iterable[torch.Tensor]) -> int:

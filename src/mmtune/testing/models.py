@@ -46,6 +46,7 @@ from transformers import (
 )
 
 from mmtune.errors import MissingExtraError
+from mmtune.models.checkpoints import how_to_install
 from mmtune.models.fresh import seeded
 from mmtune.testing import words
 
@@ -194,7 +195,7 @@ def tiny_qwen3_vl(
     if find_spec("torchvision") is None:
         raise MissingExtraError(
             "tiny_qwen3_vl needs torchvision, which is not installed: the video processor of Qwen3-VL imports it. "
-            'Run `pip install "mmtune[vlm]"`, or test with tiny_clip, which needs Pillow only.'
+            f"{how_to_install('torchvision')}. Or test with tiny_clip, which needs Pillow only."
         )
     # this class is a stub that raises where torchvision is missing
     from transformers import Qwen3VLVideoProcessor

@@ -181,8 +181,8 @@ def choose_rates(
     elif learning:
         names = "|".join(map(re.escape, learning))
         rates["learning_rate_mapping"] = {rf"(^|\.)model\.({names})\.": FRESH_RATE * args.learning_rate}
-        if isinstance(model, MultiVectorEncoder):
-            rates["max_grad_norm"] = FRESH_LATE_INTERACTION_CLIP
+    if checkpoint is None and learning and isinstance(model, MultiVectorEncoder):
+        rates["max_grad_norm"] = FRESH_LATE_INTERACTION_CLIP
     return {name: value for name, value in rates.items() if name not in given}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
+from sentence_transformers import CrossEncoder
 from sentence_transformers.base.training_args import BaseTrainingArguments
 from sentence_transformers.util.distributed import distributed_evaluation
 from torch import nn
@@ -25,6 +26,7 @@ from mmtune.models.kinds import HostModel
 from mmtune.models.loading import check_documents, describe_model
 from mmtune.models.lora import LoraChoice, add_lora, check_lora
 from mmtune.models.parts import describe_training, freeze_parts, model_parts, part_names
+from mmtune.models.precision import score_in_float32
 from mmtune.models.routes import check_routes, freeze_unreached
 from mmtune.training import recipe
 from mmtune.training.checks import (
@@ -256,6 +258,8 @@ def ready_model(
     """
     ready = kind.load(os.fspath(model)) if isinstance(model, (str, os.PathLike)) else model
     let_read_typed_texts(ready)
+    if isinstance(ready, CrossEncoder):
+        score_in_float32(ready)
     check_documents(ready, documents)
     check_routes(ready, documents)
     names = part_names(freeze)
