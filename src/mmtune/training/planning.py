@@ -32,11 +32,13 @@ class BatchShape:
         batch_size: Rows per batch and process.
         num_processes: Batches that are taken in one step, and must be free of conflicts together.
         drop_last: Whether the short batch is left out.
+        smallest: Rows that a short batch needs at least, unless it is the only one.
     """
 
     batch_size: int
     num_processes: int = 1
     drop_last: bool = False
+    smallest: int = 1
 
     def __post_init__(self) -> None:
         if self.num_processes < 1:
@@ -214,6 +216,8 @@ def _plan_once(
         )
         pool = packing.pack(pool, with_short=shape.keeps_short and done >= len(rows))
         groups += packing.groups()
+    if len(groups) > 1 and len(groups[-1]) < shape.smallest:
+        pool += groups.pop()
     return EpochPlan.of(_opening_first(groups, opening, rng), pool, shape, rng)
 
 
