@@ -157,10 +157,9 @@ def _count_processes(given: Mapping[str, Any]) -> int:
 
 
 def _stepwise(sampler: Any) -> Any:
-    """The sampler of this package for a turn of the host's that mixes datasets in a step of several processes."""
-    name = getattr(sampler, "value", sampler)
-    ours = {"round_robin": StepwiseRoundRobinBatchSampler, "proportional": StepwiseProportionalBatchSampler}
-    return ours.get(name, sampler) if isinstance(name, str) else sampler
+    """The sampler of this package for the host's turns, which mix datasets in a step of several processes."""
+    in_turn = isinstance(sampler, str) and getattr(sampler, "value", sampler) == "round_robin"
+    return StepwiseRoundRobinBatchSampler if in_turn else sampler
 
 
 def _count_workers() -> int:

@@ -266,7 +266,7 @@ def ready_model(
     freeze: Iterable[str] | None,
     lora: LoraChoice,
     seed: int,
-    loading: Mapping[str, Any],
+    loading: Mapping[str, Any] | None = None,
 ) -> Iterator[Start]:
     """The model as it will be trained, loaded, checked, parts frozen, adapters attached; in place where it was given.
 
@@ -278,9 +278,9 @@ def ready_model(
         ConfigError: The model does not embed these documents, lacks a part, or nothing is left to train.
         MissingExtraError: peft, or another package that the model needs, is not installed.
     """
-    ready: Any = kind.load(os.fspath(model), **loading) if isinstance(model, (str, os.PathLike)) else model
+    ready: Any = kind.load(os.fspath(model), **loading or {}) if isinstance(model, (str, os.PathLike)) else model
     if not isinstance(model, (str, os.PathLike)):
-        limit_pixels(model, PixelLimits(max_pixels=loading["max_pixels"]))
+        limit_pixels(model, PixelLimits(max_pixels=(loading or {}).get("max_pixels")))
     let_read_typed_texts(ready)
     check_documents(ready, documents)
     check_routes(ready, documents)
