@@ -116,8 +116,26 @@ def test_no_training_image_is_copied_anywhere(run: FinetuneResult) -> None:
 def test_the_model_card_states_base_data_recipe_and_gain(run: FinetuneResult, clip_path: str) -> None:
     card = (run.output_dir / "final" / "README.md").read_text()
     section = card.split("## Finetuning")[1].split("## Model Details")[0]
-    for fact in (clip_path, "training queries: 30", "learning rate: 0.001", f"{run.after[run.primary_metric]:.4f}"):
+    for fact in (
+        clip_path,
+        "| training queries | 30 |",
+        "| learning rate | 0.001 |",
+        f"{run.after[run.primary_metric]:.4f}",
+    ):
         assert fact in section
+
+
+def test_the_model_card_is_of_pages_and_of_this_model(run: FinetuneResult, clip_path: str) -> None:
+    card = (run.output_dir / "final" / "README.md").read_text()
+    usage = card.split("## Usage")[1].split("```python\n")[1].split("```")[0]
+    assert repr(str(run.output_dir / "final")) in usage
+    assert 'Image.open("page-1.png")' in usage
+    compile(usage, "usage", "exec")
+    assert "sentence_transformers_model_id" not in card
+    assert "Red Planet" not in card
+    assert f"**Base model:** `{Path(clip_path).name}`" in card
+    assert "- visual-document-retrieval" in card.split("---")[1]
+    assert card.index("## Finetuning") < card.index("<details>") < card.index("## Model Details")
 
 
 def test_settings_say_what_was_chosen(run: FinetuneResult) -> None:
@@ -490,7 +508,7 @@ def test_rows_by_columns_do_not_overlap_by_their_row_numbers() -> None:
         ({"eval_strategy": "steps"}, "needs an evaluation set"),
         ({"overwrite": True, "resume": True}, "Set one of them"),
         ({"resume": True}, "no checkpoint to go on from"),
-        ({"eval_steps": "often"}, "host refuses"),
+        ({"eval_steps": "often"}, "eval_steps='often': expected a number above 0"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
@@ -577,7 +595,7 @@ def test_files_of_ones_own_are_no_run(clip_path: str, tmp_path: Path) -> None:
         ({"num_train_epochs": 0}, "num_train_epochs=0"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0"),
-        ({"max_steps": "5"}, "host refuses"),
+        ({"max_steps": "5"}, "max_steps='5': expected a whole number of 1 or more"),
         ({"mini_batch_size": True}, "mini_batch_size=True"),
         ({"args": {"output_dir": "x"}}, "args is a dict"),
         ({"model": 5}, "got int"),

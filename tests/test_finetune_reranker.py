@@ -525,6 +525,19 @@ def test_prompts_of_the_caller_win(on_texts, tmp_path: Path) -> None:
     assert saved.prompts["text_to_image"] == "page? "
 
 
+def test_a_prompt_of_the_caller_is_what_predict_uses(on_texts, tmp_path: Path) -> None:
+    result = on_texts(table(8), prompts="page? ", output_dir=tmp_path, max_steps=1)
+    saved = CrossEncoder(str(tmp_path / "final"), device="cpu")
+    assert saved.default_prompt_name == "text_to_image"
+    assert saved.prompts["text_to_image"] == result.settings["training"]["prompts"] == "page? "
+
+
+def test_two_prompts_for_one_direction_are_refused(broken_weights: str, tmp_path: Path) -> None:
+    train = {"one": generated_pages(6), "two": generated_pages(6, seed=1)}
+    with pytest.raises(ConfigError, match=r"'a' and 'b' for sets of the direction 'text_to_image'"):
+        finetune_reranker(broken_weights, train, output_dir=tmp_path, prompts={"one": "a", "two": "b"})
+
+
 def test_small_steps_on_half_precision_weights_warn(text_reranker_path: str, tmp_path: Path) -> None:
     model = CrossEncoder(text_reranker_path, device="cpu", model_kwargs={"dtype": torch.bfloat16})
     with pytest.warns(UserWarning, match=r"bfloat16 and learning_rate=5e-06: most steps are lost"):

@@ -168,6 +168,13 @@ def supports_flash_attention(model_class: Any) -> bool:
     return not any(argument in source for argument in ("or_mask_function", "block_sequence_ids"))
 
 
+def tracker_names() -> list[str]:
+    """What ``report_to`` can name, installed or not. The documented function lists what is installed."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    return list(INTEGRATION_TO_CALLBACK)
+
+
 def forget_adapter(model: Any) -> None:
     """Let an adapter be attached after an attempt that failed: the mark is set before anything is attached."""
     model._hf_peft_config_loaded = False

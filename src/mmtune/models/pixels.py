@@ -139,6 +139,19 @@ def apply_pixel_limits(model: SameModel, limits: PixelLimits) -> SameModel:
     return model
 
 
+def limit_pixels(model: SameModel, limits: PixelLimits) -> SameModel:
+    """The same model with the limits in every image encoder, after a warning of those that can't keep them.
+
+    Raises:
+        ConfigError: As in ``image_arguments``.
+
+    Warns:
+        UserWarning: As in ``warn_unused_limits``.
+    """
+    warn_unused_limits([module.processor for module in _image_modules(model)], limits)
+    return apply_pixel_limits(model, limits)
+
+
 def effective_pixel_limits(model: HostModel) -> PixelLimits:
     """The limits that hold in the model's first image encoder, its own or those asked for.
 

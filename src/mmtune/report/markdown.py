@@ -1,4 +1,4 @@
-"""Results as a person reads them: tables, the report of a run, and its part of a model card."""
+"""Results as a person reads them: tables, and the report of a run."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -54,6 +54,8 @@ def compare_metrics(before: Mapping[str, float], after: Mapping[str, float], pri
         size = str(dim) if dim else "full" if "_" in measure else ""
         if key in before:
             rows.append(BeforeAfter(f"{own_name} {size}".strip() or "all", before[key], after[key]))
+    if not rows and primary_metric in before and primary_metric in after:  # a name of the caller's own
+        rows = [BeforeAfter("all", before[primary_metric], after[primary_metric])]
     return rows
 
 
@@ -70,7 +72,12 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown: the first column to the left, the others to the right."""
     rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+    return "\n".join("| " + " | ".join(map(_escape, row)) + " |" for row in (header, rule, *rows))
+
+
+def _escape(cell: str) -> str:
+    """A cell on one line, with no end of a column in it."""
+    return " ".join(cell.split("\n")).replace("\r", " ").replace("|", "\\|")
 
 
 def write_report(title: str, rows: list[BeforeAfter], measure: str, settings: Mapping[str, Any]) -> str:
@@ -82,23 +89,15 @@ def write_report(title: str, rows: list[BeforeAfter], measure: str, settings: Ma
         measure: What the table shows, e.g. ``"ndcg@10"``.
         settings: By topic, e.g. ``{"data": {...}, "training": {...}}``.
     """
-    parts = [f"# {title}", "## Before and after", _show_gain(rows, measure)]
+    parts = [f"# {title}", "## Before and after", show_gain(rows, measure)]
     for topic, values in settings.items():
-        cells = [[f"`{name}`", _show(value)] for name, value in values.items()]
+        cells = [[f"`{name}`", show(value)] for name, value in values.items()]
         parts += [f"## {topic.capitalize()}", markdown_table(("setting", "value"), cells)]
     return "\n\n".join(parts) + "\n"
 
 
-def add_to_card(card: str, rows: list[BeforeAfter], measure: str, settings: Mapping[str, Mapping[str, Any]]) -> str:
-    """The host's model card with a section on this finetuning in front of its details."""
-    facts = {**settings["model"], **settings["data"], **settings["training"]}
-    lines = [f"- {name.replace('_', ' ')}: {_show(value)}" for name, value in facts.items()]
-    section = "\n\n".join(["## Finetuning", _show_gain(rows, measure), "\n".join(lines)])
-    head, details, tail = card.partition("\n## Model Details")
-    return f"{head.rstrip()}\n\n{section}\n{details}{tail}"
-
-
-def _show_gain(rows: list[BeforeAfter], measure: str) -> str:
+def show_gain(rows: list[BeforeAfter], measure: str) -> str:
+    """The table of what a run gained, or that nothing is known of it."""
     if not rows:
         return "No evaluation set was given, so nothing is known about the gain."
     has_sizes = any(row.label.rpartition(" ")[2] == "full" for row in rows)
@@ -107,9 +106,10 @@ def _show_gain(rows: list[BeforeAfter], measure: str) -> str:
     return f"{measure} by {by}:\n\n{table}"
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
+    """A setting as text: what it holds with commas between."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_show(item)}" for key, item in value.items()) or "none"
+        return ", ".join(f"{key}: {show(item)}" for key, item in value.items()) or "none"
     if isinstance(value, (list, tuple)):
-        return ", ".join(_show(item) for item in value) or "none"
-    return str(value).replace("|", "\\|").replace("\n", " ")
+        return ", ".join(show(item) for item in value) or "none"
+    return str(value)

@@ -39,9 +39,9 @@ class ConflictFreeBatchSampler(DefaultBatchSampler):
 
     No document of a row (the positive and the listed negatives) is relevant to the query of another row of the batch.
     So no query text stands twice in a batch either. Batches are full, or shorter where rows conflict too much; the last
-    may be short in any case. The order depends on `seed` and the epoch alone, so a resumed run sees the same batches.
-    To resume at epoch e, the e epochs before it are planned again, because the rows that one epoch leaves over open
-    the next.
+    may be short in any case, but is no single row where rows have no negatives: nothing could be learned from it. The
+    order depends on `seed` and the epoch alone, so a resumed run sees the same batches. To resume at epoch e, the e
+    epochs before it are planned again, because the rows that one epoch leaves over open the next.
 
     With several processes, the number of batches is a multiple of them, all batches of the run have the same size, and
     the batches that the processes take in one step are free of conflicts together, as losses that gather across devices
@@ -83,7 +83,9 @@ class ConflictFreeBatchSampler(DefaultBatchSampler):
     ) -> None:
         super().__init__(dataset, batch_size, drop_last, valid_label_columns, generator, seed)
         require_view(dataset)
-        self._shape = BatchShape(batch_size, _processes(num_processes), drop_last)
+        # A row without negatives has nothing to be told from where it is alone: its loss is zero.
+        smallest = 1 if getattr(view_of(dataset), "num_negatives", 1) else 2
+        self._shape = BatchShape(batch_size, _processes(num_processes), drop_last, smallest)
         self.num_processes = self._shape.num_processes
         _require_rows(len(dataset), self._shape)
         self._dataset = dataset
@@ -231,6 +233,34 @@ class StepwiseProportionalBatchSampler(MultiDatasetDefaultBatchSampler):
     @property
     def _batches_a_step(self) -> int:
         return max(getattr(sampler, "num_processes", 1) for sampler in self.batch_samplers)
+
+
+class StepwiseRoundRobinBatchSampler(StepwiseProportionalBatchSampler):
+    """A step of each dataset in turn, until the first has no more.
+
+    As the host's sampler of that name, except that the processes take the batches of one step from one dataset.
+
+    Args:
+        dataset: The datasets, concatenated.
+        batch_samplers: A sampler for each; those of this module know how many processes there are.
+        generator: Not used; the host passes it to every sampler.
+        seed: Not used: the turns are always the same.
+    """
+
+    def __iter__(self) -> Iterator[list[int]]:
+        offsets = [0, *self.dataset.cumulative_sizes]
+        batches = [iter(sampler) for sampler in self.batch_samplers]
+        for _ in range(self._rounds):
+            for offset, own in zip(offsets, batches, strict=False):
+                for batch in islice(own, self._batches_a_step):
+                    yield [offset + row for row in batch]
+
+    def __len__(self) -> int:
+        return self._rounds * len(self.batch_samplers) * self._batches_a_step
+
+    @property
+    def _rounds(self) -> int:
+        return min(len(sampler) // self._batches_a_step for sampler in self.batch_samplers)
 
 
 def require_view(dataset: Dataset) -> None:

@@ -1,40 +1,56 @@
 """What can be known to fail before weights load, or before hours of training."""
 
 import dataclasses
+import os
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sentence_transformers.base.training_args import BaseTrainingArguments
 from torch import nn
+from transformers import TrainerCallback
 
-from mmtune.arguments import nearest_name, require_number, require_whole
+from mmtune.arguments import require_flag, require_whole
 from mmtune.errors import ConfigError
+from mmtune.models.parts import part_names
+from mmtune.models.pixels import PixelLimits
 from mmtune.training.batches import ConflictFreeBatchSampler
+from mmtune.training.host_arguments import MAX_SEED, check_built_values, check_host_values, hint_for
+from mmtune.training.losses import check_loss
 from mmtune.training.trainers import Kind
+
+if TYPE_CHECKING:
+    from mmtune.training.run import Finetuning
 
 _HALF = (torch.bfloat16, torch.float16)
 _RATE_FOR_HALF_PRECISION = 1e-5
 
 
 def check_training_arguments(
-    kind: Kind, args: BaseTrainingArguments | None, given: Mapping[str, Any]
+    kind: Kind, args: BaseTrainingArguments | None, given: Mapping[str, Any], *, own: Iterable[str] = ()
 ) -> dict[str, Any]:
     """The training arguments that were given by name, with NumPy's numbers as Python's.
+
+    Args:
+        kind: The kind of model.
+        args: The host's arguments, where the caller built them.
+        given: The caller's training arguments by name.
+        own: The other arguments of the call, for the hint where a name is unknown.
 
     Raises:
         ConfigError: A name is no training argument of the host, ``args`` are of another class or were given besides,
             or a value can't be.
+        MissingExtraError: A value needs a package that is not installed.
     """
     known = [field.name for field in dataclasses.fields(kind.arguments_class) if field.init]
     for name in given:
         if name not in known:
             raise ConfigError(
                 f"{name!r} is neither an argument of this function nor a training argument of the host. "
-                f"Did you mean {nearest_name(name, known, cutoff=0.0)!r}?"
+                f"{hint_for(name, own, kind.arguments_class)}"
             )
     if given.get("resume_from_checkpoint") is not None:
         raise ConfigError("resume_from_checkpoint is for the host's trainer. Pass resume=True.")
@@ -43,15 +59,56 @@ def check_training_arguments(
     if args is not None and given:
         name, value = next(iter(given.items()))
         raise ConfigError(f"args and {name}={value!r} were both given. Set it in args, or leave args out.")
+    if args is not None:
+        check_built_values(args)
+    if given.get("fp16") and given.get("bf16"):
+        raise ConfigError("fp16=True and bf16=True were both given. Expected one precision. Leave one of them out.")
+    # what a prompt is for depends on the columns, which are not there yet
+    return dict(given) | check_host_values(
+        kind.arguments_class, {name: value for name, value in given.items() if name != "prompts"}
+    )
 
-    checked = dict(given)
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-        if name in given:
-            checked[name] = require_whole(name, given[name])
-    epochs = given.get("num_train_epochs", 1)
-    if require_number("num_train_epochs", epochs) <= 0:
-        raise ConfigError(f"num_train_epochs={epochs!r}: expected a positive number.")
-    return checked
+
+def check_choices(call: "Finetuning") -> None:
+    """Make sure of the arguments that both calls have, from their types alone.
+
+    Raises:
+        ConfigError: One can't be; the message says what was expected.
+    """
+    for name in ("allow_overlap", "overwrite"):
+        require_flag(name, getattr(call, name))
+    if call.resume != "auto":
+        require_flag("resume", call.resume)
+    if require_whole("seed", call.seed, at_least=0) > MAX_SEED:
+        raise ConfigError(f"seed={call.seed!r}: expected a whole number of 0 to {MAX_SEED}, which is what NumPy takes.")
+    folder = call.output_dir
+    if folder is not None and not (isinstance(folder, (str, os.PathLike)) and str(folder).strip()):
+        raise ConfigError(f"output_dir={folder!r}: expected the path of a folder as a text or a Path, or None.")
+    if folder is not None and "\0" in str(folder):
+        raise ConfigError(f"output_dir={str(folder)!r} holds a null character, and no path can. Name another folder.")
+    PixelLimits(max_pixels=call.max_pixels)
+    part_names(call.freeze)
+    check_loss(call.loss)
+    _check_callbacks(call.callbacks)
+    if call.evaluator is not None and (isinstance(call.evaluator, type) or not callable(call.evaluator)):
+        raise ConfigError(
+            f"evaluator={call.evaluator!r}: expected an evaluator of the host, built, e.g. "
+            "build_evaluator(dataset), or None. To measure on a dataset, pass it as eval_dataset."
+        )
+
+
+def _check_callbacks(callbacks: Any) -> None:
+    is_series = isinstance(callbacks, Sequence) and not isinstance(callbacks, (str, bytes))
+    wrong = [each for each in (callbacks if is_series else [callbacks]) if not _is_callback(each)]
+    if wrong or not is_series:
+        found = f"callbacks holds {wrong[0]!r}" if wrong and is_series else f"callbacks={callbacks!r}"
+        raise ConfigError(
+            f"{found}: expected callbacks of transformers in a list, e.g. callbacks=[EarlyStoppingCallback(3)]."
+        )
+
+
+def _is_callback(value: Any) -> bool:
+    return isinstance(value, TrainerCallback) or (isinstance(value, type) and issubclass(value, TrainerCallback))
 
 
 def check_host_arguments(args: BaseTrainingArguments, *, evaluates: bool, in_batch_negatives: bool) -> None:
@@ -64,7 +121,8 @@ def check_host_arguments(args: BaseTrainingArguments, *, evaluates: bool, in_bat
         UserWarning: The sampler knows nothing of relevance, and the loss takes documents of other rows as negatives.
     """
     if args.eval_strategy != "no" and not evaluates:
-        raise ConfigError(f"eval_strategy={str(args.eval_strategy)!r} needs an evaluation set. Pass eval_dataset.")
+        strategy = getattr(args.eval_strategy, "value", args.eval_strategy)
+        raise ConfigError(f"eval_strategy={strategy!r} needs an evaluation set. Pass eval_dataset.")
     try:
         pickle.dumps(args.batch_sampler)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -79,6 +137,26 @@ def check_host_arguments(args: BaseTrainingArguments, *, evaluates: bool, in_bat
             f"The batch sampler is {sampler!r}, which may put documents that are relevant to a query among its "
             "in-batch negatives. Pass batch_sampler=ConflictFreeBatchSampler to rule that out.",
             stacklevel=5,
+        )
+
+
+def check_full_batch(args: BaseTrainingArguments, rows_by_set: Mapping[str, int]) -> None:
+    """Make sure that there is a batch where short ones are left out.
+
+    Args:
+        args: The host's arguments.
+        rows_by_set: The number of rows of each training set by its name.
+
+    Raises:
+        ConfigError: A set has fewer rows than a batch.
+    """
+    name, rows = min(rows_by_set.items(), key=lambda each: each[1])
+    if args.dataloader_drop_last and rows < args.train_batch_size:
+        of_set = f" of {name!r}" if name else ""
+        raise ConfigError(
+            f"dataloader_drop_last leaves out short batches, and the {rows} training rows{of_set} don't fill one of "
+            f"{args.train_batch_size}: there would be no step. Lower per_device_train_batch_size to {rows} or less, or "
+            "leave dataloader_drop_last out."
         )
 
 

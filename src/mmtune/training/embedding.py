@@ -1,14 +1,17 @@
 """``finetune``: from pages, queries and negatives to a better embedding model, in one call."""
 
+import logging
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
+from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.base.training_args import BaseTrainingArguments
 from torch import nn
+from transformers import TrainerCallback
 
 from mmtune.arguments import require_whole, require_wholes
 from mmtune.data.dataset import RetrievalDataset
@@ -20,12 +23,15 @@ from mmtune.evaluation.retrieval import build_evaluator
 from mmtune.models.late_interaction import is_late_interaction
 from mmtune.models.loading import check_checkpoint
 from mmtune.models.lora import LoraChoice
-from mmtune.training.checks import check_contrast
+from mmtune.training.checks import check_contrast, check_full_batch
 from mmtune.training.inputs import DatasetsLike, Form, TrainingSets, training_sets
-from mmtune.training.losses import Loss, build_loss, choose_dims, in_batch_loss
+from mmtune.training.losses import Loss, build_loss, choose_dims, in_batch_loss, use_full_size
+from mmtune.training.progress import progress_bars
 from mmtune.training.result import FinetuneResult
 from mmtune.training.run import Finetuning, run
 from mmtune.training.trainers import EMBEDDING, LATE_INTERACTION, Kind
+
+logger = logging.getLogger(__name__)
 
 
 def finetune(
@@ -47,6 +53,9 @@ def finetune(
     overwrite: bool = False,
     resume: bool = False,
     seed: int = 42,
+    callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
+    evaluator: BaseEvaluator | Callable[..., Any] | None = None,
+    max_pixels: int | None = None,
     **training_arguments: Any,
 ) -> FinetuneResult:
     """Finetune an embedding model on pages and queries, and measure what it gained.
@@ -76,8 +85,9 @@ def finetune(
             is what that loss trains.
         args: The host's training arguments for this kind of model, passed on as they are; only an empty ``prompts``
             or, for a Router, ``router_mapping`` is filled, on a copy.
-        prompts: ``"model"`` trains with the prompts that ``encode_query`` and ``encode_document`` will use; else what
-            the host's ``prompts`` takes, or ``None`` for none.
+        prompts: ``"model"`` trains with the prompts that ``encode_query`` and ``encode_document`` will use. A text,
+            or texts by column, become the model's own, so that measuring, saving and using agree: that of ``query`` and
+            that of the documents; a column without one keeps the model's. ``None`` takes the model's prompts away.
         documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
         lora: ``True`` trains adapters on the language model in place of all weights; or a config of peft.
         freeze: Parts of the model that stay as they are, e.g. ``("vision",)``; an unknown one is an error that lists
@@ -86,6 +96,11 @@ def finetune(
         overwrite: Replace the run that ``output_dir`` holds.
         resume: Go on with the run that ``output_dir`` holds, from its last whole checkpoint.
         seed: Of filling up negatives, and of training where there are no ``args``.
+        callbacks: Callbacks of transformers, e.g. ``[EarlyStoppingCallback(3)]``, besides those of the recipe.
+        evaluator: An evaluator of the host to call before, during and after training. Beside ``eval_dataset`` it adds
+            its metrics; alone, its ``primary_metric`` chooses the checkpoint.
+        max_pixels: Largest number of pixels a page after resizing, as in ``load_model``; saved with the model. ``None``
+            leaves the model's own limit.
         **training_arguments: Training arguments of the host by name, in place of the recipe's.
 
     Returns:
@@ -104,29 +119,33 @@ def finetune(
         >>> sorted(path.name for path in result.output_dir.iterdir() if not path.name.startswith("checkpoint"))
         ['final', 'metrics.json', 'report.md']
     """
-    return run(
-        EmbeddingFinetuning(
-            kind=kind_of(model),
-            model=model,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            output_dir=output_dir,
-            num_negatives=num_negatives,
-            matryoshka_dims=matryoshka_dims,
-            mini_batch_size=mini_batch_size,
-            loss=loss,
-            args=args,
-            prompts=prompts,
-            documents=documents,
-            lora=lora,
-            freeze=freeze,
-            allow_overlap=allow_overlap,
-            overwrite=overwrite,
-            resume=resume,
-            seed=seed,
-            training_arguments=training_arguments,
-        )
+    call = EmbeddingFinetuning(
+        kind=kind_of(model),
+        model=model,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        output_dir=output_dir,
+        num_negatives=num_negatives,
+        matryoshka_dims=matryoshka_dims,
+        mini_batch_size=mini_batch_size,
+        loss=loss,
+        args=args,
+        prompts=prompts,
+        documents=documents,
+        lora=lora,
+        freeze=freeze,
+        allow_overlap=allow_overlap,
+        overwrite=overwrite,
+        resume=resume,
+        seed=seed,
+        callbacks=callbacks,
+        evaluator=evaluator,
+        max_pixels=max_pixels,
+        training_arguments=training_arguments,
     )
+    quiet = args.disable_tqdm if isinstance(args, BaseTrainingArguments) else training_arguments.get("disable_tqdm")
+    with progress_bars(shown=quiet is not True):
+        return run(call)
 
 
 def kind_of(model: object) -> Kind:
@@ -152,6 +171,50 @@ def kind_of(model: object) -> Kind:
     )
 
 
+def own_prompts(model: Retriever) -> dict[str, str]:
+    """The prompts of ``encode_query`` and ``encode_document``, as ``query`` and ``document``; ``""`` for none."""
+    default = model.prompts.get(model.default_prompt_name or "", "")
+    names = (name for name in ("document", "passage", "corpus") if name in model.prompts)
+    query, document = model.prompts.get("query", default), model.prompts.get(next(names, ""), default)
+    return {"query": query or "", "document": document or ""}
+
+
+def prompts_by_side(given: Any, train: TrainingSets) -> dict[str, str | None]:
+    """What prompts as the host takes them say for queries and for documents; ``None`` where they say nothing.
+
+    Raises:
+        ConfigError: They are none, are for columns that there are not, or differ within a side: a model has one prompt
+            for all documents, so another one could be trained with, and never used.
+    """
+    if given is None or (isinstance(given, str) and given == "model"):
+        return {"query": None, "document": None}
+    if isinstance(given, str):
+        return {"query": given, "document": given}
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"prompts={given!r}: expected 'model', a text, a mapping of columns to texts, or None.")
+    texts: dict[str, dict[str, str]] = {"query": {}, "document": {}}
+    for name, value in given.items():
+        columns = dict.fromkeys(train.columns, value) if name in train.by_name else {name: value}
+        columns = dict(value) if isinstance(value, Mapping) and name in train.by_name else columns
+        for column, text in columns.items():
+            if column not in train.columns:
+                raise ConfigError(
+                    f"prompts has a text for {column!r}, and the rows have the columns {train.columns}. Name one of "
+                    "these."
+                )
+            if not isinstance(text, str):
+                raise ConfigError(f"prompts has {text!r} for {column!r}: expected a text.")
+            texts["query" if column == "query" else "document"].setdefault(text, f"{name}: {column}")
+    for side, found in texts.items():
+        if len(found) > 1:
+            one, other = list(found)[:2]
+            raise ConfigError(
+                f"prompts has {one!r} and {other!r} ({found[one]}, {found[other]}), and a model has one prompt for "
+                f"each {side}. Pass one text for all columns and datasets of a side."
+            )
+    return {side: next(iter(found), None) for side, found in texts.items()}
+
+
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingFinetuning(Finetuning):
     """A call of ``finetune``."""
@@ -162,9 +225,10 @@ class EmbeddingFinetuning(Finetuning):
     prompts: dict[str, str] | str | None
 
     def check_arguments(self) -> None:
-        """Make sure of dimensions and mini-batches."""
+        """Make sure of dimensions, mini-batches and negatives."""
+        require_whole("num_negatives", self.num_negatives, at_least=0)
         dims = self.matryoshka_dims
-        if dims not in (None, "auto"):
+        if dims is not None and not (isinstance(dims, str) and dims == "auto"):
             if not require_wholes("matryoshka_dims", dims, or_else="'auto', None"):
                 raise ConfigError("matryoshka_dims is empty. Name a dimension, or pass None for the full size only.")
             if not self.kind.truncates:
@@ -173,7 +237,7 @@ class EmbeddingFinetuning(Finetuning):
                     "size (sentence-transformers 6.2). Leave matryoshka_dims out; build_late_interaction takes the "
                     "dimension."
                 )
-        if self.mini_batch_size != "auto":
+        if not (isinstance(self.mini_batch_size, str) and self.mini_batch_size == "auto"):
             require_whole("mini_batch_size", self.mini_batch_size, or_else="'auto'")
             if self.loss is not None:
                 warnings.warn("mini_batch_size is not used: the loss that was given has its own.", stacklevel=4)
@@ -192,20 +256,27 @@ class EmbeddingFinetuning(Finetuning):
         self, train: TrainingSets, evaluation: Mapping[str, RetrievalDataset], args: BaseTrainingArguments
     ) -> None:
         """Make sure that prompts are for columns that there are, and that a batch has something to contrast."""
-        prompts = args.prompts or self.prompts
-        if prompts is not None and not isinstance(prompts, (str, dict)):
-            raise ConfigError(f"prompts={prompts!r}: expected 'model', a text, a mapping of columns to texts, or None.")
-        for name, prompt in prompts.items() if isinstance(prompts, dict) else ():
-            if name not in train.columns and not isinstance(prompt, dict):
-                raise ConfigError(f"prompts has a text for {name!r}, and the rows have the columns {train.columns}.")
+        prompts_by_side(args.prompts or self.prompts, train)
         if args.prompts and self.prompts not in ("model", None, args.prompts):
             warnings.warn(f"prompts={self.prompts!r} is not used: args.prompts is {args.prompts!r}.", stacklevel=5)
+        check_full_batch(args, {name: len(part.rows) for name, part in train.by_name.items()})
+        if isinstance(self.loss, Mapping) and set(self.loss) != set(train.by_name):
+            raise ConfigError(
+                f"loss has the names {list(self.loss)}, and the training sets are {list(filter(None, train.by_name))}. "
+                "Expected a loss for each of them, or one for all. Make the names agree."
+            )
         if self.loss is None:
             most = max(part.view.num_negatives for part in train.by_name.values())
             check_contrast(min(args.per_device_train_batch_size, train.num_rows), most)
+            if most == 0 < self.num_negatives:
+                logger.warning(
+                    "The training data list no negatives: pages are told apart from the others of their batch only. "
+                    "mine_hard_negatives(train_dataset, model) finds some."
+                )
 
     def build_loss(self, model: Retriever, batch_size: int) -> nn.Module | dict[str, nn.Module]:
-        """The caller's loss, or one for each dataset, else that of the recipe."""
+        """The caller's loss, or one for each dataset, else that of the recipe; the model gives its full size again."""
+        use_full_size(model)
         if isinstance(self.loss, Mapping):
             return {name: build_loss(part, model) for name, part in self.loss.items()}
         if self.loss is not None:
@@ -227,6 +298,7 @@ class EmbeddingFinetuning(Finetuning):
             model=model,
             truncate_dims=[dim for dim in self._evaluated_dims(model, loss) if dim != model.get_embedding_dimension()],
             documents=self.documents,
+            batch_size=args.per_device_eval_batch_size,
             show_progress_bar=not args.disable_tqdm,
         )
 
@@ -234,15 +306,24 @@ class EmbeddingFinetuning(Finetuning):
         """For each column the prompt that ``encode_query`` and ``encode_document`` will use; without empty ones.
 
         The host's trainer applies no prompts by itself, and its ``encode`` methods do (sentence-transformers 6.2):
-        training and use would differ.
+        training and use would differ. Prompts that were given become the model's own: this changes the model.
         """
-        if args.prompts or self.prompts != "model":
-            return args.prompts or self.prompts
-        default = model.prompts.get(model.default_prompt_name or "", "")
-        query = model.prompts.get("query", default)
-        names = (name for name in ("document", "passage", "corpus") if name in model.prompts)
-        document = model.prompts.get(next(names, ""), default)
-        by_column = {name: query if name == "query" else document for name in train.columns}
+        given = args.prompts or self.prompts
+        own = own_prompts(model)
+        settled = dict(own)
+        if given is None:
+            settled = dict.fromkeys(own, "")
+        elif given != "model":
+            # args are trained with as they are: a column that they leave out has no prompt
+            left_out = dict.fromkeys(own, "") if args.prompts else own
+            settled = {
+                side: left_out[side] if text is None else text for side, text in prompts_by_side(given, train).items()
+            }
+        if settled != own:
+            model.prompts |= settled
+        if args.prompts:
+            return args.prompts
+        by_column = {name: settled["query" if name == "query" else "document"] for name in train.columns}
         return {name: prompt for name, prompt in by_column.items() if prompt}
 
     def describe(
@@ -250,11 +331,13 @@ class EmbeddingFinetuning(Finetuning):
     ) -> dict[str, dict[str, Any]]:
         """The dimensions."""
         first = next(iter(loss.values())) if isinstance(loss, Mapping) else loss
-        dims = {
+        facts = {
             "matryoshka_dims": list(getattr(first, "matryoshka_dims", ())),
             "evaluated_dims": list(self._evaluated_dims(model, loss)),
+            "similarity": str(model.similarity_fn_name),
+            "prompts_of_model": own_prompts(model),
         }
-        return {"data": {}, "training": dims}
+        return {"data": {}, "training": facts}
 
     def _evaluated_dims(self, model: Retriever, loss: object) -> tuple[int, ...]:
         """The dimensions that the caller names, else those that the loss trains."""

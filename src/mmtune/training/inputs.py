@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, are_progress_bars_disabled
 
+from mmtune.data import sources
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind, check_texts, document_columns
 from mmtune.data.relevance import Direction
@@ -82,7 +83,9 @@ def training_sets(given: DatasetsLike, *, num_negatives: int, documents: Documen
         if isinstance(part, Dataset) and set(ID_COLUMNS) <= set(part.column_names):
             by_name[name] = _trace_rows(part, documents, num_negatives)
         else:
-            data = _require_readable(as_retrieval_dataset(part), documents)
+            data = as_retrieval_dataset(part)
+            _check_number(num_negatives, data, name)
+            data = _require_readable(data, documents)
             by_name[name] = TrainingSet(data, data.training_rows(num_negatives, documents=documents, seed=seed))
     return TrainingSets(by_name)
 
@@ -100,7 +103,9 @@ def reranking_sets(
     options: dict[str, Any] = {"documents": documents, "seed": seed}
     by_name = {}
     for name, part in datasets_by_name(given).items():
-        data = _require_readable(as_retrieval_dataset(part), documents)
+        data = as_retrieval_dataset(part)
+        _check_number(num_negatives, data, name)
+        data = _require_readable(data, documents)
         for direction in directions:
             if form == "pairs":
                 rows = data.labeled_pairs(num_negatives, direction=direction, **options)
@@ -115,6 +120,17 @@ def reranking_sets(
             own_name = "-".join(filter(None, (name, direction if len(directions) > 1 else "")))
             by_name[own_name] = TrainingSet(data, rows)
     return TrainingSets(by_name, form)
+
+
+def _check_number(num_negatives: int, data: RetrievalDataset, name: str) -> None:
+    """Make sure that there are as many documents or queries to be negatives, before lists of them are laid out."""
+    available = max(len(data.corpus), len(data)) - 1
+    if num_negatives > max(available, 1):
+        of_set = f" {name!r}" if name else ""
+        raise ConfigError(
+            f"num_negatives={num_negatives}, and the training data{of_set} have {len(data.corpus)} documents for "
+            f"{len(data)} queries. Pass {available} or less; the guide trains with 1 to 4."
+        )
 
 
 def evaluation_sets(given: DatasetsLike | None, documents: DocumentKind) -> dict[str, RetrievalDataset]:
@@ -138,6 +154,33 @@ def refuse_overlap(train: TrainingSets, evaluation: Mapping[str, RetrievalDatase
                     f"{len(shared)} documents are relevant in training and in evaluation: {examples}. Scores on pages "
                     "that were trained on say nothing about new ones. Make both sides with RetrievalDataset.split, or "
                     "pass allow_overlap=True."
+                )
+
+
+def warn_of_leaks(train: TrainingSets, evaluation: Mapping[str, RetrievalDataset]) -> None:
+    """Warn where training has seen a part of the evaluation, other than by documents that are relevant in both.
+
+    Warns:
+        UserWarning: Answers of the evaluation are among the training negatives, or a query text stands on both sides.
+    """
+    leaks_between: Any = getattr(sources, "leaks_between", None)
+    for part in train.by_name.values() if leaks_between is not None else ():
+        for measured in evaluation.values():
+            leaks = leaks_between(part.data, measured)
+            if leaks.negatives:
+                examples = ", ".join(repr(one) for one, _ in leaks.negatives[:3])
+                warnings.warn(
+                    f"{len(leaks.negatives)} documents that answer queries of the evaluation are negatives in "
+                    f"training, e.g. {examples}: training pushes the right answers away. Make both sides with "
+                    "RetrievalDataset.split, which takes them out.",
+                    stacklevel=4,
+                )
+            if leaks.texts:
+                examples = ", ".join(repr(text) for text in leaks.texts[:3])
+                warnings.warn(
+                    f"{len(leaks.texts)} query texts stand in training and in evaluation, e.g. {examples}: scores on "
+                    "them say little about new queries. Make both sides with RetrievalDataset.split.",
+                    stacklevel=4,
                 )
 
 
@@ -166,5 +209,5 @@ def _require_readable(data: RetrievalDataset, documents: DocumentKind) -> Retrie
     if "text" in columns:
         check_texts(data.corpus)
     if "image" in columns:
-        data.check_pages()
+        data.check_pages(show_progress_bar=not are_progress_bars_disabled())
     return data

@@ -1,8 +1,9 @@
 """The loss of one call: the caller's or the recipe's, its dimensions, and the rows that it reads."""
 
 import functools
+import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -10,9 +11,11 @@ from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTran
 from sentence_transformers.base.losses.gradcache import has_static_embedding_input
 from sentence_transformers.cross_encoder import losses as reranking
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.modules import Normalize
+from sentence_transformers.util import SimilarityFunction
 from torch import nn
 
-from mmtune.errors import ConfigError
+from mmtune.errors import ConfigError, MmtuneError
 from mmtune.evaluation.corpus import Retriever
 from mmtune.models.kinds import HostModel
 from mmtune.training.inputs import Form
@@ -31,13 +34,60 @@ _UNFIT = {
 }
 
 
+def check_loss(loss: object) -> None:
+    """Make sure that ``loss`` can be one, from its type and its signature: it is not built yet.
+
+    Args:
+        loss: As the two calls take it; ``None`` for that of the recipe.
+
+    Raises:
+        ConfigError: It is neither a loss nor a callable that takes the model, or an empty mapping.
+    """
+    if isinstance(loss, Mapping) and loss:
+        for part in loss.values():
+            check_loss(part)
+        return
+    if loss is None or isinstance(loss, nn.Module):
+        return
+    if not callable(loss) or isinstance(loss, Mapping):
+        raise ConfigError(
+            f"loss={loss!r} is no loss. Pass a host loss, built or as a callable that takes the model, e.g. "
+            "loss=lambda model: MyLoss(model), or leave it out."
+        )
+    if isinstance(loss, type) and not issubclass(loss, nn.Module):
+        raise ConfigError(f"loss={loss!r} is no loss. Pass a host loss, or a callable that takes the model.")
+    try:
+        inspect.signature(loss).bind(object())
+    except TypeError as error:
+        raise ConfigError(
+            f"loss={loss!r} can't be called with the model alone: {error}. Expected a callable that takes the model "
+            "and gives a loss, e.g. loss=lambda model: MyLoss(model, scale=20)."
+        ) from error
+    except ValueError:  # a built-in without a signature
+        return
+
+
 def build_loss(loss: Loss, model: HostModel) -> nn.Module:
     """The caller's loss, built for the model.
 
     Raises:
-        ConfigError: It trains another model.
+        ConfigError: It can't be built for this model, is none, or trains another model.
     """
-    built = loss if isinstance(loss, nn.Module) else loss(model)
+    name = getattr(loss, "__name__", type(loss).__name__)
+    try:
+        built = loss if isinstance(loss, nn.Module) else loss(model)
+    except MmtuneError:
+        raise
+    except Exception as error:  # losses refuse a model in every way
+        raise ConfigError(
+            f"The loss {name} can't be built for this {type(model).__name__}: {type(error).__name__}: {error} Pass a "
+            "loss of this kind of model."
+        ) from error
+    if not isinstance(built, nn.Module):
+        raise ConfigError(
+            f"The callable {name} gave {built!r} in place of a loss. Expected one of the host's, or a torch.nn.Module. "
+            "Return it from the callable."
+        )
     if getattr(built, "model", model) is not model:
         raise ConfigError(
             f"The loss {type(built).__name__} was built for another model than the one to train. Pass that "
@@ -62,20 +112,64 @@ def in_batch_loss(
     Raises:
         ConfigError: See ``choose_dims``.
     """
-    dims = choose_dims(matryoshka_dims, model)
+    similarity = _trained_similarity(model)
+    # MatryoshkaLoss brings each size to length 1, so that it could only learn cosines (sentence-transformers 6.2)
+    dims = () if similarity and matryoshka_dims == "auto" else choose_dims(matryoshka_dims, model)
+    if dims and similarity:
+        warnings.warn(
+            f"matryoshka_dims={list(dims)} trains with cosine similarity, and the model compares by "
+            f"{model.similarity_fn_name}: MatryoshkaLoss brings embeddings to length 1. Leave matryoshka_dims out to "
+            f"train with {model.similarity_fn_name}, or set model.similarity_fn_name = 'cosine'.",
+            stacklevel=5,
+        )
+        similarity = {}
     if mini_batch_size == "auto":
         parameters = sum(parameter.numel() for parameter in model.parameters())
         fitting = 1 if parameters > 1_000_000_000 else 8 if parameters > 150_000_000 else 32
         mini_batch_size = min(fitting, batch_size)
     if isinstance(model, SentenceTransformer) and has_static_embedding_input(model):
         # its texts lie end to end, and the host can't cut them into mini-batches (sentence-transformers 6.2)
-        loss: nn.Module = MultipleNegativesRankingLoss(model)
+        loss: nn.Module = MultipleNegativesRankingLoss(model, **similarity)
     else:
         assert kind.cached_loss is not None
-        loss = kind.cached_loss(model, mini_batch_size=int(mini_batch_size))
+        loss = kind.cached_loss(model, mini_batch_size=int(mini_batch_size), **similarity)
     if not dims or isinstance(model, MultiVectorEncoder):
         return loss
     return MatryoshkaLoss(model, loss, matryoshka_dims=list(dims))
+
+
+def _trained_similarity(model: Retriever) -> dict[str, Any]:
+    """What an in-batch loss takes to compare as the model does; nothing for cosines, which it takes by itself.
+
+    A cosine is multiplied by 20 to reach the range of logits; a dot product has it already (the host's docs).
+    """
+    name = model.similarity_fn_name
+    if not isinstance(model, SentenceTransformer) or name == SimilarityFunction.COSINE.value:
+        return {}
+    if name == SimilarityFunction.DOT_PRODUCT.value and any(
+        isinstance(module, Normalize) for module in model.modules()
+    ):
+        return {}  # of length 1, dot products are cosines
+    return {"similarity_fct": SimilarityFunction.to_similarity_fn(name), "scale": 1.0}
+
+
+def use_full_size(model: HostModel) -> None:
+    """Let a model that cuts its embeddings give all of them again; this changes the model.
+
+    Training and measuring would else know the cut size only, and call it full.
+
+    Warns:
+        UserWarning: It did cut them; how to do so again.
+    """
+    if not isinstance(model, SentenceTransformer) or model.truncate_dim is None:
+        return
+    size, model.truncate_dim = model.truncate_dim, None
+    warnings.warn(
+        f"The model cut its embeddings to truncate_dim={size}, and gives all {model.get_embedding_dimension()} "
+        "dimensions from now on, so that each size is trained and measured. To cut them again, load the result with "
+        f"SentenceTransformer(path, truncate_dim={size}).",
+        stacklevel=5,
+    )
 
 
 def choose_dims(choice: Literal["auto"] | Sequence[int] | None, model: Retriever) -> tuple[int, ...]:

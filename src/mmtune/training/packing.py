@@ -28,11 +28,19 @@ LEAST_FULL = 0.25
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How rows divide into batches: rows of each, processes that take one each in a step, without a short last one."""
+    """How rows divide into batches.
+
+    Attributes:
+        batch_size: Rows of each.
+        num_processes: Processes that take one each in a step.
+        drop_last: Whether the short one at the end is left out.
+        smallest: Rows that a short one needs at least, unless it is the only one.
+    """
 
     batch_size: int
     num_processes: int = 1
     drop_last: bool = False
+    smallest: int = 1
 
     @property
     def group_size(self) -> int:
@@ -164,8 +172,9 @@ def _arrange(
     order = sorted(rng.permutation(len(groups)), key=lambda index: not opens[groups[index]].any())
     ordered = [groups[index] for index in order]
     if shape.keeps_short and len(groups) * shape.group_size < len(rows):
-        short, left_over = _fill_window(rows, left_over, opens, 1, shape.group_size, rng)
-        ordered += short
+        short, waiting = _fill_window(rows, left_over, opens, 1, shape.group_size, rng)
+        if not ordered or len(short[0]) >= shape.smallest:
+            ordered, left_over = ordered + short, waiting
     batches = [batch for group in ordered for batch in np.split(rng.permutation(group), shape.num_processes)]
     batch_size = len(batches[0]) if shape.num_processes > 1 and batches else shape.batch_size
     return EpochPlan(batches, left_over, len(groups), batch_size)

@@ -24,17 +24,20 @@ from mmtune.training.batches import (
     ConflictFreeBatchSampler,
     ShuffledBatchSampler,
     StepwiseProportionalBatchSampler,
+    StepwiseRoundRobinBatchSampler,
 )
 from mmtune.training.trainers import Kind
 
 Arguments = TypeVar("Arguments", bound=BaseTrainingArguments)
 
 EVALUATIONS = 10
+EVALUATION_BATCH_SIZE = 16
 METRIC_OF_RECIPE = "eval_primary"
 """Stands for the metric whose key is only known once the model is there."""
 MIN_STEPS_AN_EPOCH = 4
 FRESH_RATE = 10
 FRESH_LATE_INTERACTION_CLIP = 30.0
+_TURNS = "multi_dataset_batch_sampler"
 _SCHEDULE_ARGUMENTS = ("eval_strategy", "eval_steps", "save_strategy", "save_steps")
 
 
@@ -86,8 +89,9 @@ def training_arguments(
     """
     # A run keeps ten steps, and an epoch four: in a batch of nearly all rows, rows that may not meet would find no
     # place. At least 2 rows meet where there are 2.
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = _count_processes(given)
     rows, epochs = num_rows / processes, given.get("num_train_epochs", 1)
+    given = {name: _stepwise(value) if name == _TURNS else value for name, value in given.items()}
     fitting = max(2, math.floor(min(rows * epochs / EVALUATIONS, rows / MIN_STEPS_AN_EPOCH)))
     rows_a_step = max(1, min(kind.batch_size * kind.accumulation_steps, fitting, math.floor(rows)))
     own_batch = "per_device_train_batch_size" in given
@@ -97,6 +101,7 @@ def training_arguments(
         "num_train_epochs": 1,
         "per_device_train_batch_size": min(rows_a_step, kind.batch_size),
         "gradient_accumulation_steps": 1 if own_batch else max(1, rows_a_step // kind.batch_size),
+        "per_device_eval_batch_size": EVALUATION_BATCH_SIZE,
         "learning_rate": kind.learning_rate,
         "batch_sampler": ConflictFreeBatchSampler if in_batch_negatives else ShuffledBatchSampler,
         "multi_dataset_batch_sampler": StepwiseProportionalBatchSampler,
@@ -114,12 +119,15 @@ def training_arguments(
             together = chosen["per_device_train_batch_size"] * processes * chosen["gradient_accumulation_steps"]
             steps = math.ceil(math.ceil(num_rows / together) * epochs)
         # A warm-up of one step starts at a learning rate of zero: a shorter run would spend much of itself there.
-        recipe["warmup_steps"] = given.get("warmup_ratio") or (0.1 if steps >= EVALUATIONS else 0)
+        warmup = given.get("warmup_ratio")
+        recipe["warmup_steps"] = warmup if warmup is not None else (0.1 if steps >= EVALUATIONS else 0)
         chosen = {**recipe, **_schedule_run(steps, evaluates, given), **given}
         chosen.pop("warmup_ratio", None)
         return kind.arguments_class(**chosen)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"The host refuses these training arguments: {error}") from error
+    except Exception as error:  # the host and its libraries refuse values in every way
+        raise ConfigError(
+            f"The host refuses these training arguments: {error} Change or leave out what it names."
+        ) from error
 
 
 def _schedule_run(steps: int, evaluates: bool, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,6 +148,18 @@ def _schedule_run(steps: int, evaluates: bool, given: Mapping[str, Any]) -> dict
         "metric_for_best_model": METRIC_OF_RECIPE,
         "greater_is_better": True,
     }
+
+
+def _count_processes(given: Mapping[str, Any]) -> int:
+    """The batches of one device that make a step: one a process, or one a GPU where a single process uses them all."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return processes if processes > 1 or given.get("use_cpu") else max(1, torch.cuda.device_count())
+
+
+def _stepwise(sampler: Any) -> Any:
+    """The sampler of this package for the host's turns, which mix datasets in a step of several processes."""
+    in_turn = isinstance(sampler, str) and getattr(sampler, "value", sampler) == "round_robin"
+    return StepwiseRoundRobinBatchSampler if in_turn else sampler
 
 
 def _count_workers() -> int:
@@ -186,6 +206,31 @@ def choose_rates(
     return {name: value for name, value in rates.items() if name not in given}
 
 
+def settle_metric(args: BaseTrainingArguments, metric: str | None) -> None:
+    """Put the metric that chooses the checkpoint into the recipe's arguments; in place, where it is open still.
+
+    Raises:
+        ConfigError: The evaluator was called and tells no metric.
+    """
+    if args.metric_for_best_model != METRIC_OF_RECIPE:
+        return
+    if metric is None:
+        raise ConfigError(
+            "The evaluator has no primary_metric after its first call, so nothing says which checkpoint is the best. "
+            "Set its primary_metric, or pass metric_for_best_model with the key of one of its metrics."
+        )
+    args.metric_for_best_model = f"eval_{metric}"
+
+
+def dtype_to_load(args: BaseTrainingArguments) -> str:
+    """The ``dtype`` for ``load_model`` that goes with the precision of the training.
+
+    Weights in bfloat16 would make a run without ``bf16`` compute in it all the same, and gradients in half precision
+    can't be scaled for ``fp16``.
+    """
+    return "auto" if args.bf16 else "float32"
+
+
 def complete_arguments(
     args: Arguments,
     model: HostModel,
@@ -204,24 +249,24 @@ def complete_arguments(
         loss: What is minimised; one for each training set where they are several.
         columns: The columns of the rows, for the routes of a Router.
         prompts: What is trained with.
-        metric: The key of the metric that chooses the checkpoint, for the recipe's arguments.
+        metric: The key of the metric that chooses the checkpoint, for the recipe's arguments; ``None`` as long as it
+            is not known.
         rates: Learning rates, for the recipe's arguments; ``None`` where they are the caller's.
 
     Raises:
-        ConfigError: Several processes are to train a Router, and the caller's arguments would fail.
+        ConfigError: Several processes are to train without cached gradients, and the caller's arguments would fail.
     """
     args = copy.copy(args)
     args.prompts = prompts
     for name, value in (rates or {}).items():
         setattr(args, name, value)
-    if args.metric_for_best_model == METRIC_OF_RECIPE:
-        args.metric_for_best_model = f"eval_{metric}"
-    if find_router(model) is None:
-        return args
+    if metric is not None:
+        settle_metric(args, metric)
+    if find_router(model) is not None:
+        args.router_mapping = args.router_mapping or router_mapping(columns)
 
-    args.router_mapping = args.router_mapping or router_mapping(columns)
-    # Without cached gradients each route is a forward pass of its own. torch would take the weights of the other route
-    # for unused, and fail when they are used after all. None is: what no route reaches is frozen.
+    # Without cached gradients each column is a forward pass of its own. torch would take what one of them does not use
+    # for unused, and fail when it is used after all. Nothing is: what no query and no document reaches is frozen.
     losses = list(loss.values()) if isinstance(loss, Mapping) else [loss]
     inner = [part.loss if isinstance(part, MatryoshkaLoss) else part for part in losses]
     if args.ddp_find_unused_parameters is not False and not all(map(uses_gradient_cache, inner)):
@@ -229,8 +274,8 @@ def complete_arguments(
             args.ddp_find_unused_parameters = False
         elif args.world_size > 1:
             raise ConfigError(
-                f"{type(inner[0]).__name__} with a Router and {args.world_size} processes needs "
-                "ddp_find_unused_parameters=False: torch takes the weights of one route for unused while the other "
-                "runs. Set it in args, or take a cached loss."
+                f"{type(inner[0]).__name__} with {args.world_size} processes needs ddp_find_unused_parameters=False: "
+                "torch takes the weights that one forward pass does not use for unused while the next one uses them. "
+                "Set it in args, or take a cached loss."
             )
     return args

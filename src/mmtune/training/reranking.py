@@ -1,13 +1,16 @@
 """``finetune_reranker``: from pages, queries and negatives to a better reranker, in one call."""
 
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
 from sentence_transformers import CrossEncoder, CrossEncoderTrainingArguments
+from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.base.training_args import BaseTrainingArguments
 from torch import nn
+from transformers import TrainerCallback
 
 from mmtune.arguments import require_whole
 from mmtune.data.dataset import RetrievalDataset
@@ -19,12 +22,15 @@ from mmtune.evaluation.mean import AnyEvaluator, MeanEvaluator
 from mmtune.evaluation.reranking import AnyRerankingEvaluator, build_reranking_evaluator
 from mmtune.models.loading import check_checkpoint
 from mmtune.models.lora import LoraChoice
-from mmtune.training.checks import check_contrast
+from mmtune.training.checks import check_contrast, check_full_batch
 from mmtune.training.inputs import DatasetsLike, Form, TrainingSets, reranking_sets
 from mmtune.training.losses import Loss, check_negatives, find_form, reranking_loss
+from mmtune.training.progress import progress_bars
 from mmtune.training.result import FinetuneResult
 from mmtune.training.run import Finetuning, run
 from mmtune.training.trainers import RERANKING
+
+logger = logging.getLogger(__name__)
 
 EVALUATOR_NAME = "vdr-rerank"
 
@@ -47,6 +53,9 @@ def finetune_reranker(
     overwrite: bool = False,
     resume: bool = False,
     seed: int = 42,
+    callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
+    evaluator: BaseEvaluator | Callable[..., Any] | None = None,
+    max_pixels: int | None = None,
     **training_arguments: Any,
 ) -> FinetuneResult:
     """Finetune a reranker on pages and queries, and measure what it gained.
@@ -78,6 +87,11 @@ def finetune_reranker(
         overwrite: Replace the run that ``output_dir`` holds.
         resume: Go on with the run that ``output_dir`` holds, from its last whole checkpoint.
         seed: Of filling up negatives, and of training where there are no ``args``.
+        callbacks: Callbacks of transformers, e.g. ``[EarlyStoppingCallback(3)]``, besides those of the recipe.
+        evaluator: An evaluator of the host to call before, during and after training. Beside ``eval_dataset`` it adds
+            its metrics; alone, its ``primary_metric`` chooses the checkpoint.
+        max_pixels: Largest number of pixels a page after resizing, as in ``load_model``; saved with the model. ``None``
+            leaves the model's own limit.
         **training_arguments: Training arguments of the host by name, in place of the recipe's.
 
     Returns:
@@ -95,28 +109,32 @@ def finetune_reranker(
         >>> finetune_reranker(reranker, "pages.parquet", directions=["text_to_image"])  # doctest: +SKIP
     """
     _require_reranker(model, documents)
-    return run(
-        RerankerFinetuning(
-            kind=RERANKING,
-            model=model,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            output_dir=output_dir,
-            num_negatives=num_negatives,
-            directions=directions,
-            loss=loss,
-            args=args,
-            documents=documents,
-            num_candidates=num_candidates,
-            lora=lora,
-            freeze=freeze,
-            allow_overlap=allow_overlap,
-            overwrite=overwrite,
-            resume=resume,
-            seed=seed,
-            training_arguments=training_arguments,
-        )
+    call = RerankerFinetuning(
+        kind=RERANKING,
+        model=model,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        output_dir=output_dir,
+        num_negatives=num_negatives,
+        directions=directions,
+        loss=loss,
+        args=args,
+        documents=documents,
+        num_candidates=num_candidates,
+        lora=lora,
+        freeze=freeze,
+        allow_overlap=allow_overlap,
+        overwrite=overwrite,
+        resume=resume,
+        seed=seed,
+        callbacks=callbacks,
+        evaluator=evaluator,
+        max_pixels=max_pixels,
+        training_arguments=training_arguments,
     )
+    quiet = args.disable_tqdm if isinstance(args, BaseTrainingArguments) else training_arguments.get("disable_tqdm")
+    with progress_bars(shown=quiet is not True):
+        return run(call)
 
 
 def _require_reranker(model: object, documents: str) -> None:
@@ -155,6 +173,7 @@ class RerankerFinetuning(Finetuning):
             raise ConfigError(f"directions holds {unknown[0]!r}: expected one or both of {known}.")
         if len(set(directions)) < len(directions):
             raise ConfigError(f"directions={directions!r} names one twice. Name each once.")
+        require_whole("num_negatives", self.num_negatives, at_least=0)
         require_whole("num_candidates", self.num_candidates, at_least=2)
         check_negatives(find_form(self.loss), self.num_negatives)
 
@@ -189,6 +208,16 @@ class RerankerFinetuning(Finetuning):
                 raise ConfigError(
                     f"prompts has a text for {unknown[0]!r}, which is no training set. Expected {expected}."
                 )
+        texts_of_direction: dict[str, set[str]] = {}
+        for name, prompt in prompts.items() if isinstance(prompts, dict) else ():
+            texts_of_direction.setdefault(train.by_name[name].view.direction, set()).add(prompt)
+        for direction, texts in texts_of_direction.items():
+            if len(texts) > 1:
+                raise ConfigError(
+                    f"prompts has {' and '.join(map(repr, sorted(texts)))} for sets of the direction {direction!r}, "
+                    "and a model has one prompt for each direction. Pass one text for all of them."
+                )
+        check_full_batch(args, {name: len(part.rows) for name, part in train.by_name.items()})
         if train.form == "columns":
             fewest = min(part.view.num_negatives for part in train.by_name.values())
             check_contrast(args.per_device_train_batch_size, fewest)
@@ -219,6 +248,7 @@ class RerankerFinetuning(Finetuning):
                     name="-".join(filter(None, (EVALUATOR_NAME, *own_name))) if several else EVALUATOR_NAME,
                     documents=self.documents,
                     seed=self.seed,
+                    batch_size=args.per_device_eval_batch_size,
                     show_progress_bar=not args.disable_tqdm,
                 )
                 parts.append(part)
@@ -227,16 +257,26 @@ class RerankerFinetuning(Finetuning):
     def settle_prompts(self, model: CrossEncoder, train: TrainingSets, args: BaseTrainingArguments) -> Any:
         """The caller's prompt for each set, else the model's for what asks in it.
 
-        The caller's are written into the model, so that evaluation, ``predict`` and the saved model use them too.
+        The caller's become the model's own, so that evaluation and the saved model use them too: this changes the
+        model. ``predict`` uses one by itself where there is one direction.
         """
         given: Any = args.prompts
         default = model.prompts.get(model.default_prompt_name or "", "")
         directions = {name: part.view.direction for name, part in train.by_name.items()}
         prompts = {name: model.prompts.get(direction, default) for name, direction in directions.items()}
         if given:
-            prompts |= dict.fromkeys(prompts, given) if isinstance(given, str) else given
-            for name, direction in directions.items():
-                model.prompts[direction] = prompts[name]
+            chosen = dict.fromkeys(prompts, given) if isinstance(given, str) else given
+            for name, prompt in chosen.items():
+                model.prompts[directions[name]] = prompt
+            prompts = {name: model.prompts.get(direction, default) for name, direction in directions.items()}
+            if len(set(directions.values())) == 1 and not model.default_prompt_name:
+                model.default_prompt_name = next(iter(directions.values()))
+            elif not model.default_prompt_name:
+                logger.warning(
+                    "The model has a prompt for each direction, and predict() uses none by itself: pass prompt_name, "
+                    "e.g. prompt_name=%r.",
+                    next(iter(directions.values())),
+                )
         prompts = {name: prompt for name, prompt in prompts.items() if prompt}
         return prompts.get("", prompts) or given
 

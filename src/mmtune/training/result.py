@@ -13,7 +13,8 @@ from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.models.kinds import HostModel
-from mmtune.report.markdown import BeforeAfter, add_to_card, compare_metrics, text_table, write_report
+from mmtune.report.card import add_to_card
+from mmtune.report.markdown import BeforeAfter, compare_metrics, text_table, write_report
 from mmtune.training.batches import ConflictFreeBatchSampler
 from mmtune.training.inputs import TrainingSets
 from mmtune.training.trainers import PageTrainer
@@ -69,7 +70,8 @@ class FinetuneResult:
         """Write ``metrics.json``, ``report.md`` and the card of the model, which is in ``final/`` already."""
         card = self.output_dir / "final" / "README.md"
         if card.is_file():
-            text = add_to_card(card.read_text("utf-8"), self.rows, self.measure, self.settings)
+            name = self.trainer.args.hub_model_id or str(card.parent)
+            text = add_to_card(card.read_text("utf-8"), self.rows, self.measure, self.settings, name=name)
             card.write_text(text, "utf-8")
         metrics = {
             "before": self.before,

@@ -4,7 +4,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from sentence_transformers import CrossEncoder
 from sentence_transformers.base.training_args import BaseTrainingArguments
 from sentence_transformers.util.distributed import distributed_evaluation
 from torch import nn
+from transformers import TrainerCallback
 
 from mmtune.arguments import listed
 from mmtune.data.dataset import RetrievalDataset
@@ -26,17 +27,20 @@ from mmtune.models.kinds import HostModel
 from mmtune.models.loading import check_documents, describe_model
 from mmtune.models.lora import LoraChoice, add_lora, check_lora
 from mmtune.models.parts import describe_training, freeze_parts, model_parts, part_names
+from mmtune.models.pixels import PixelLimits, limit_pixels
 from mmtune.models.precision import score_in_float32
 from mmtune.models.routes import check_routes, freeze_unreached
 from mmtune.training import recipe
 from mmtune.training.checks import (
+    check_choices,
     check_host_arguments,
     check_metric,
     check_resumed,
     check_training_arguments,
     warn_of_rounding,
 )
-from mmtune.training.inputs import DatasetsLike, Form, TrainingSets, evaluation_sets, refuse_overlap
+from mmtune.training.evaluators import GivenEvaluator
+from mmtune.training.inputs import DatasetsLike, Form, TrainingSets, evaluation_sets, refuse_overlap, warn_of_leaks
 from mmtune.training.losses import Loss
 from mmtune.training.output import check_output_dir, clear_run, resolve_output_dir
 from mmtune.training.result import FinetuneResult, describe_data, describe_recipe, describe_steps
@@ -65,6 +69,9 @@ class Finetuning(ABC):
     overwrite: bool
     resume: bool
     seed: int
+    callbacks: Sequence[TrainerCallback | type[TrainerCallback]]
+    evaluator: Any
+    max_pixels: int | None
     training_arguments: Mapping[str, Any]
 
     @abstractmethod
@@ -109,7 +116,9 @@ class Finetuning(ABC):
 def run(call: Finetuning) -> FinetuneResult:
     """A call from its arguments to its result."""
     # what can be known before weights load is checked before, the cheapest first
-    given = check_training_arguments(call.kind, call.args, call.training_arguments)
+    own_names = {field.name for field in fields(call)} - {"kind", "training_arguments"}
+    given = check_training_arguments(call.kind, call.args, call.training_arguments, own=own_names)
+    check_choices(call)
     call = replace(call, training_arguments=given)
     call.check_arguments()
     check_lora(call.lora)
@@ -121,10 +130,12 @@ def run(call: Finetuning) -> FinetuneResult:
     evaluation = evaluation_sets(call.eval_dataset, call.documents)
     if not call.allow_overlap:
         refuse_overlap(train, evaluation)
+        warn_of_leaks(train, evaluation)
     args = _fit_arguments(call, folder, train, evaluation)
 
     choices = {"documents": call.documents, "freeze": call.freeze, "lora": call.lora, "seed": call.seed}
-    with ready_model(call.model, call.kind, **choices) as start:
+    loading = {"max_pixels": call.max_pixels, "dtype": recipe.dtype_to_load(args)}
+    with ready_model(call.model, call.kind, loading=loading, **choices) as start:
         model = start.model
         check_resumed(checkpoint, has_adapters=bool(start.facts["lora"]))
         loss = call.build_loss(model, args.per_device_train_batch_size)
@@ -132,14 +143,15 @@ def run(call: Finetuning) -> FinetuneResult:
             train = call.read_rows(call.form_of(loss))
             args = _fit_arguments(call, folder, train, evaluation)
 
-        evaluator = call.build_evaluator(evaluation, model, loss, args) if evaluation else None
+        evaluator: Any = call.build_evaluator(evaluation, model, loss, args) if evaluation else None
+        evaluator = evaluator if call.evaluator is None else GivenEvaluator(call.evaluator, evaluator)
         args = recipe.complete_arguments(
             args,
             model,
             loss,
             train.columns,
             prompts=call.settle_prompts(model, train, args),
-            metric=evaluator.metric_name(model) if evaluator else None,
+            metric=(evaluator.metric_name(model) or None) if evaluator else None,
             rates=None if call.args else recipe.choose_rates(args, model, start.fresh, checkpoint, given),
         )
         warn_of_rounding(model, args.learning_rate)
@@ -149,7 +161,10 @@ def run(call: Finetuning) -> FinetuneResult:
             train_dataset=train.for_host,
             loss=loss,
             evaluator=evaluator,
-            callbacks=[] if call.args or recipe.follows_own_schedule(given) else [recipe.EvenTenths()],
+            callbacks=[
+                *([] if call.args or recipe.follows_own_schedule(given) else [recipe.EvenTenths()]),
+                *call.callbacks,
+            ],
         )
 
         own, found = call.describe(train, evaluator, model, loss), describe_data(train, evaluation)
@@ -166,7 +181,8 @@ def _fit_arguments(
     call: Finetuning, folder: Path, train: TrainingSets, evaluation: Mapping[str, RetrievalDataset]
 ) -> BaseTrainingArguments:
     """The caller's arguments, or the recipe's for these rows, checked against the data."""
-    facts = {"evaluates": bool(evaluation), "in_batch_negatives": train.form == "columns"}
+    evaluates = bool(evaluation) or call.evaluator is not None
+    facts = {"evaluates": evaluates, "in_batch_negatives": train.form == "columns"}
     args = call.args or recipe.training_arguments(
         call.kind, train.num_rows, output_dir=str(folder), seed=call.seed, **facts, **call.training_arguments
     )
@@ -188,6 +204,7 @@ def _train(
     """Train, measured before and after, and write everything that the run leaves behind."""
     model, is_first_process = start.model, trainer.is_world_process_zero()
     before = measure(trainer, evaluator)
+    recipe.settle_metric(trainer.args, primary_of(evaluator, model))
     check_metric(trainer.args, before)
     if overwrite and is_first_process:
         clear_run(folder)
@@ -198,7 +215,8 @@ def _train(
     if is_first_process:
         save_model(model, folder / "final")
     settings = {**settings, "training": {**settings["training"], **describe_steps(trainer)}}
-    metric = evaluator.metric_name(model) if evaluator else None
+    metric = primary_of(evaluator, model) or ((trainer.args.metric_for_best_model or "") if before else "")
+    metric = metric.removeprefix("eval_") or None
     result = FinetuneResult(model.eval(), trainer, before, after, metric, folder, settings)
     if is_first_process:
         result.save()
@@ -219,6 +237,11 @@ def measure(trainer: PageTrainer, evaluator: AnyEvaluator | None) -> dict[str, f
     with distributed_evaluation(trainer.model) as evaluates:
         metrics = evaluator(trainer.model) if evaluates else {}
     return {key: float(value) for key, value in broadcast_object_list([metrics])[0].items()}
+
+
+def primary_of(evaluator: AnyEvaluator | None, model: HostModel) -> str | None:
+    """The key of the metric that says how good the model is, the same in all processes; ``None`` for an unknown one."""
+    return broadcast_object_list([evaluator.metric_name(model)])[0] or None if evaluator else None
 
 
 @dataclass(frozen=True)
@@ -245,6 +268,7 @@ def ready_model(
     freeze: Iterable[str] | None,
     lora: LoraChoice,
     seed: int,
+    loading: Mapping[str, Any] | None = None,
 ) -> Iterator[Start]:
     """The model as it will be trained, loaded, checked, parts frozen, adapters attached; in place where it was given.
 
@@ -256,7 +280,9 @@ def ready_model(
         ConfigError: The model does not embed these documents, lacks a part, or nothing is left to train.
         MissingExtraError: peft, or another package that the model needs, is not installed.
     """
-    ready = kind.load(os.fspath(model)) if isinstance(model, (str, os.PathLike)) else model
+    ready: Any = kind.load(os.fspath(model), **loading or {}) if isinstance(model, (str, os.PathLike)) else model
+    if not isinstance(model, (str, os.PathLike)):
+        limit_pixels(model, PixelLimits(max_pixels=(loading or {}).get("max_pixels")))
     let_read_typed_texts(ready)
     if isinstance(ready, CrossEncoder):
         score_in_float32(ready)

@@ -243,7 +243,7 @@ class Kind:
 
     arguments_class: type[BaseTrainingArguments]
     trainer_class: type[PageTrainer]
-    load: Callable[[str], HostModel]
+    load: Callable[..., HostModel]
     cached_loss: Callable[..., nn.Module] | None = None
     truncates: bool = False
     batch_size: int = 64
