@@ -43,7 +43,9 @@ def graded(num_documents: int, judgements: dict[str, dict[str, int]]) -> Retriev
     qrels = [(query, document, score) for query, scores in judgements.items() for document, score in scores.items()]
     query_ids, document_ids, scores = (list(column) for column in zip(*qrels, strict=True))
     return RetrievalDataset(
-        Dataset.from_dict({"document_id": [str(i) for i in range(num_documents)], "text": ["t"] * num_documents}),
+        Dataset.from_dict(
+            {"document_id": [str(i) for i in range(num_documents)], "text": [f"t{i}" for i in range(num_documents)]}
+        ),
         Dataset.from_dict({"query_id": list(judgements), "text": list(judgements)}),
         Dataset.from_dict({"query_id": query_ids, "document_id": document_ids, "score": scores}),
     )
@@ -122,7 +124,7 @@ def test_ndcg_of_a_known_ranking() -> None:
 def test_ties_do_not_depend_on_how_ids_are_spelled() -> None:
     def tied(names: list[str]) -> float:
         data = RetrievalDataset(
-            Dataset.from_dict({"document_id": names, "text": ["t"] * len(names)}),
+            Dataset.from_dict({"document_id": names, "text": [f"t{k}" for k in range(len(names))]}),
             Dataset.from_dict({"query_id": ["q"], "text": ["q"]}),
             Dataset.from_dict({"query_id": ["q"], "document_id": [names[3]], "score": [1]}),
         )

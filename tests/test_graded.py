@@ -28,7 +28,9 @@ def as_dataset(num_documents: int, judgements: Scores) -> RetrievalDataset:
     qrels = [(query, document, score) for query, scores in judgements.items() for document, score in scores.items()]
     query_ids, document_ids, scores = (list(column) for column in zip(*qrels, strict=True))
     return RetrievalDataset(
-        Dataset.from_dict({"document_id": [str(i) for i in range(num_documents)], "text": ["t"] * num_documents}),
+        Dataset.from_dict(
+            {"document_id": [str(i) for i in range(num_documents)], "text": [f"t{i}" for i in range(num_documents)]}
+        ),
         Dataset.from_dict({"query_id": list(judgements), "text": list(judgements)}),
         Dataset.from_dict({"query_id": query_ids, "document_id": document_ids, "score": scores}),
     )

@@ -74,7 +74,7 @@ def test_wrong_arguments(dataset: RetrievalDataset, arguments: dict, message: st
 
 def test_too_few_texts_are_named() -> None:
     two = RetrievalDataset.from_id_rows(generated_pages(2))
-    with pytest.raises(DatasetError, match=r"Page '.*' can't get 4 negatives: only 1 of the 2 query texts"):
+    with pytest.raises(DatasetError, match=r"Page '.*' can't get 4 negatives: there are only 2 different query texts"):
         two.labeled_pairs(4, direction="image_to_text")
 
 

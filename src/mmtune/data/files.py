@@ -20,7 +20,7 @@ _MANIFEST = "mmtune_dataset.json"
 _FORMAT_VERSION = 1
 _BEIR = ("corpus", "queries", "qrels")
 
-_HUB_NAME = re.compile(r"[\w.-]+(?:/[\w.-]+)?", re.ASCII)
+_HUB_NAME = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?", re.ASCII)
 _READERS = {".csv": "from_csv(path)", ".tsv": 'from_csv(path, sep="\\t")', ".json": "from_json(path)"}
 _READERS |= {".jsonl": "from_json(path)", ".txt": "from_text(path)"}
 _FILES = {".parquet", ".pdf", ".arrow", ".zip", *_READERS}
@@ -300,9 +300,8 @@ def _require_inside(corpus: Dataset, path: Path | None) -> None:
     else:
         roots = [path if path.is_dir() else path.parent]
     allowed = tuple(f"{os.path.realpath(root)}{os.sep}" for root in roots)
-    outside = [
-        (row, file) for row, file, _ in _outside_images(corpus) if not os.path.realpath(file).startswith(allowed)
-    ]
+    found = ((row, file) for row, file, length in _outside_images(corpus) if length >= 0)
+    outside = [(row, file) for row, file in found if not os.path.realpath(file).startswith(allowed)]
     if outside:
         row, file = outside[0]
         raise DatasetError(
