@@ -29,14 +29,6 @@ class AnyEvaluator(Protocol):
         """The key of the metric that says how good a model is."""
         ...
 
-    @property
-    def batch_size(self) -> int:
-        """Items a forward pass; what is set here holds from the next call on."""
-        ...
-
-    @batch_size.setter
-    def batch_size(self, value: int) -> None: ...
-
 
 class MeanEvaluator(SequentialEvaluator):
     """Several evaluators and the mean of their metrics, under ``<name>-mean_...`` keys.
@@ -53,7 +45,7 @@ class MeanEvaluator(SequentialEvaluator):
 
     def __init__(self, evaluators: Sequence[Any], name: str) -> None:
         super().__init__(evaluators)
-        self.parts: list[AnyEvaluator] = list(evaluators)
+        self.parts: list[Any] = list(evaluators)
         self.name = name
         self.per_query: dict[str, dict[str, float]] = {}
         known = self.parts[0].primary_metric

@@ -2,13 +2,12 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset, DatasetDict, are_progress_bars_disabled
 
-from mmtune.data import sources
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind, check_texts, document_columns
 from mmtune.data.relevance import Direction
@@ -17,6 +16,7 @@ from mmtune.data.sources import (
     DatasetsLike,
     as_retrieval_dataset,
     datasets_by_name,
+    leaks_between,
     relevant_on_both_sides,
 )
 from mmtune.errors import ConfigError, DatasetError
@@ -163,23 +163,15 @@ def warn_of_leaks(train: TrainingSets, evaluation: Mapping[str, RetrievalDataset
     Warns:
         UserWarning: Answers of the evaluation are among the training negatives, or a query text stands on both sides.
     """
-    leaks_between: Any = getattr(sources, "leaks_between", None)
-    for part in train.by_name.values() if leaks_between is not None else ():
+    for part in train.by_name.values():
         for measured in evaluation.values():
             leaks = leaks_between(part.data, measured)
-            if leaks.negatives:
-                examples = ", ".join(repr(one) for one, _ in leaks.negatives[:3])
+            if not part.view.chosen["filled"]:  # nothing was drawn, so what could have been does no harm
+                leaks = replace(leaks, fill_candidates=())
+            if leaks:
                 warnings.warn(
-                    f"{len(leaks.negatives)} documents that answer queries of the evaluation are negatives in "
-                    f"training, e.g. {examples}: training pushes the right answers away. Make both sides with "
-                    "RetrievalDataset.split, which takes them out.",
-                    stacklevel=4,
-                )
-            if leaks.texts:
-                examples = ", ".join(repr(text) for text in leaks.texts[:3])
-                warnings.warn(
-                    f"{len(leaks.texts)} query texts stand in training and in evaluation, e.g. {examples}: scores on "
-                    "them say little about new queries. Make both sides with RetrievalDataset.split.",
+                    f"Training has seen a part of the evaluation: {leaks}. It pushes the right answers away, or makes "
+                    "the scores say little about new queries. Make both sides with RetrievalDataset.split.",
                     stacklevel=4,
                 )
 
