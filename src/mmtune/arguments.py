@@ -75,6 +75,16 @@ def require_number(name: str, value: object, *, or_else: str = "") -> float:
     return float(value)
 
 
+def require_flag(name: str, value: object) -> None:
+    """Make sure that ``value`` is ``True`` or ``False``: a text such as ``"no"`` would count as true.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r}: expected True or False.")
+
+
 def require_one_of(name: str, value: object, known: Iterable[str]) -> None:
     """Make sure that ``value`` is one of the choices.
 

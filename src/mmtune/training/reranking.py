@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from sentence_transformers import CrossEncoder, CrossEncoderTrainingArguments
 from sentence_transformers.base.training_args import BaseTrainingArguments
@@ -45,7 +45,8 @@ def finetune_reranker(
     freeze: Sequence[str] = (),
     allow_overlap: bool = False,
     overwrite: bool = False,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
+    keep: Literal["best", "last"] = "best",
     seed: int = 42,
     **training_arguments: Any,
 ) -> FinetuneResult:
@@ -74,8 +75,11 @@ def finetune_reranker(
         lora: As in ``finetune``.
         freeze: As in ``finetune``.
         allow_overlap: Accept documents that are relevant in training and in evaluation.
-        overwrite: Replace the run that ``output_dir`` holds.
-        resume: Go on with the run that ``output_dir`` holds, from its last whole checkpoint.
+        overwrite: Replace the run that ``output_dir`` holds, once this one has a checkpoint of its own.
+        resume: Go on with the run that ``output_dir`` holds, from its last whole checkpoint. ``"auto"`` goes on if
+            there is something to go on from, starts otherwise, and returns a run that is at its end as it is.
+        keep: ``"best"`` results in the best measurement, the model as it came included, where there is an evaluation
+            set and the run loads its best checkpoint; ``"last"`` in the last weights.
         seed: Of filling up negatives, and of training where there are no ``args``.
         **training_arguments: Training arguments of the host by name, in place of the recipe's.
 
@@ -112,6 +116,7 @@ def finetune_reranker(
             allow_overlap=allow_overlap,
             overwrite=overwrite,
             resume=resume,
+            keep=keep,
             seed=seed,
             training_arguments=training_arguments,
         )

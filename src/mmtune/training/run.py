@@ -1,19 +1,23 @@
 """What ``finetune`` and ``finetune_reranker`` share: a call from its arguments to its result."""
 
+import errno
 import os
+import shutil
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from accelerate.utils import broadcast_object_list
 from sentence_transformers.base.training_args import BaseTrainingArguments
 from sentence_transformers.util.distributed import distributed_evaluation
 from torch import nn
 
-from mmtune.arguments import listed
+from mmtune.arguments import listed, require_flag, require_one_of
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
 from mmtune.errors import ConfigError
@@ -27,6 +31,18 @@ from mmtune.models.lora import LoraChoice, add_lora, check_lora
 from mmtune.models.parts import describe_training, freeze_parts, model_parts, part_names
 from mmtune.models.routes import check_routes, freeze_unreached
 from mmtune.training import recipe
+from mmtune.training.checkpoints import (
+    RunRecord,
+    as_json,
+    checkpoints_of,
+    describe_arguments,
+    describe_checkpoint,
+    describe_content,
+    describe_structure,
+    describe_training_data,
+    require_same,
+    why_unusable,
+)
 from mmtune.training.checks import (
     check_host_arguments,
     check_metric,
@@ -35,10 +51,25 @@ from mmtune.training.checks import (
     warn_of_rounding,
 )
 from mmtune.training.inputs import DatasetsLike, Form, TrainingSets, evaluation_sets, refuse_overlap
+from mmtune.training.interruption import Interrupted, SavesWhenAsked
 from mmtune.training.losses import Loss
-from mmtune.training.output import check_output_dir, clear_run, resolve_output_dir
-from mmtune.training.result import FinetuneResult, describe_data, describe_recipe, describe_steps
-from mmtune.training.trainers import Kind, PageTrainer
+from mmtune.training.output import (
+    START,
+    check_output_dir,
+    delete_set_aside,
+    is_finished,
+    only_run,
+    recover,
+    resolve_output_dir,
+    set_aside,
+)
+from mmtune.training.result import KEPT_START, FinetuneResult, describe_data, describe_recipe, describe_steps
+from mmtune.training.trainers import AfterFirstSave, Kind, PageTrainer, StartCompetes
+
+_NOT_DECIDING = {
+    *("kind", "model", "train_dataset", "eval_dataset", "output_dir", "args", "training_arguments", "overwrite"),
+    *("resume", "allow_overlap", "mini_batch_size"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +92,8 @@ class Finetuning(ABC):
     freeze: Sequence[str]
     allow_overlap: bool
     overwrite: bool
-    resume: bool
+    resume: bool | Literal["auto"]
+    keep: Literal["best", "last"]
     seed: int
     training_arguments: Mapping[str, Any]
 
@@ -107,12 +139,32 @@ class Finetuning(ABC):
 def run(call: Finetuning) -> FinetuneResult:
     """A call from its arguments to its result."""
     # what can be known before weights load is checked before, the cheapest first
+    _check_flags(call)
     given = check_training_arguments(call.kind, call.args, call.training_arguments)
     call = replace(call, training_arguments=given)
     call.check_arguments()
     check_lora(call.lora)
     folder = resolve_output_dir(call.output_dir, call.args.output_dir if call.args else None)
+    try:
+        with only_run(folder):
+            return _run_in(folder, call)
+    except Interrupted as interrupted:
+        raise interrupted.end from None
+
+
+def _check_flags(call: Finetuning) -> None:
+    for name in ("allow_overlap", "overwrite"):
+        require_flag(name, getattr(call, name))
+    if call.resume != "auto":
+        require_flag("resume", call.resume)
+    require_one_of("keep", call.keep, ("best", "last"))
+    if call.keep == "last" and call.args is not None and call.args.load_best_model_at_end:
+        raise ConfigError("keep='last' and args.load_best_model_at_end=True contradict each other. Set one of them.")
+
+
+def _run_in(folder: Path, call: Finetuning) -> FinetuneResult:
     inputs = (call.model, call.train_dataset, call.eval_dataset)
+    is_over = call.resume == "auto" and is_finished(folder)
     checkpoint = check_output_dir(folder, overwrite=call.overwrite, resume=call.resume, inputs=inputs)
 
     train = call.read_rows(call.form_of(call.loss))
@@ -120,17 +172,28 @@ def run(call: Finetuning) -> FinetuneResult:
     if not call.allow_overlap:
         refuse_overlap(train, evaluation)
     args = _fit_arguments(call, folder, train, evaluation)
+    began_with = _describe_beginning(call, args, train, evaluation)
+    if is_over:
+        require_same(folder, RunRecord.read(folder).settings, began_with)
+        return FinetuneResult.read(folder, call.kind)
+    began = RunRecord.read(checkpoint) if checkpoint else None
+    if began:
+        require_same(folder, began.settings, began_with)
 
     choices = {"documents": call.documents, "freeze": call.freeze, "lora": call.lora, "seed": call.seed}
     with ready_model(call.model, call.kind, **choices) as start:
         model = start.model
         check_resumed(checkpoint, has_adapters=bool(start.facts["lora"]))
+        began_with["structure of the model"] = describe_structure(model)
+        if began:
+            require_same(folder, began.settings, began_with)
         loss = call.build_loss(model, args.per_device_train_batch_size)
         if call.form_of(loss) != train.form:  # a callable has only now told what it makes
             train = call.read_rows(call.form_of(loss))
             args = _fit_arguments(call, folder, train, evaluation)
 
         evaluator = call.build_evaluator(evaluation, model, loss, args) if evaluation else None
+        rates = None if call.args else recipe.choose_rates(args, model, start.fresh, began, call.training_arguments)
         args = recipe.complete_arguments(
             args,
             model,
@@ -138,16 +201,18 @@ def run(call: Finetuning) -> FinetuneResult:
             train.columns,
             prompts=call.settle_prompts(model, train, args),
             metric=evaluator.metric_name(model) if evaluator else None,
-            rates=None if call.args else recipe.choose_rates(args, model, start.fresh, checkpoint, given),
+            rates=rates,
+            saved_steps=recipe.steps_of_fractions(args, checkpoint),
         )
         warn_of_rounding(model, args.learning_rate)
+        follows_tenths = not call.args and not recipe.follows_own_schedule(call.training_arguments)
         trainer = call.kind.trainer_class(
             model=model,
             args=args,
             train_dataset=train.for_host,
             loss=loss,
             evaluator=evaluator,
-            callbacks=[] if call.args or recipe.follows_own_schedule(given) else [recipe.EvenTenths()],
+            callbacks=[recipe.EvenTenths()] if follows_tenths else [],
         )
 
         own, found = call.describe(train, evaluator, model, loss), describe_data(train, evaluation)
@@ -157,7 +222,11 @@ def run(call: Finetuning) -> FinetuneResult:
             "training": {**describe_recipe(trainer), **own["training"]},
             "audit": found["audit"],
         }
-        return _train(trainer, evaluator, start, settings, folder, checkpoint, overwrite=call.overwrite)
+        before = began.before if began else measure(trainer, evaluator)
+        check_metric(trainer.args, before)
+        trainer.record = began or RunRecord(began_with, rates or {}, before)
+        with _written_in(folder, trainer, overwrite=call.overwrite):
+            return _train(trainer, evaluator, start, settings, folder, checkpoint)
 
 
 def _fit_arguments(
@@ -165,12 +234,77 @@ def _fit_arguments(
 ) -> BaseTrainingArguments:
     """The caller's arguments, or the recipe's for these rows, checked against the data."""
     facts = {"evaluates": bool(evaluation), "in_batch_negatives": train.form == "columns"}
+    kept = {"load_best_model_at_end": False} if call.keep == "last" else {}
     args = call.args or recipe.training_arguments(
-        call.kind, train.num_rows, output_dir=str(folder), seed=call.seed, **facts, **call.training_arguments
+        call.kind,
+        train.num_rows,
+        output_dir=str(folder),
+        seed=call.seed,
+        **facts,
+        **{**kept, **call.training_arguments},
     )
     check_host_arguments(args, **facts)
     call.check_data(train, evaluation, args)
     return args
+
+
+def _describe_beginning(
+    call: Finetuning,
+    args: BaseTrainingArguments,
+    train: TrainingSets,
+    evaluation: Mapping[str, RetrievalDataset],
+) -> dict[str, Any]:
+    """What decides the weights and the scores of a run, as JSON has it; a model in memory has no name."""
+    choices = {field.name: as_json(getattr(call, field.name)) for field in fields(call)}
+    given = {name: value for name, value in choices.items() if name not in _NOT_DECIDING}
+    named = {"model": describe_checkpoint(os.fspath(call.model))} if isinstance(call.model, (str, os.PathLike)) else {}
+    measured = {
+        f"{name}: evaluation data".removeprefix(": "): describe_content(data) for name, data in evaluation.items()
+    }
+    if not evaluation:
+        measured = {"evaluation data": "none"}
+    return {**describe_arguments(args), **given, **named, **describe_training_data(train), **measured}
+
+
+@contextmanager
+def _written_in(folder: Path, trainer: PageTrainer, *, overwrite: bool) -> Iterator[None]:
+    """While a run writes into its folder: the run it replaces is kept until there is something in its place.
+
+    Raises:
+        OSError: The disk is full; the message names the last whole checkpoint.
+    """
+    if not trainer.is_world_process_zero():
+        yield
+        return
+    if overwrite:
+        set_aside(folder)
+        trainer.add_callback(AfterFirstSave(partial(delete_set_aside, folder)))
+    try:
+        yield
+        delete_set_aside(folder)
+    except BaseException as error:
+        recover(folder)
+        if not checkpoints_of(folder):
+            shutil.rmtree(folder / START, ignore_errors=True)
+        if is_disk_full(error):
+            raise OSError(
+                errno.ENOSPC,
+                f"The disk is full. {_describe_last_checkpoint(folder)} Free some space, or lower save_total_limit, "
+                "and pass resume='auto'",
+                str(folder),
+            ) from error
+        raise
+
+
+def _describe_last_checkpoint(folder: Path) -> str:
+    whole = next((path.name for path in checkpoints_of(folder) if why_unusable(path) is None), None)
+    return f"The last whole checkpoint is {whole}." if whole else "There is no whole checkpoint yet."
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether writing failed for want of space, as the system, safetensors or torch says it."""
+    signs = ("No space left on device", "file write failed")
+    return getattr(error, "errno", None) == errno.ENOSPC or any(sign in str(error) for sign in signs)
 
 
 def _train(
@@ -180,29 +314,51 @@ def _train(
     settings: dict[str, dict[str, Any]],
     folder: Path,
     checkpoint: Path | None,
-    *,
-    overwrite: bool,
 ) -> FinetuneResult:
-    """Train, measured before and after, and write everything that the run leaves behind."""
-    model, is_first_process = start.model, trainer.is_world_process_zero()
-    before = measure(trainer, evaluator)
-    check_metric(trainer.args, before)
-    if overwrite and is_first_process:
-        clear_run(folder)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    """Train, and write everything that the run leaves behind."""
+    model, is_first_process, record = start.model, trainer.is_world_process_zero(), trainer.record
+    assert record is not None
+    competes = trainer.args.load_best_model_at_end and bool(record.before)
+    if competes:
+        trainer.add_callback(StartCompetes(record.before))
+        if checkpoint is None and is_first_process:
+            model.save_pretrained(str(folder / START))
+        trainer.accelerator.wait_for_everyone()
+    asked = SavesWhenAsked()
+    trainer.add_callback(asked)
+    with asked.listening():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.check_weights()
+    kept = _keep_best(trainer, folder) if competes else "the last weights"
     for layer in start.fresh.values():
         mark_fresh(layer, fresh=False)
     after = measure(trainer, evaluator)
     if is_first_process:
         save_model(model, folder / "final")
-    settings = {**settings, "training": {**settings["training"], **describe_steps(trainer)}}
+    settings = {**settings, "training": {**settings["training"], **describe_steps(trainer), "kept": kept}}
     metric = evaluator.metric_name(model) if evaluator else None
-    result = FinetuneResult(model.eval(), trainer, before, after, metric, folder, settings)
+    result = FinetuneResult(model.eval(), trainer, record.before, after, metric, folder, settings)
     if is_first_process:
+        record.write(folder)
         result.save()
+        if trainer.args.push_to_hub and (failed := trainer.push_result(folder / "final")):
+            settings["training"]["failed_pushes"] = failed
+            result.save_metrics()
+            warnings.warn(f"{' '.join(failed)} The model is in {str(folder / 'final')!r}.", stacklevel=5)
+        if kept != KEPT_START:
+            shutil.rmtree(folder / START, ignore_errors=True)
     # A script that goes on with final/ in every process finds it whole.
     trainer.accelerator.wait_for_everyone()
     return result
+
+
+def _keep_best(trainer: PageTrainer, folder: Path) -> str:
+    """Take the untrained model back where no checkpoint beat it; the host has loaded the best of these."""
+    best = trainer.state.best_global_step
+    if best:
+        return f"checkpoint-{best}, the best of all measurements"
+    trainer.read_best_checkpoint(str(folder / START))
+    return KEPT_START
 
 
 def measure(trainer: PageTrainer, evaluator: AnyEvaluator | None) -> dict[str, float]:
@@ -214,7 +370,9 @@ def measure(trainer: PageTrainer, evaluator: AnyEvaluator | None) -> dict[str, f
     """
     if evaluator is None:
         return {}
-    with distributed_evaluation(trainer.model) as evaluates:
+    # the host's own exception: a model in parts answers only where all processes take part
+    shares = not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled
+    with distributed_evaluation(trainer.model, enabled=shares) as evaluates:
         metrics = evaluator(trainer.model) if evaluates else {}
     return {key: float(value) for key, value in broadcast_object_list([metrics])[0].items()}
 
