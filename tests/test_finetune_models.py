@@ -484,7 +484,7 @@ def test_a_run_resumes_on_the_same_object_with_the_rates_that_it_began_with(
     model = a_router(text_path, image_path)
     first = finetune(model, data[0], output_dir=tmp_path / "run", max_steps=4, save_steps=2, **QUIET)
     assert fresh_layers(model) == {}
-    again = finetune(model, data[0], output_dir=tmp_path / "run", max_steps=6, save_steps=2, resume=True, **QUIET)
+    again = finetune(model, data[0], output_dir=tmp_path / "run", max_steps=4, save_steps=2, resume=True, **QUIET)
     mapping = first.settings["training"]["learning_rate_mapping"]
     assert mapping
     assert again.settings["training"]["learning_rate_mapping"] == mapping
@@ -492,7 +492,7 @@ def test_a_run_resumes_on_the_same_object_with_the_rates_that_it_began_with(
 
 def test_a_run_with_adapters_does_not_go_on_without(adapted: FinetuneResult, data, clip_path: str, tmp_path) -> None:
     shutil.copytree(adapted.output_dir, tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"The model has no adapters, and .*checkpoint.* has some"):
+    with pytest.raises(ConfigError, match=r"lora: True then, None now"):
         finetune(clip_path, *data, output_dir=tmp_path / "run", resume=True, **QUIET)
 
 

@@ -118,16 +118,41 @@ class WithoutWeights:
 class ReadsCheckpoints:
     """For the host's trainers: ``read_checkpoint`` in place of the private hook by which they load one.
 
-    The host builds the whole model again for it, which fails for adapters in a Router. A public hook would replace this
-    class.
+    The host builds the whole model again for it, which fails for adapters in a Router, and does so on the GPU, beside
+    the optimizer. ``read_best_checkpoint`` likewise, where the host goes on with the last weights if it fails. Public
+    hooks would replace this class.
     """
 
     def read_checkpoint(self, folder: str) -> None:
-        """Loads the weights of a checkpoint into the model that is trained, as the host does."""
-        super()._load_from_checkpoint(folder)  # type: ignore[misc] - of the trainer beside this class
+        """Loads the weights of a checkpoint into the model that is trained, as the host does, on the CPU."""
+        from sentence_transformers.base.modules import Module
+        from sentence_transformers.util import fullname
+
+        model = uncompiled(self.model)  # type: ignore[attr-defined] - of the trainer beside this class
+        classes = {fullname(part): type(part) for part in model.modules() if isinstance(part, Module)}
+        loaded = type(model)._load_with_module_classes(
+            folder, classes, device="cpu", trust_remote_code=model.trust_remote_code
+        )
+        model.load_state_dict(loaded.state_dict())
+
+    def read_best_checkpoint(self, folder: str) -> None:
+        """Loads the best checkpoint."""
+        self.read_checkpoint(folder)
+
+    def push_checkpoint(self, folder: str) -> None:
+        """Begins to publish a checkpoint. The host publishes the whole folder of the run with it."""
 
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:
         self.read_checkpoint(checkpoint_path)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self.push_checkpoint(checkpoint_folder)
+
+    def _load_best_model(self) -> None:
+        trainer: Any = self
+        best = trainer.state.best_model_checkpoint
+        trainer.model.model_card_data.set_best_model_step(int(best.rpartition("-")[2]))
+        self.read_best_checkpoint(best)
 
 
 # transformers, peft, torch

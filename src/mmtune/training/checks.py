@@ -13,7 +13,7 @@ from sentence_transformers.base.training_args import BaseTrainingArguments
 from torch import nn
 from transformers import TrainerCallback
 
-from mmtune.arguments import require_flag, require_whole
+from mmtune.arguments import require_flag, require_one_of, require_whole
 from mmtune.errors import ConfigError
 from mmtune.models.parts import part_names
 from mmtune.models.pixels import PixelLimits
@@ -79,6 +79,9 @@ def check_choices(call: "Finetuning") -> None:
         require_flag(name, getattr(call, name))
     if call.resume != "auto":
         require_flag("resume", call.resume)
+    require_one_of("keep", call.keep, ("best", "last"))
+    if call.keep == "last" and call.args is not None and call.args.load_best_model_at_end:
+        raise ConfigError("keep='last' and args.load_best_model_at_end=True contradict each other. Set one of them.")
     if require_whole("seed", call.seed, at_least=0) > MAX_SEED:
         raise ConfigError(f"seed={call.seed!r}: expected a whole number of 0 to {MAX_SEED}, which is what NumPy takes.")
     folder = call.output_dir

@@ -51,7 +51,8 @@ def finetune(
     freeze: Sequence[str] = (),
     allow_overlap: bool = False,
     overwrite: bool = False,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
+    keep: Literal["best", "last"] = "best",
     seed: int = 42,
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
     evaluator: BaseEvaluator | Callable[..., Any] | None = None,
@@ -93,8 +94,11 @@ def finetune(
         freeze: Parts of the model that stay as they are, e.g. ``("vision",)``; an unknown one is an error that lists
             those that the model has.
         allow_overlap: Accept documents that are relevant in training and in evaluation.
-        overwrite: Replace the run that ``output_dir`` holds.
-        resume: Go on with the run that ``output_dir`` holds, from its last whole checkpoint.
+        overwrite: Replace the run that ``output_dir`` holds, once this one has a checkpoint of its own.
+        resume: Go on with the run that ``output_dir`` holds, from its last whole checkpoint. ``"auto"`` goes on if
+            there is something to go on from, starts otherwise, and returns a run that is at its end as it is.
+        keep: ``"best"`` results in the best measurement, the model as it came included, where there is an evaluation
+            set and the run loads its best checkpoint; ``"last"`` in the last weights.
         seed: Of filling up negatives, and of training where there are no ``args``.
         callbacks: Callbacks of transformers, e.g. ``[EarlyStoppingCallback(3)]``, besides those of the recipe.
         evaluator: An evaluator of the host to call before, during and after training. Beside ``eval_dataset`` it adds
@@ -117,7 +121,7 @@ def finetune(
         >>> from mmtune.testing import generated_pages, tiny_clip
         >>> result = finetune(tiny_clip("tiny-clip"), generated_pages(8), output_dir="run")
         >>> sorted(path.name for path in result.output_dir.iterdir() if not path.name.startswith("checkpoint"))
-        ['final', 'metrics.json', 'report.md']
+        ['final', 'metrics.json', 'mmtune_run.json', 'report.md']
     """
     call = EmbeddingFinetuning(
         kind=kind_of(model),
@@ -137,6 +141,7 @@ def finetune(
         allow_overlap=allow_overlap,
         overwrite=overwrite,
         resume=resume,
+        keep=keep,
         seed=seed,
         callbacks=callbacks,
         evaluator=evaluator,

@@ -1,14 +1,33 @@
-"""The folder of a run: what may be written into it, and where a run goes on."""
+"""The folder of a run: one run at a time, what may be written into it, and what becomes of the run it replaces.
+
+A run that is replaced is set aside in the folder, and deleted once the new one has something to show. Each step is a
+rename whose name says how far it came, so that a later call can finish or undo it after a kill.
+"""
 
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+import socket
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any, Literal
 
 from mmtune.errors import ConfigError
+from mmtune.training.checkpoints import RECORD, checkpoints_of, find_last_checkpoint, why_unusable
 
-CSV_OF_EVALUATORS = "eval/Information-Retrieval_evaluation_vdr*_results.csv"
+try:
+    import fcntl
+except ImportError:  # on Windows nothing keeps two runs apart
+    fcntl = None  # type: ignore[assignment]
+
+CSV_OF_EVALUATORS = "eval/*_vdr*_results.csv"
+START = "start"
+"""The untrained model, for as long as it may be the best."""
+_LOCK = ".run-lock"
+_SETTING_ASIDE, _SET_ASIDE, _DELETING = ".replacing-run", ".replaced-run", ".deleted-run"
+_held: set[Path] = set()
 
 
 def resolve_output_dir(output_dir: str | os.PathLike[str] | None, args_output_dir: str | None) -> Path:
@@ -29,13 +48,15 @@ def resolve_output_dir(output_dir: str | os.PathLike[str] | None, args_output_di
     return folder
 
 
-def check_output_dir(folder: Path, *, overwrite: bool, resume: bool, inputs: Iterable[object]) -> Path | None:
+def check_output_dir(
+    folder: Path, *, overwrite: bool, resume: bool | Literal["auto"], inputs: Iterable[object]
+) -> Path | None:
     """Find out whether a run may use the folder; nothing is changed.
 
     Args:
         folder: The folder of the run.
         overwrite: Whether a run that the folder holds may be replaced.
-        resume: Whether to go on with it.
+        resume: Whether to go on with it; ``"auto"`` if there is something to go on from.
         inputs: The model and the data that the run reads; only those given by path count.
 
     Returns:
@@ -46,10 +67,10 @@ def check_output_dir(folder: Path, *, overwrite: bool, resume: bool, inputs: Ite
             to resume, or the run would overwrite what it reads.
     """
     if overwrite and resume:
-        raise ConfigError("overwrite=True deletes the run that resume=True would go on with. Set one of them.")
-    if resume:
-        return find_last_checkpoint(folder)
+        raise ConfigError(f"overwrite=True deletes the run that resume={resume!r} would go on with. Set one of them.")
     run = find_run(folder)
+    if resume is True or (resume and checkpoints_of(folder)):
+        return find_last_checkpoint(folder)
     if run and not overwrite:
         raise ConfigError(
             f"output_dir={str(folder)!r} holds a run already ({', '.join(path.name for path in run[:4])}). "
@@ -65,49 +86,146 @@ def check_output_dir(folder: Path, *, overwrite: bool, resume: bool, inputs: Ite
     return None
 
 
-def find_last_checkpoint(folder: Path) -> Path:
-    """The newest checkpoint that is whole.
+@contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """Keep other runs out of the folder, and tidy up after one that was killed while it replaced another.
 
-    One without ``trainer_state.json`` was cut off while it was written, and would fail or restart the count of steps.
+    The system gives the lock back when the process ends, however it ends. With several processes the first holds it for
+    all.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: Another run uses the folder.
     """
-    checkpoints = [path for path in find_run(folder) if _checkpoint_step(path) is not None]
-    whole = [path for path in checkpoints if (path / "trainer_state.json").is_file()]
-    if not whole:
-        cut_off = f" ({len(checkpoints)} were cut off while they were written)" if checkpoints else ""
-        raise ConfigError(
-            f"resume=True, and output_dir={str(folder)!r} has no checkpoint to go on from{cut_off}. "
-            "Check the folder, or start over without resume."
-        )
-    return max(whole, key=lambda path: _checkpoint_step(path) or 0)
+    if int(os.environ.get("RANK", "0")):
+        yield
+        return
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with _locked(folder):
+            recover(folder)
+            yield
+    finally:
+        for path in made:  # a call that was refused leaves no empty folders
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
 
 
-def clear_run(folder: Path) -> None:
-    """Delete the run that the folder holds, and nothing else; for the one process that writes."""
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    path, own = folder / _LOCK, f"process {os.getpid()} on {socket.gethostname()}"
+    if folder in _held:
+        raise _is_in_use(folder, own)
+    file = _open_locked(path, own)
+    _held.add(folder)
+    try:
+        yield
+    finally:
+        _held.discard(folder)
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+def _open_locked(path: Path, own: str) -> IO[str]:
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise _is_in_use(path.parent, holder) from None
+        except OSError as error:
+            warnings.warn(
+                f"{str(path.parent)!r} is on a file system without locks ({error}), so nothing keeps a second run out "
+                "of it.",
+                stacklevel=2,
+            )
+        # the run that held it may have deleted the file between our opening and locking it
+        if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+            file.truncate(0)
+            file.write(own)
+            file.flush()
+            return file
+        file.close()
+
+
+def _is_in_use(folder: Path, holder: str) -> ConfigError:
+    return ConfigError(
+        f"output_dir={str(folder)!r} is in use by another run ({holder}). Wait for it to end, or name another folder."
+    )
+
+
+def set_aside(folder: Path) -> None:
+    """Put the run that the folder holds out of the way, complete; for the one process that writes."""
+    moving = folder / _SETTING_ASIDE
     for path in [*find_run(folder), *folder.glob(CSV_OF_EVALUATORS)]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        place = moving / path.relative_to(folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(place)
+    if moving.is_dir():
+        moving.rename(folder / _SET_ASIDE)
+
+
+def delete_set_aside(folder: Path) -> None:
+    """Delete the run that was set aside, if there is one."""
+    replaced, deleting = folder / _SET_ASIDE, folder / _DELETING
+    if replaced.is_dir():
+        replaced.rename(deleting)
+    shutil.rmtree(deleting, ignore_errors=True)
+
+
+def recover(folder: Path) -> None:
+    """Delete the run that was set aside if the new one has something of its own; else put it back in its place."""
+    moving, replaced = folder / _SETTING_ASIDE, folder / _SET_ASIDE
+    if replaced.is_dir() and not has_own(folder):
+        for path in [*find_run(folder), folder / START, *folder.glob(CSV_OF_EVALUATORS)]:
+            _delete(path)
+        replaced.rename(moving)
+    if moving.is_dir():
+        for path in [path for path in moving.rglob("*") if not (folder / path.relative_to(moving)).exists()]:
+            if path.exists():  # its folder has not been moved yet
+                path.rename(folder / path.relative_to(moving))
+        shutil.rmtree(moving)
+    delete_set_aside(folder)
+
+
+def has_own(folder: Path) -> bool:
+    """Whether the folder holds a whole checkpoint, or a result."""
+    return is_finished(folder) or any(why_unusable(path) is None for path in checkpoints_of(folder))
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the folder holds the result of a run that came to its end."""
+    parts = (folder / "final" / "modules.json", folder / RECORD)
+    return all(part.is_file() for part in parts) and read_metrics(folder) is not None
+
+
+def read_metrics(folder: Path) -> dict[str, Any] | None:
+    """What ``metrics.json`` holds; ``None`` where there is none of a run."""
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
+        return metrics if {"before", "after", "settings", "versions"} <= set(metrics) else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _delete(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def find_run(folder: Path) -> list[Path]:
     """What a run has left in the folder: checkpoints, the model, metrics and report; empty where there was none."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if _checkpoint_step(path) is not None]
+    found = checkpoints_of(folder)
     found += [path for path in [folder / "final"] if (path / "modules.json").is_file()]
-    metrics = folder / "metrics.json"
-    try:
-        is_ours = {"before", "after", "settings", "versions"} <= set(json.loads(metrics.read_text("utf-8")))
-    except (OSError, ValueError, TypeError):
-        is_ours = False
-    return sorted([*found, metrics, *folder.glob("report.md")] if is_ours else found)
+    if read_metrics(folder) is not None:
+        found += [folder / "metrics.json", *folder.glob("report.md"), *folder.glob(RECORD)]
+    return sorted(found + [path for path in [folder / START] if found and path.is_dir()])
 
 
 def _absolute(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.abspath(Path(path).expanduser()))  # noqa: PTH100 - resolve() would follow links
-
-
-def _checkpoint_step(path: Path) -> int | None:
-    prefix, _, step = path.name.partition("-")
-    return int(step) if prefix == "checkpoint" and step.isdigit() and path.is_dir() else None

@@ -1,6 +1,7 @@
 """The host's training arguments of one call: the recipe, fitted to the rows, then completed by what the model tells."""
 
 import copy
+import json
 import math
 import os
 import re
@@ -26,6 +27,7 @@ from mmtune.training.batches import (
     StepwiseProportionalBatchSampler,
     StepwiseRoundRobinBatchSampler,
 )
+from mmtune.training.checkpoints import RunRecord
 from mmtune.training.trainers import Kind
 
 Arguments = TypeVar("Arguments", bound=BaseTrainingArguments)
@@ -174,7 +176,7 @@ def choose_rates(
     args: BaseTrainingArguments,
     model: HostModel,
     fresh: Mapping[str, nn.Module],
-    checkpoint: Path | None,
+    began: RunRecord | None,
     given: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The learning rates that this model's layers need, as the host's training arguments.
@@ -188,20 +190,19 @@ def choose_rates(
         args: The recipe's arguments.
         model: The model to train, with its adapters.
         fresh: Its layers that start from random numbers, by name.
-        checkpoint: What the run goes on from; ``None`` for a new run.
+        began: What the run that goes on was begun with; ``None`` for a new run.
         given: The caller's training arguments by name, which win.
     """
     learning = [name for name, layer in fresh.items() if any(weight.requires_grad for weight in layer.parameters())]
     rates: dict[str, Any] = {}
-    if checkpoint is not None:
-        saved = torch.load(checkpoint / "training_args.bin", weights_only=False)
-        rates = {name: getattr(saved, name) for name in ("learning_rate", "learning_rate_mapping", "max_grad_norm")}
+    if began is not None:
+        rates = dict(began.rates)
     elif has_lora(model):
         rates["learning_rate"] = FRESH_RATE * args.learning_rate
     elif learning:
         names = "|".join(map(re.escape, learning))
         rates["learning_rate_mapping"] = {rf"(^|\.)model\.({names})\.": FRESH_RATE * args.learning_rate}
-    if checkpoint is None and learning and isinstance(model, MultiVectorEncoder):
+    if began is None and learning and isinstance(model, MultiVectorEncoder):
         rates["max_grad_norm"] = FRESH_LATE_INTERACTION_CLIP
     return {name: value for name, value in rates.items() if name not in given}
 
@@ -231,6 +232,18 @@ def dtype_to_load(args: BaseTrainingArguments) -> str:
     return "auto" if args.bf16 else "float32"
 
 
+def steps_of_fractions(args: BaseTrainingArguments, checkpoint: Path | None) -> dict[str, int]:
+    """The steps that logging, evaluating and saving after a fraction of the run came to when it began.
+
+    The host compares the fraction with them when a run goes on, and warns that they differ (transformers 5.23).
+    """
+    if checkpoint is None:
+        return {}
+    state = json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
+    names = [name for name in ("logging_steps", "eval_steps", "save_steps") if 0 < (getattr(args, name) or 0) < 1]
+    return {name: state[name] for name in names if state.get(name)}
+
+
 def complete_arguments(
     args: Arguments,
     model: HostModel,
@@ -240,6 +253,7 @@ def complete_arguments(
     prompts: Any,
     metric: str | None,
     rates: Mapping[str, Any] | None,
+    saved_steps: Mapping[str, int] | None = None,
 ) -> Arguments:
     """A copy of ``args`` with what only the model, its loss and its evaluator tell.
 
@@ -252,6 +266,7 @@ def complete_arguments(
         metric: The key of the metric that chooses the checkpoint, for the recipe's arguments; ``None`` as long as it
             is not known.
         rates: Learning rates, for the recipe's arguments; ``None`` where they are the caller's.
+        saved_steps: What fractions of the run came to when it began, where it goes on.
 
     Raises:
         ConfigError: Several processes are to train without cached gradients, and the caller's arguments would fail.
@@ -260,6 +275,8 @@ def complete_arguments(
     args.prompts = prompts
     for name, value in (rates or {}).items():
         setattr(args, name, value)
+    for name, steps in (saved_steps or {}).items():
+        setattr(args, name, steps)
     if metric is not None:
         settle_metric(args, metric)
     if find_router(model) is not None:

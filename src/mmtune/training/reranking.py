@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from sentence_transformers import CrossEncoder, CrossEncoderTrainingArguments
 from sentence_transformers.base.evaluation import BaseEvaluator
@@ -51,7 +51,8 @@ def finetune_reranker(
     freeze: Sequence[str] = (),
     allow_overlap: bool = False,
     overwrite: bool = False,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
+    keep: Literal["best", "last"] = "best",
     seed: int = 42,
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
     evaluator: BaseEvaluator | Callable[..., Any] | None = None,
@@ -84,8 +85,11 @@ def finetune_reranker(
         lora: As in ``finetune``.
         freeze: As in ``finetune``.
         allow_overlap: Accept documents that are relevant in training and in evaluation.
-        overwrite: Replace the run that ``output_dir`` holds.
-        resume: Go on with the run that ``output_dir`` holds, from its last whole checkpoint.
+        overwrite: Replace the run that ``output_dir`` holds, once this one has a checkpoint of its own.
+        resume: Go on with the run that ``output_dir`` holds, from its last whole checkpoint. ``"auto"`` goes on if
+            there is something to go on from, starts otherwise, and returns a run that is at its end as it is.
+        keep: ``"best"`` results in the best measurement, the model as it came included, where there is an evaluation
+            set and the run loads its best checkpoint; ``"last"`` in the last weights.
         seed: Of filling up negatives, and of training where there are no ``args``.
         callbacks: Callbacks of transformers, e.g. ``[EarlyStoppingCallback(3)]``, besides those of the recipe.
         evaluator: An evaluator of the host to call before, during and after training. Beside ``eval_dataset`` it adds
@@ -126,6 +130,7 @@ def finetune_reranker(
         allow_overlap=allow_overlap,
         overwrite=overwrite,
         resume=resume,
+        keep=keep,
         seed=seed,
         callbacks=callbacks,
         evaluator=evaluator,

@@ -17,8 +17,9 @@ from mmtune.report.card import add_to_card
 from mmtune.report.markdown import BeforeAfter, compare_metrics, text_table, write_report
 from mmtune.training.batches import ConflictFreeBatchSampler
 from mmtune.training.inputs import TrainingSets
-from mmtune.training.trainers import PageTrainer
+from mmtune.training.trainers import Kind, PageTrainer
 
+KEPT_START = "the start: nothing beat it"
 _PACKAGES = ("mmtune", "sentence-transformers", "transformers", "torch", "datasets", "accelerate", "pillow", "numpy")
 
 
@@ -28,7 +29,8 @@ class FinetuneResult:
 
     Attributes:
         model: The trained model, the best checkpoint where there was an evaluation set.
-        trainer: The host's trainer, with its log in ``trainer.state.log_history``.
+        trainer: The host's trainer, with its log in ``trainer.state.log_history``; ``None`` where ``resume="auto"``
+            found the run at its end.
         before: Metrics of the model as it came; empty without an evaluation set.
         after: Metrics of the trained model; empty without an evaluation set.
         primary_metric: The metric that chose the checkpoint; ``None`` without an evaluation set.
@@ -37,17 +39,39 @@ class FinetuneResult:
     """
 
     model: HostModel
-    trainer: BaseTrainer
+    trainer: BaseTrainer | None
     before: dict[str, float]
     after: dict[str, float]
     primary_metric: str | None
     output_dir: Path
     settings: dict[str, dict[str, Any]]
 
+    @classmethod
+    def read(cls, folder: Path, kind: Kind) -> "FinetuneResult":
+        """The result of a run that came to its end, its model from ``final/``."""
+        saved = json.loads((folder / "metrics.json").read_text("utf-8"))
+        parts = {name: saved[name] for name in ("before", "after", "primary_metric", "settings")}
+        model = kind.model_class(str(folder / "final")).eval()
+        return cls(model, None, output_dir=folder, **parts)
+
     @property
     def report(self) -> str:
         """The report in Markdown, as in ``report.md``."""
-        return write_report("Finetuning report", self.rows, self.measure, self.settings)
+        report = write_report("Finetuning report", self.rows, self.measure, self.settings)
+        return f"{self.warning}\n\n{report}" if self.warning else report
+
+    @property
+    def warning(self) -> str:
+        """What a reader must know first: that nothing was gained, or that the model is worse; else empty."""
+        if self.settings["training"].get("kept") == KEPT_START:
+            return "Nothing beat the start: final/ is the model as it came, untrained."
+        before, after = (metrics.get(self.primary_metric or "") for metrics in (self.before, self.after))
+        if before is None or after is None or before <= after:
+            return ""
+        return (
+            f"The model is worse than it was: {self.measure} {before:.4f} before, {after:.4f} after. "
+            "keep='best', with evaluation during the training, keeps the better one."
+        )
 
     @property
     def rows(self) -> list[BeforeAfter]:
@@ -64,15 +88,19 @@ class FinetuneResult:
         if not self.rows:
             return f"No evaluation set, so nothing is known about the gain; {saved}"
         table = text_table((self.measure, "before", "after", "change"), [row.cells for row in self.rows])
-        return f"{table}\n{saved}"
+        return "\n".join(filter(None, (self.warning, table, saved)))
 
     def save(self) -> None:
         """Write ``metrics.json``, ``report.md`` and the card of the model, which is in ``final/`` already."""
         card = self.output_dir / "final" / "README.md"
         if card.is_file():
-            name = self.trainer.args.hub_model_id or str(card.parent)
+            name = getattr(self.trainer and self.trainer.args, "hub_model_id", None) or str(card.parent)
             text = add_to_card(card.read_text("utf-8"), self.rows, self.measure, self.settings, name=name)
             card.write_text(text, "utf-8")
+        self.save_metrics()
+
+    def save_metrics(self) -> None:
+        """Write ``metrics.json`` and ``report.md``."""
         metrics = {
             "before": self.before,
             "after": self.after,
@@ -80,8 +108,11 @@ class FinetuneResult:
             "settings": self.settings,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         }
-        (self.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2, default=str) + "\n", "utf-8")
         (self.output_dir / "report.md").write_text(self.report, "utf-8")
+        # last and in one piece: a run with a metrics.json is at its end
+        written = self.output_dir / "metrics.json.part"
+        written.write_text(json.dumps(metrics, indent=2, default=str) + "\n", "utf-8")
+        written.replace(self.output_dir / "metrics.json")
 
 
 def describe_data(train: TrainingSets, evaluation: Mapping[str, RetrievalDataset]) -> dict[str, dict[str, Any]]:

@@ -1,12 +1,16 @@
 """What ``finetune`` and ``finetune_reranker`` share: a call from its arguments to its result."""
 
+import errno
 import os
+import shutil
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from accelerate.utils import broadcast_object_list
 from sentence_transformers import CrossEncoder
@@ -31,6 +35,18 @@ from mmtune.models.pixels import PixelLimits, limit_pixels
 from mmtune.models.precision import score_in_float32
 from mmtune.models.routes import check_routes, freeze_unreached
 from mmtune.training import recipe
+from mmtune.training.checkpoints import (
+    RunRecord,
+    as_json,
+    checkpoints_of,
+    describe_arguments,
+    describe_checkpoint,
+    describe_content,
+    describe_structure,
+    describe_training_data,
+    require_same,
+    why_unusable,
+)
 from mmtune.training.checks import (
     check_choices,
     check_host_arguments,
@@ -41,10 +57,25 @@ from mmtune.training.checks import (
 )
 from mmtune.training.evaluators import GivenEvaluator
 from mmtune.training.inputs import DatasetsLike, Form, TrainingSets, evaluation_sets, refuse_overlap, warn_of_leaks
+from mmtune.training.interruption import Interrupted, SavesWhenAsked
 from mmtune.training.losses import Loss
-from mmtune.training.output import check_output_dir, clear_run, resolve_output_dir
-from mmtune.training.result import FinetuneResult, describe_data, describe_recipe, describe_steps
-from mmtune.training.trainers import Kind, PageTrainer
+from mmtune.training.output import (
+    START,
+    check_output_dir,
+    delete_set_aside,
+    is_finished,
+    only_run,
+    recover,
+    resolve_output_dir,
+    set_aside,
+)
+from mmtune.training.result import KEPT_START, FinetuneResult, describe_data, describe_recipe, describe_steps
+from mmtune.training.trainers import AfterFirstSave, Kind, PageTrainer, StartCompetes
+
+_NOT_DECIDING = {
+    *("kind", "model", "train_dataset", "eval_dataset", "output_dir", "args", "training_arguments", "overwrite"),
+    *("resume", "allow_overlap", "mini_batch_size", "callbacks", "evaluator"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +98,8 @@ class Finetuning(ABC):
     freeze: Sequence[str]
     allow_overlap: bool
     overwrite: bool
-    resume: bool
+    resume: bool | Literal["auto"]
+    keep: Literal["best", "last"]
     seed: int
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]]
     evaluator: Any
@@ -123,7 +155,16 @@ def run(call: Finetuning) -> FinetuneResult:
     call.check_arguments()
     check_lora(call.lora)
     folder = resolve_output_dir(call.output_dir, call.args.output_dir if call.args else None)
+    try:
+        with only_run(folder):
+            return _run_in(folder, call)
+    except Interrupted as interrupted:
+        raise interrupted.end from None
+
+
+def _run_in(folder: Path, call: Finetuning) -> FinetuneResult:
     inputs = (call.model, call.train_dataset, call.eval_dataset)
+    is_over = call.resume == "auto" and is_finished(folder)
     checkpoint = check_output_dir(folder, overwrite=call.overwrite, resume=call.resume, inputs=inputs)
 
     train = call.read_rows(call.form_of(call.loss))
@@ -132,12 +173,22 @@ def run(call: Finetuning) -> FinetuneResult:
         refuse_overlap(train, evaluation)
         warn_of_leaks(train, evaluation)
     args = _fit_arguments(call, folder, train, evaluation)
+    began_with = _describe_beginning(call, args, train, evaluation)
+    if is_over:
+        require_same(folder, RunRecord.read(folder).settings, began_with)
+        return FinetuneResult.read(folder, call.kind)
+    began = RunRecord.read(checkpoint) if checkpoint else None
+    if began:
+        require_same(folder, began.settings, began_with)
 
     choices = {"documents": call.documents, "freeze": call.freeze, "lora": call.lora, "seed": call.seed}
     loading = {"max_pixels": call.max_pixels, "dtype": recipe.dtype_to_load(args)}
     with ready_model(call.model, call.kind, loading=loading, **choices) as start:
         model = start.model
         check_resumed(checkpoint, has_adapters=bool(start.facts["lora"]))
+        began_with["structure of the model"] = describe_structure(model)
+        if began:
+            require_same(folder, began.settings, began_with)
         loss = call.build_loss(model, args.per_device_train_batch_size)
         if call.form_of(loss) != train.form:  # a callable has only now told what it makes
             train = call.read_rows(call.form_of(loss))
@@ -145,6 +196,7 @@ def run(call: Finetuning) -> FinetuneResult:
 
         evaluator: Any = call.build_evaluator(evaluation, model, loss, args) if evaluation else None
         evaluator = evaluator if call.evaluator is None else GivenEvaluator(call.evaluator, evaluator)
+        rates = None if call.args else recipe.choose_rates(args, model, start.fresh, began, call.training_arguments)
         args = recipe.complete_arguments(
             args,
             model,
@@ -152,19 +204,18 @@ def run(call: Finetuning) -> FinetuneResult:
             train.columns,
             prompts=call.settle_prompts(model, train, args),
             metric=(evaluator.metric_name(model) or None) if evaluator else None,
-            rates=None if call.args else recipe.choose_rates(args, model, start.fresh, checkpoint, given),
+            rates=rates,
+            saved_steps=recipe.steps_of_fractions(args, checkpoint),
         )
         warn_of_rounding(model, args.learning_rate)
+        follows_tenths = not call.args and not recipe.follows_own_schedule(call.training_arguments)
         trainer = call.kind.trainer_class(
             model=model,
             args=args,
             train_dataset=train.for_host,
             loss=loss,
             evaluator=evaluator,
-            callbacks=[
-                *([] if call.args or recipe.follows_own_schedule(given) else [recipe.EvenTenths()]),
-                *call.callbacks,
-            ],
+            callbacks=[*([recipe.EvenTenths()] if follows_tenths else []), *call.callbacks],
         )
 
         own, found = call.describe(train, evaluator, model, loss), describe_data(train, evaluation)
@@ -174,7 +225,14 @@ def run(call: Finetuning) -> FinetuneResult:
             "training": {**describe_recipe(trainer), **own["training"]},
             "audit": found["audit"],
         }
-        return _train(trainer, evaluator, start, settings, folder, checkpoint, overwrite=call.overwrite)
+        before = began.before if began else measure(trainer, evaluator)
+        if began and evaluator and not primary_of(evaluator, model):
+            measure(trainer, evaluator)  # evaluators of the host tell their metric when they have been called
+        recipe.settle_metric(trainer.args, primary_of(evaluator, model))
+        check_metric(trainer.args, before)
+        trainer.record = began or RunRecord(began_with, rates or {}, before)
+        with _written_in(folder, trainer, overwrite=call.overwrite):
+            return _train(trainer, evaluator, start, settings, folder, checkpoint)
 
 
 def _fit_arguments(
@@ -183,12 +241,77 @@ def _fit_arguments(
     """The caller's arguments, or the recipe's for these rows, checked against the data."""
     evaluates = bool(evaluation) or call.evaluator is not None
     facts = {"evaluates": evaluates, "in_batch_negatives": train.form == "columns"}
+    kept = {"load_best_model_at_end": False} if call.keep == "last" else {}
     args = call.args or recipe.training_arguments(
-        call.kind, train.num_rows, output_dir=str(folder), seed=call.seed, **facts, **call.training_arguments
+        call.kind,
+        train.num_rows,
+        output_dir=str(folder),
+        seed=call.seed,
+        **facts,
+        **{**kept, **call.training_arguments},
     )
     check_host_arguments(args, **facts)
     call.check_data(train, evaluation, args)
     return args
+
+
+def _describe_beginning(
+    call: Finetuning,
+    args: BaseTrainingArguments,
+    train: TrainingSets,
+    evaluation: Mapping[str, RetrievalDataset],
+) -> dict[str, Any]:
+    """What decides the weights and the scores of a run, as JSON has it; a model in memory has no name."""
+    choices = {field.name: as_json(getattr(call, field.name)) for field in fields(call)}
+    given = {name: value for name, value in choices.items() if name not in _NOT_DECIDING}
+    named = {"model": describe_checkpoint(os.fspath(call.model))} if isinstance(call.model, (str, os.PathLike)) else {}
+    measured = {
+        f"{name}: evaluation data".removeprefix(": "): describe_content(data) for name, data in evaluation.items()
+    }
+    if not evaluation:
+        measured = {"evaluation data": "none"}
+    return {**describe_arguments(args), **given, **named, **describe_training_data(train), **measured}
+
+
+@contextmanager
+def _written_in(folder: Path, trainer: PageTrainer, *, overwrite: bool) -> Iterator[None]:
+    """While a run writes into its folder: the run it replaces is kept until there is something in its place.
+
+    Raises:
+        OSError: The disk is full; the message names the last whole checkpoint.
+    """
+    if not trainer.is_world_process_zero():
+        yield
+        return
+    if overwrite:
+        set_aside(folder)
+        trainer.add_callback(AfterFirstSave(partial(delete_set_aside, folder)))
+    try:
+        yield
+        delete_set_aside(folder)
+    except BaseException as error:
+        recover(folder)
+        if not checkpoints_of(folder):
+            shutil.rmtree(folder / START, ignore_errors=True)
+        if is_disk_full(error):
+            raise OSError(
+                errno.ENOSPC,
+                f"The disk is full. {_describe_last_checkpoint(folder)} Free some space, or lower save_total_limit, "
+                "and pass resume='auto'",
+                str(folder),
+            ) from error
+        raise
+
+
+def _describe_last_checkpoint(folder: Path) -> str:
+    whole = next((path.name for path in checkpoints_of(folder) if why_unusable(path) is None), None)
+    return f"The last whole checkpoint is {whole}." if whole else "There is no whole checkpoint yet."
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether writing failed for want of space, as the system, safetensors or torch says it."""
+    signs = ("No space left on device", "file write failed")
+    return getattr(error, "errno", None) == errno.ENOSPC or any(sign in str(error) for sign in signs)
 
 
 def _train(
@@ -198,31 +321,52 @@ def _train(
     settings: dict[str, dict[str, Any]],
     folder: Path,
     checkpoint: Path | None,
-    *,
-    overwrite: bool,
 ) -> FinetuneResult:
-    """Train, measured before and after, and write everything that the run leaves behind."""
-    model, is_first_process = start.model, trainer.is_world_process_zero()
-    before = measure(trainer, evaluator)
-    recipe.settle_metric(trainer.args, primary_of(evaluator, model))
-    check_metric(trainer.args, before)
-    if overwrite and is_first_process:
-        clear_run(folder)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    """Train, and write everything that the run leaves behind."""
+    model, is_first_process, record = start.model, trainer.is_world_process_zero(), trainer.record
+    assert record is not None
+    competes = trainer.args.load_best_model_at_end and bool(record.before)
+    if competes:
+        trainer.add_callback(StartCompetes(record.before))
+        if checkpoint is None and is_first_process:
+            model.save_pretrained(str(folder / START))
+        trainer.accelerator.wait_for_everyone()
+    asked = SavesWhenAsked()
+    trainer.add_callback(asked)
+    with asked.listening():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.check_weights()
+    kept = _keep_best(trainer, folder) if competes else "the last weights"
     for layer in start.fresh.values():
         mark_fresh(layer, fresh=False)
     after = measure(trainer, evaluator)
     if is_first_process:
         save_model(model, folder / "final")
-    settings = {**settings, "training": {**settings["training"], **describe_steps(trainer)}}
-    metric = primary_of(evaluator, model) or ((trainer.args.metric_for_best_model or "") if before else "")
+    settings = {**settings, "training": {**settings["training"], **describe_steps(trainer), "kept": kept}}
+    metric = primary_of(evaluator, model) or ((trainer.args.metric_for_best_model or "") if record.before else "")
     metric = metric.removeprefix("eval_") or None
-    result = FinetuneResult(model.eval(), trainer, before, after, metric, folder, settings)
+    result = FinetuneResult(model.eval(), trainer, record.before, after, metric, folder, settings)
     if is_first_process:
+        record.write(folder)
         result.save()
+        if trainer.args.push_to_hub and (failed := trainer.push_result(folder / "final")):
+            settings["training"]["failed_pushes"] = failed
+            result.save_metrics()
+            warnings.warn(f"{' '.join(failed)} The model is in {str(folder / 'final')!r}.", stacklevel=5)
+        if kept != KEPT_START:
+            shutil.rmtree(folder / START, ignore_errors=True)
     # A script that goes on with final/ in every process finds it whole.
     trainer.accelerator.wait_for_everyone()
     return result
+
+
+def _keep_best(trainer: PageTrainer, folder: Path) -> str:
+    """Take the untrained model back where no checkpoint beat it; the host has loaded the best of these."""
+    best = trainer.state.best_global_step
+    if best:
+        return f"checkpoint-{best}, the best of all measurements"
+    trainer.read_best_checkpoint(str(folder / START))
+    return KEPT_START
 
 
 def measure(trainer: PageTrainer, evaluator: AnyEvaluator | None) -> dict[str, float]:
@@ -234,7 +378,9 @@ def measure(trainer: PageTrainer, evaluator: AnyEvaluator | None) -> dict[str, f
     """
     if evaluator is None:
         return {}
-    with distributed_evaluation(trainer.model) as evaluates:
+    # the host's own exception: a model in parts answers only where all processes take part
+    shares = not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled
+    with distributed_evaluation(trainer.model, enabled=shares) as evaluates:
         metrics = evaluator(trainer.model) if evaluates else {}
     return {key: float(value) for key, value in broadcast_object_list([metrics])[0].items()}
 

@@ -6,16 +6,23 @@ Texts stay texts, no training image ends in a model card, logs are one line, and
 import copy
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from datasets import Dataset
+from huggingface_hub import HfApi
 from sentence_transformers import (
+    CrossEncoder,
     CrossEncoderTrainer,
     CrossEncoderTrainingArguments,
+    MultiVectorEncoder,
     MultiVectorEncoderTrainer,
     MultiVectorEncoderTrainingArguments,
+    SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
@@ -40,13 +47,17 @@ from transformers import (
     TrainingArguments,
 )
 
+from mmtune.arguments import listed
 from mmtune.data.documents import as_host_input
+from mmtune.errors import ConfigError
 from mmtune.host import ReadsCheckpoints, innermost_sampler, uncompiled
 from mmtune.models.adapters import has_lora, load_adapters
 from mmtune.models.kinds import HostModel
 from mmtune.models.late_interaction import build_late_interaction
 from mmtune.models.loading import load_model
 from mmtune.models.rerankers import build_reranker
+from mmtune.training.batches import ConflictFreeBatchSampler, ShuffledBatchSampler
+from mmtune.training.checkpoints import RECORD, RunRecord, checkpoint_step
 
 # Callbacks
 
@@ -115,7 +126,40 @@ class BestCheckpointHere(TrainerCallback):
         state.best_metric = state.best_global_step = None
 
 
+class StartCompetes(TrainerCallback):
+    """Makes the untrained model the best so far, so that a checkpoint has to beat it."""
+
+    def __init__(self, before: Mapping[str, float]) -> None:
+        self.before = before
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A run that resumes has the best so far in its state."""
+        if state.best_metric is None:
+            state.best_metric = self.before[(args.metric_for_best_model or "loss").removeprefix("eval_")]
+
+
+class AfterFirstSave(TrainerCallback):
+    """Does something once, when the run has a checkpoint of its own; in the one process that writes."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self.act: Callable[[], None] | None = act
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The checkpoint is complete."""
+        if self.act is not None and state.is_world_process_zero:
+            self.act()
+        self.act = None
+
+
 # Trainers
+
+_STATE_OF_TRAINING = ["*.pt", "*.pth", "trainer_state.json", "training_args.bin", RECORD, "global_step*", "optimizer*"]
+_AGAINST_DIVERGENCE = (
+    "The last checkpoint is as it was before. Lower learning_rate, lengthen the warm-up, or look at the pages of these "
+    "queries, and start anew in another folder or with overwrite=True."
+)
 
 
 class TextsAsTexts(BaseDataCollator):
@@ -144,10 +188,17 @@ def _as_inputs(value: Any) -> Any:
 
 
 class PageTrainer(ReadsCheckpoints, BaseTrainer):
-    """A host's trainer for rows that decode pages when they are read."""
+    """A host's trainer for rows that decode pages when they are read.
+
+    Attributes:
+        record: What the run was begun with, for its checkpoints.
+    """
+
+    record: RunRecord | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._pushes: list[Future[Any]] = []
         self.add_callback(EpochOfSampler)
         self.add_callback(BestCheckpointHere)
         # In a notebook the host shows a table of its own, which stays.
@@ -178,13 +229,117 @@ class PageTrainer(ReadsCheckpoints, BaseTrainer):
         self.train_sampler = innermost_sampler(loader)
         return loader
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The host's, which leaves a loss that is no number out of its log and goes on.
+
+        Raises:
+            ConfigError: The loss is no number; the message names the queries of the step.
+        """
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if not torch.isfinite(loss).all():
+            raise ConfigError(
+                f"The training diverges: the loss of step {self.state.global_step + 1} is {float(loss.mean())}"
+                f"{self._describe_step()}. {_AGAINST_DIVERGENCE}"
+            )
+        return loss
+
+    def check_weights(self) -> None:
+        """Make sure that the weights are numbers.
+
+        Raises:
+            ConfigError: Some are not.
+        """
+        for name, weight in uncompiled(self.model).named_parameters():
+            if weight.requires_grad and not torch.isfinite(weight).all():
+                raise ConfigError(
+                    f"The training diverges: after step {self.state.global_step} the weight {name!r} is no number any "
+                    f"more{self._describe_step(-1)}. {_AGAINST_DIVERGENCE}"
+                )
+
+    def _describe_step(self, offset: int = 0) -> str:
+        """The queries of the step that is under way, where the order of batches can be read again."""
+        sampler, rows = self.train_sampler, self.train_dataset
+        if not isinstance(sampler, (ConflictFreeBatchSampler, ShuffledBatchSampler)) or not isinstance(rows, Dataset):
+            return ""
+        processes, accumulated = self.args.world_size, self.args.gradient_accumulation_steps
+        own = list(sampler)[self.args.process_index :: processes]
+        first = round((self.state.epoch or 0) % 1 * len(own)) + offset * accumulated
+        drawn = [row for batch in own[first : first + accumulated] for row in batch]
+        table = rows.with_format(None).select(drawn)
+        known = list(dict.fromkeys(table["query_id"])) if drawn and "query_id" in table.column_names else []
+        return f", on the queries {listed(known[:8])}" if known else ""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the model, and in a checkpoint what the run was begun with.
+
+        Before the host's ``trainer_state.json``, which it writes last: a checkpoint that has one is complete.
+
+        Raises:
+            ConfigError: Weights are no numbers, and would take the place of those that are.
+        """
+        self.check_weights()
+        super().save_model(output_dir, _internal_call=_internal_call)
+        folder = Path(output_dir or self.args.output_dir or ".")
+        if self.record is not None and self.args.should_save and checkpoint_step(folder) is not None:
+            self.record.write(folder)
+
+    def push_checkpoint(self, folder: str) -> None:
+        """Begins to publish the model of a checkpoint, and its state where ``hub_strategy`` asks for it."""
+        strategy = str(getattr(self.args.hub_strategy, "value", self.args.hub_strategy))
+        if strategy == "end" or not self.is_world_process_zero():
+            return
+        message = f"Training in progress, step {self.state.global_step}"
+        self._pushes.append(self._upload(folder, message, run_as_future=True, ignore_patterns=_STATE_OF_TRAINING))
+        if strategy in ("checkpoint", "all_checkpoints"):
+            place = "last-checkpoint" if strategy == "checkpoint" else Path(folder).name
+            self._pushes.append(self._upload(folder, message, run_as_future=True, path_in_repo=place))
+
+    def push_result(self, folder: Path) -> list[str]:
+        """Publish the result, after the checkpoints that are still on their way; for the one process that writes.
+
+        Args:
+            folder: The model as it was saved, with its card.
+
+        Returns:
+            What failed: a sentence for each push. None of it is lost: everything lies in the folder of the run.
+        """
+        failed = []
+        for push in self._pushes:
+            if (error := push.exception()) is not None:
+                failed.append(f"A checkpoint was not pushed: {type(error).__name__}: {error}")
+        try:
+            self._upload(str(folder), "End of training")
+        except Exception as error:
+            failed.append(f"The result was not pushed: {type(error).__name__}: {error}")
+        return failed
+
+    def _upload(self, folder: str, message: str, **options: Any) -> Any:
+        to = {"repo_id": self.hub_model_id, "token": self.args.hub_token, "revision": self.args.hub_revision}
+        api: Any = HfApi()
+        return api.upload_folder(folder_path=folder, commit_message=message, **to, **options)
+
     def read_checkpoint(self, folder: str) -> None:
-        """Loads what was trained; adapters without building the model again."""
+        """Loads what was trained; adapters without building the model again, all else by way of the CPU."""
         model = uncompiled(self.model)
         if has_lora(model):
             load_adapters(model, folder)
         else:
             super().read_checkpoint(folder)
+
+    def read_best_checkpoint(self, folder: str) -> None:
+        """Loads the best checkpoint; the host logs a failure, and the last weights would pass for the best.
+
+        Raises:
+            ConfigError: It can't be loaded.
+        """
+        try:
+            self.read_checkpoint(folder)
+        except Exception as error:
+            raise ConfigError(
+                f"The best checkpoint, {folder!r}, can't be loaded: {type(error).__name__}: {error}. The weights are "
+                "those of the last step, so final/ is not written. Load that folder, or repair the cause (often "
+                "memory, or a file that is gone) and pass resume=True."
+            ) from error
 
 
 class EmbeddingCollator(TextsAsTexts, SentenceTransformerDataCollator):
@@ -232,6 +387,7 @@ class Kind:
     Attributes:
         arguments_class: The host's training arguments.
         trainer_class: The host's trainer, for pages.
+        model_class: The host's model.
         load: Makes a model from a folder or a name on the Hub.
         cached_loss: In-batch negatives with cached gradients; takes the model and ``mini_batch_size``. ``None`` for
             rerankers, which compare what they read in one pass.
@@ -243,6 +399,7 @@ class Kind:
 
     arguments_class: type[BaseTrainingArguments]
     trainer_class: type[PageTrainer]
+    model_class: type[HostModel]
     load: Callable[..., HostModel]
     cached_loss: Callable[..., nn.Module] | None = None
     truncates: bool = False
@@ -254,6 +411,7 @@ class Kind:
 EMBEDDING = Kind(
     arguments_class=SentenceTransformerTrainingArguments,
     trainer_class=EmbeddingTrainer,
+    model_class=SentenceTransformer,
     load=load_model,
     cached_loss=CachedMultipleNegativesRankingLoss,
     truncates=True,
@@ -262,6 +420,7 @@ EMBEDDING = Kind(
 LATE_INTERACTION = Kind(
     arguments_class=MultiVectorEncoderTrainingArguments,
     trainer_class=LateInteractionTrainer,
+    model_class=MultiVectorEncoder,
     load=build_late_interaction,
     cached_loss=CachedMultiVectorMultipleNegativesRankingLoss,
 )
@@ -269,6 +428,7 @@ LATE_INTERACTION = Kind(
 RERANKING = Kind(
     arguments_class=CrossEncoderTrainingArguments,
     trainer_class=RerankingTrainer,
+    model_class=CrossEncoder,
     load=build_reranker,
     batch_size=8,
     accumulation_steps=4,

@@ -1,0 +1,88 @@
+"""Ctrl-C and SIGTERM: a run saves at the end of its step, and says how to go on."""
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import distributed
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+_DEFAULTS = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+
+
+class Interrupted(BaseException):
+    """A run was asked to end, and has saved a checkpoint.
+
+    Attributes:
+        end: What the process ends with.
+    """
+
+    def __init__(self, asked_by: signal.Signals) -> None:
+        super().__init__(asked_by)
+        self.end = _end_of(asked_by)
+
+
+def _end_of(asked_by: signal.Signals) -> BaseException:
+    """What a process that is asked to end ends with by custom: status 143, or KeyboardInterrupt, which gives 130."""
+    return KeyboardInterrupt() if asked_by == signal.SIGINT else SystemExit(128 + asked_by)
+
+
+class SavesWhenAsked(TrainerCallback):
+    """Saves a checkpoint at the end of the step in which the process was asked to end, and ends the run."""
+
+    def __init__(self) -> None:
+        self.asked_by: signal.Signals | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take note of SIGTERM and Ctrl-C; the second of them ends at once.
+
+        Only in the main thread, where Python lets handlers be set, and only in place of the default: a handler that the
+        caller has set is left alone.
+        """
+        mine: list[signal.Signals] = []
+        if threading.current_thread() is threading.main_thread():
+            mine = [number for number, default in _DEFAULTS.items() if signal.getsignal(number) == default]
+        for number in mine:
+            signal.signal(number, self._note)
+        try:
+            yield
+        finally:
+            for number in mine:
+                signal.signal(number, _DEFAULTS[number])
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.asked_by is not None:
+            raise _end_of(signal.Signals(number))
+        self.asked_by = signal.Signals(number)
+        sys.stderr.write(f"{self.asked_by.name}: the run ends after this step. Once more ends it at once.\n")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Asks for a checkpoint, in all processes after the same step."""
+        self._agree(args)
+        if self.asked_by is not None:
+            control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ends the run; what was due in this step has been done."""
+        if args.world_size > 1:
+            self._agree(args)
+        if self.asked_by is None:
+            return
+        if state.is_world_process_zero:
+            sys.stderr.write(
+                f"{self.asked_by.name}: saved {args.output_dir}/checkpoint-{state.global_step} of {state.max_steps} "
+                "steps. The same call with resume=True goes on from there.\n"
+            )
+        raise Interrupted(self.asked_by)
+
+    def _agree(self, args: TrainingArguments) -> None:
+        if args.world_size > 1 and distributed.is_initialized():
+            asked = torch.tensor([self.asked_by or 0], device=args.device)
+            distributed.all_reduce(asked, op=distributed.ReduceOp.MAX)
+            self.asked_by = signal.Signals(int(asked)) if int(asked) else None

@@ -1,0 +1,528 @@
+"""Runs that are replaced, killed, interrupted, damaged or resumed, and models that get worse."""
+
+import errno
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import HfApi, RepoUrl
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+from mmtune import ConfigError, FinetuneResult, RetrievalDataset, finetune
+from mmtune.testing import generated_pages, tiny_clip
+from mmtune.training.checkpoints import find_last_checkpoint, require_same
+from mmtune.training.output import only_run, set_aside
+from mmtune.training.trainers import EmbeddingTrainer
+
+OPTIONS: dict[str, Any] = {
+    "disable_tqdm": True,
+    "learning_rate": 1e-3,
+    "max_steps": 4,
+    "save_steps": 2,
+    "eval_steps": 2,
+    "save_total_limit": None,
+}
+
+
+@pytest.fixture(scope="module")
+def data() -> tuple[RetrievalDataset, RetrievalDataset]:
+    return RetrievalDataset.from_id_rows(generated_pages(16, seed=1)).split(5)
+
+
+@pytest.fixture(scope="module")
+def finished(data, clip_path: str, tmp_path_factory: pytest.TempPathFactory) -> FinetuneResult:
+    """A run of four steps with checkpoint-2 and checkpoint-4."""
+    return finetune(clip_path, *data, output_dir=tmp_path_factory.mktemp("runs") / "run", **OPTIONS)
+
+
+@pytest.fixture
+def folder(finished: FinetuneResult, tmp_path: Path) -> Path:
+    shutil.copytree(finished.output_dir, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return SentenceTransformer(str(folder), device="cpu").state_dict()
+
+
+def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+class Watched(MultipleNegativesRankingLoss):
+    """Calls a function at a certain forward pass."""
+
+    at = 1
+    act: Callable[[], None]
+
+    def forward(self, *args: Any) -> Any:
+        """The loss."""
+        self.passed = getattr(self, "passed", 0) + 1
+        if self.passed == self.at:
+            type(self).act()
+        return super().forward(*args)
+
+
+def acting(at: int, act: Callable[[], None]) -> type[Watched]:
+    return type("Watched", (Watched,), {"at": at, "act": staticmethod(act)})
+
+
+def run_out_of_memory() -> None:
+    raise RuntimeError("out of memory")
+
+
+# Replacing a run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"loss": acting(1, run_out_of_memory)}, "out of memory"),
+        ({"optim": "no-such-optimizer"}, "no-such-optimizer"),
+        ({"overwrite": "no"}, r"overwrite='no': expected True or False"),
+    ],
+    ids=["first step", "argument", "flag"],
+)
+def test_a_call_that_fails_leaves_the_run_it_was_to_replace(data, clip_path, folder: Path, arguments, message) -> None:
+    before = contents(folder)
+    with pytest.raises((ConfigError, RuntimeError), match=message):
+        finetune(
+            clip_path, data[0], output_dir=folder, **{"overwrite": True, **OPTIONS, "eval_steps": None, **arguments}
+        )
+    assert contents(folder) == before
+
+
+def test_the_run_that_is_replaced_goes_when_the_new_one_has_a_checkpoint(data, clip_path, folder: Path) -> None:
+    seen = []
+    names = lambda: seen.append(sorted(path.name for path in folder.iterdir()))  # noqa: E731
+    options = {**OPTIONS, "eval_steps": None, "overwrite": True}
+    finetune(clip_path, data[0], output_dir=folder, loss=acting(1, names), **options)
+    assert ".replaced-run" in seen[0]
+    assert not {"final", "checkpoint-2", "checkpoint-4"} & set(seen[0])
+    finetune(clip_path, data[0], output_dir=folder, loss=acting(3, names), **options)
+    assert ".replaced-run" not in seen[1]
+    assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == []
+
+
+@pytest.mark.parametrize("moved", ["all", "some"])
+def test_what_a_killed_call_had_set_aside_comes_back(folder: Path, moved: str) -> None:
+    before = contents(folder)
+    set_aside(folder)
+    (folder / "checkpoint-2").mkdir()  # cut off
+    if moved == "some":
+        (folder / "checkpoint-2").rmdir()
+        (folder / ".replaced-run").rename(folder / ".replacing-run")
+        (folder / ".replacing-run" / "checkpoint-4").rename(folder / "checkpoint-4")
+    with only_run(folder):
+        pass
+    assert contents(folder) == before
+
+
+def test_what_a_killed_call_had_replaced_does_not_come_back(folder: Path) -> None:
+    shutil.copytree(folder / "checkpoint-2", folder.parent / "checkpoint-2")
+    set_aside(folder)
+    shutil.copytree(folder.parent / "checkpoint-2", folder / "checkpoint-2")
+    with only_run(folder):
+        pass
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-2", "eval"]
+
+
+def test_scores_in_tables_of_the_replaced_run_are_not_appended_to(folder: Path) -> None:
+    (folder / "eval" / "RerankingEvaluator_vdr-rerank_results.csv").write_text("epoch,steps\n")
+    (folder / "eval" / "mine.csv").write_text("mine")
+    set_aside(folder)
+    assert [path.name for path in (folder / "eval").iterdir()] == ["mine.csv"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"resume": "yes"}, {"allow_overlap": 1}, {"keep": "first"}], ids=lambda each: next(iter(each))
+)
+def test_flags_are_checked(data, clip_path: str, tmp_path: Path, arguments) -> None:
+    name, value = next(iter(arguments.items()))
+    with pytest.raises(ConfigError, match=rf"{name}={value!r}"):
+        finetune(clip_path, data[0], output_dir=tmp_path, **arguments)
+
+
+# One run a folder
+
+
+def test_two_runs_in_one_folder_are_an_error(tmp_path: Path) -> None:
+    in_use = pytest.raises(ConfigError, match=rf"in use by another run \(process {os.getpid()} ")
+    with only_run(tmp_path), in_use, only_run(tmp_path):
+        pass
+    with only_run(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_in_another_process_holds_its_folder_until_it_dies(tmp_path: Path) -> None:
+    script = (
+        "import fcntl, sys, time; file = open(sys.argv[1], 'a+'); fcntl.lockf(file, fcntl.LOCK_EX); "
+        "file.write('process 7 on node-3'); file.flush(); print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / ".run-lock")], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match=r"another run \(process 7 on node-3\)"), only_run(tmp_path):
+            pass
+        process.kill()
+        process.wait()
+    with only_run(tmp_path):
+        pass
+
+
+# Going on with what was begun
+
+
+def other_data(data: tuple[RetrievalDataset, RetrievalDataset]) -> RetrievalDataset:
+    return data[0].select_queries(len(data[0]) - 1)
+
+
+CHANGED: dict[str, Any] = {
+    "learning_rate": 1e-4,
+    "max_steps": 6,
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": 3,
+    "gradient_accumulation_steps": 2,
+    "weight_decay": 0.1,
+    "warmup_steps": 2,
+    "lr_scheduler_type": "cosine",
+    "max_grad_norm": 5.0,
+    "optim": "sgd",
+    "adam_beta1": 0.8,
+    "label_smoothing_factor": 0.1,
+    "dataloader_drop_last": True,
+    "batch_sampler": "batch_sampler",
+    "metric_for_best_model": "vdr_cosine_mrr@10",
+    "seed": 7,
+    "num_negatives": 2,
+    "matryoshka_dims": [32],
+    "loss": MultipleNegativesRankingLoss,
+    "prompts": None,
+    "freeze": ["vision"],
+    "keep": "last",
+    "model": "other",
+    "training data": "other",
+    "evaluation data": "other",
+    "no evaluation data": None,
+}
+
+
+@pytest.mark.filterwarnings("ignore:The batch sampler is")
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_run_does_not_go_on_with_another_setting(name: str, data, clip_path: str, folder: Path, tmp_path) -> None:
+    model, train, evaluation, arguments = clip_path, *data, dict(OPTIONS)
+    if name == "model":
+        model = tiny_clip(tmp_path / "clip", seed=5)
+    elif name == "training data":
+        train = other_data(data)
+    elif name.endswith("evaluation data"):
+        evaluation = evaluation.select_queries(3) if CHANGED[name] else None
+        arguments |= {} if evaluation else {"eval_steps": None}
+    else:
+        arguments |= {name: CHANGED[name]}
+    shown = name.removeprefix("no ")
+    with pytest.raises(ConfigError, match=rf"begun with other settings: .*{shown}: .* then, .* now.*may change"):
+        finetune(model, train, evaluation, output_dir=folder, resume=True, **arguments)
+
+
+def test_another_number_of_processes_is_named(folder: Path) -> None:
+    record = json.loads((folder / "checkpoint-4" / "mmtune_run.json").read_text())["settings"]
+    with pytest.raises(ConfigError, match="world_size: 1 then, 2 now"):
+        require_same(folder, record, {**record, "world_size": 2})
+
+
+def test_what_decides_nothing_may_change(data, clip_path, finished, folder: Path, caplog) -> None:
+    shutil.rmtree(folder / "checkpoint-4")
+    shutil.rmtree(folder / "final")
+    changed = {**OPTIONS, "save_total_limit": 5, "per_device_eval_batch_size": 2, "logging_steps": 0.5}
+    again = finetune(Path(clip_path), *data, output_dir=folder, resume=True, **changed)
+    assert_same_weights(weights(folder / "final"), weights(finished.output_dir / "final"))
+    assert again.after == finished.after
+
+
+def test_going_on_with_the_trained_object_reports_the_start_and_no_false_alarm(
+    data, clip_path: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = SentenceTransformer(clip_path, device="cpu")
+    options = {**OPTIONS, "max_steps": 12, "save_steps": 0.5, "eval_steps": 0.5}
+    first = finetune(model, *data, output_dir=tmp_path, **options)
+    again = finetune(model, *data, output_dir=tmp_path, resume=True, **options)
+    assert again.before == first.before
+    assert not [record for record in caplog.records if "do not match" in record.getMessage()]
+
+
+def test_nothing_is_unpickled_from_a_checkpoint(data, clip_path: str, folder: Path, tmp_path: Path) -> None:
+    class Crafted:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "was-here"),)
+
+    shutil.rmtree(folder / "checkpoint-4")
+    path = folder / "checkpoint-2" / "training_args.bin"
+    size = path.stat().st_size
+    torch.save(Crafted(), path)
+    with path.open("ab") as file:
+        file.write(b"\0" * (size - path.stat().st_size))
+    record = folder / "checkpoint-2" / "mmtune_run.json"
+    assert pickle  # what torch.save writes with
+    assert json.loads(record.read_text())["files"]["training_args.bin"] == size
+    finetune(clip_path, *data, output_dir=folder, resume=True, **OPTIONS)
+    assert not (tmp_path / "was-here").exists()
+
+
+# Damage
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def zero(path: Path) -> None:
+    path.write_bytes(b"\0" * path.stat().st_size)
+
+
+DAMAGE = [
+    *((name, act) for name in ("trainer_state.json", "model.safetensors") for act in (cut, empty, zero, Path.unlink)),
+    *((name, act) for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth") for act in (cut, empty, Path.unlink)),
+    *((name, act) for name in ("mmtune_run.json", "config.json", "modules.json") for act in (cut, Path.unlink)),
+    ("training_args.bin", cut),
+    ("tokenizer.json", empty),
+]
+
+
+@pytest.mark.parametrize(("name", "act"), DAMAGE, ids=lambda each: each if isinstance(each, str) else each.__name__)
+def test_a_damaged_checkpoint_is_passed_over(name: str, act: Callable[[Path], None], folder: Path) -> None:
+    act(next((folder / "checkpoint-4").rglob(name)))
+    with pytest.warns(UserWarning, match=r"checkpoint-4 is passed over: .*goes on from checkpoint-2"):
+        assert find_last_checkpoint(folder) == folder / "checkpoint-2"
+    act(next((folder / "checkpoint-2").rglob(name)))
+    with pytest.raises(ConfigError, match=r"no checkpoint to go on from \(checkpoint-4 .*; checkpoint-2 "):
+        find_last_checkpoint(folder)
+
+
+def test_a_run_ends_the_same_after_its_newest_checkpoint_was_damaged(data, clip_path, finished, folder: Path) -> None:
+    cut(folder / "checkpoint-4" / "optimizer.pt")
+    with pytest.warns(UserWarning, match=r"passed over: optimizer.pt is damaged"):
+        finetune(clip_path, *data, output_dir=folder, resume=True, **OPTIONS)
+    assert_same_weights(weights(folder / "final"), weights(finished.output_dir / "final"))
+
+
+def test_a_run_that_saved_weights_only_is_not_resumed(data, clip_path: str, tmp_path: Path) -> None:
+    options = {**OPTIONS, "max_steps": 2, "eval_steps": None, "save_only_model": True}
+    finetune(clip_path, data[0], output_dir=tmp_path, **options)
+    with pytest.raises(ConfigError, match="save_only_model=True"):
+        finetune(clip_path, data[0], output_dir=tmp_path, resume=True, **options)
+
+
+# Interruption
+
+
+@pytest.mark.parametrize(("number", "ends_with"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_run_that_is_asked_to_end_saves_and_goes_on(number, ends_with, data, clip_path, tmp_path, capfd) -> None:
+    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    interrupting = acting(3, lambda: os.kill(os.getpid(), number))
+    options = {**OPTIONS, "save_steps": 4, "eval_steps": 4}
+    with pytest.raises(ends_with) as ended:
+        finetune(clip_path, *data, output_dir=tmp_path / "run", loss=interrupting, **options)
+    assert getattr(ended.value, "code", 143) == 143
+    assert "resume=True goes on" in capfd.readouterr().err
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert find_last_checkpoint(tmp_path / "run").name == "checkpoint-3"
+    harmless = acting(0, lambda: None)
+    finetune(clip_path, *data, output_dir=tmp_path / "run", loss=harmless, resume="auto", **options)
+    finetune(clip_path, *data, output_dir=tmp_path / "whole", loss=harmless, resume="auto", **options)
+    assert_same_weights(weights(tmp_path / "run" / "checkpoint-4"), weights(tmp_path / "whole" / "checkpoint-4"))
+    assert_same_weights(weights(tmp_path / "run" / "final"), weights(tmp_path / "whole" / "final"))
+
+
+def test_a_second_request_ends_at_once(data, clip_path: str, tmp_path: Path) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        finetune(clip_path, data[0], output_dir=tmp_path, loss=acting(1, twice), **{**OPTIONS, "eval_steps": None})
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_handler_of_ones_own_is_left_alone(data, clip_path: str, tmp_path: Path) -> None:
+    heard = []
+    previous = signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
+    try:
+        options = {**OPTIONS, "max_steps": 2, "eval_steps": None}
+        asking = acting(1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        finetune(clip_path, data[0], output_dir=tmp_path, loss=asking, **options)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert heard == [1]
+
+
+def test_a_finished_run_is_returned(data, clip_path: str, finished: FinetuneResult, folder: Path) -> None:
+    before = contents(folder)
+    again = finetune(clip_path, *data, output_dir=folder, resume="auto", **OPTIONS)
+    assert again.trainer is None
+    assert (again.before, again.after, str(again.rows)) == (finished.before, finished.after, str(finished.rows))
+    assert_same_weights(again.model.state_dict(), weights(folder / "final"))
+    assert contents(folder) == before
+    with pytest.raises(ConfigError, match=r"learning_rate: 0\.001 then, 0\.01 now"):
+        finetune(clip_path, *data, output_dir=folder, resume="auto", **{**OPTIONS, "learning_rate": 0.01})
+
+
+def test_a_full_disk_is_said(data, clip_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = EmbeddingTrainer.save_model
+
+    def save_once(self: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.state.global_step > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(self, output_dir, _internal_call)
+
+    monkeypatch.setattr(EmbeddingTrainer, "save_model", save_once)
+    with pytest.raises(OSError, match=r"The disk is full. The last whole checkpoint is checkpoint-2"):
+        finetune(clip_path, *data, output_dir=tmp_path, **OPTIONS)
+
+
+@pytest.mark.parametrize("evaluates", [True, False], ids=["with evaluation", "without"])
+def test_a_run_that_diverges_is_an_error_with_its_step_and_queries(data, clip_path, tmp_path, evaluates) -> None:
+    class Diverging(MultipleNegativesRankingLoss):
+        def forward(self, *args: Any) -> Any:
+            self.passed = getattr(self, "passed", 0) + 1
+            return super().forward(*args) * (float("nan") if self.passed == 3 else 1)
+
+    options = OPTIONS if evaluates else {**OPTIONS, "eval_steps": None}
+    evaluation = data[1] if evaluates else None
+    with pytest.raises(ConfigError, match=r"diverges: the loss of step 3 is nan, on the queries '") as raised:
+        finetune(clip_path, data[0], evaluation, output_dir=tmp_path, loss=Diverging, **options)
+    named = [query_id for query_id in data[0].queries["query_id"] if repr(query_id) in str(raised.value)]
+    assert len(named) == 2  # the rows of a batch
+    assert find_last_checkpoint(tmp_path).name == "checkpoint-2"
+    assert not (tmp_path / "final").exists()
+
+
+def test_weights_that_are_no_numbers_are_not_saved(data, clip_path: str, tmp_path: Path) -> None:
+    model = SentenceTransformer(clip_path, device="cpu")
+
+    def spoil() -> None:
+        with torch.no_grad():
+            next(iter(model.parameters())).fill_(float("inf"))
+
+    class Constant(MultipleNegativesRankingLoss):
+        def forward(self, *args: Any) -> Any:
+            self.passed = getattr(self, "passed", 0) + 1
+            if self.passed == 3:
+                spoil()
+            return sum((weight * 0).sum() for weight in [list(model.parameters())[-1]])
+
+    with pytest.raises(ConfigError, match=r"diverges: after step 4 the weight '.*' is no number any more"):
+        finetune(model, data[0], output_dir=tmp_path, loss=Constant, **{**OPTIONS, "eval_steps": None})
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+# The best
+
+
+def test_a_best_checkpoint_that_does_not_load_is_an_error(data, clip_path, tmp_path, monkeypatch) -> None:
+    def fail(self: Any, folder: str) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(EmbeddingTrainer, "read_checkpoint", fail)
+    with pytest.raises(ConfigError, match=r"(?s)can't be loaded: RuntimeError: CUDA out of memory.*final/ is not writ"):
+        finetune(clip_path, *data, output_dir=tmp_path, **OPTIONS)
+    assert not (tmp_path / "final").exists()
+
+
+HARMFUL = {**OPTIONS, "learning_rate": 0.05}
+
+
+@pytest.fixture(scope="module")
+def seen(data) -> RetrievalDataset:
+    """What a trained model ranks well, so that harm shows."""
+    return RetrievalDataset.from_id_rows(generated_pages(16, seed=1))
+
+
+@pytest.fixture(scope="module")
+def good(seen, clip_path: str, tmp_path_factory) -> str:
+    """A model that has learned its pages."""
+    folder = tmp_path_factory.mktemp("good")
+    options = {"disable_tqdm": True, "learning_rate": 1e-3, "num_train_epochs": 20, "save_strategy": "no"}
+    finetune(clip_path, seen, output_dir=folder, per_device_train_batch_size=8, **options)
+    return str(folder / "final")
+
+
+@pytest.mark.parametrize("lora", [None, True], ids=["full", "lora"])
+def test_the_start_is_kept_where_nothing_beats_it(lora, good: str, seen, tmp_path: Path) -> None:
+    if lora:
+        pytest.importorskip("peft")
+    options = {**HARMFUL, "lora": lora, "allow_overlap": True, "learning_rate": 0.5 if lora else 0.05}
+    result = finetune(good, seen, seen, output_dir=tmp_path, **options)
+    assert result.after == result.before
+    assert result.settings["training"]["kept"].startswith("the start")
+    assert str(result).startswith("Nothing beat the start")
+    assert (tmp_path / "report.md").read_text().startswith("Nothing beat the start")
+    found = SentenceTransformer(str(tmp_path / "final"), device="cpu").encode("a report")
+    assert torch.equal(torch.tensor(found), torch.tensor(SentenceTransformer(good, device="cpu").encode("a report")))
+    again = finetune(good, seen, seen, output_dir=tmp_path, resume=True, **options)
+    assert again.after == result.before
+
+
+def test_a_worse_result_is_said(good: str, seen, tmp_path: Path) -> None:
+    result = finetune(good, seen, seen, output_dir=tmp_path, keep="last", allow_overlap=True, **HARMFUL)
+    assert str(result).startswith("The model is worse than it was")
+    assert result.report.startswith("The model is worse than it was")
+    assert result.settings["training"]["kept"] == "the last weights"
+
+
+# Publishing
+
+
+@pytest.mark.filterwarnings("ignore:Cannot enable progress bars")
+@pytest.mark.parametrize("works", [True, False], ids=["works", "fails"])
+def test_the_result_is_published_and_a_push_that_fails_is_said(
+    works: bool, data, clip_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed: list[tuple[dict[str, Any], dict[str, bytes]]] = []
+
+    def upload(self: HfApi, *, folder_path: str, run_as_future: bool = False, **options: Any) -> Any:
+        pushed.append(({"folder": Path(folder_path).name, **options}, contents(Path(folder_path))))
+        done: Future[None] = Future()
+        if works:
+            done.set_result(None)
+        else:
+            done.set_exception(OSError("no route to the Hub"))
+        return done if run_as_future else done.result()
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **_: RepoUrl(f"https://huggingface.co/{repo_id}"))
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    options = {**OPTIONS, "push_to_hub": True, "hub_model_id": "me/pages"}
+    if works:
+        result = finetune(clip_path, *data, output_dir=tmp_path, **options)
+    else:
+        with pytest.warns(UserWarning, match=r"A checkpoint was not pushed: OSError: no route.*The result was not"):
+            result = finetune(clip_path, *data, output_dir=tmp_path, **options)
+        assert len(result.settings["training"]["failed_pushes"]) == 3
+        assert "no route" in (tmp_path / "metrics.json").read_text()
+    assert [each["folder"] for each, _ in pushed] == ["checkpoint-2", "checkpoint-4", "final"]
+    assert pushed[-1][1] == contents(tmp_path / "final")
+    assert b"## Finetuning" in pushed[-1][1]["README.md"]
+    assert not [name for _, files in pushed for name in files if name.endswith((".png", ".jpg")) or "assets" in name]
