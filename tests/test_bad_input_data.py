@@ -9,7 +9,7 @@ from datasets import Dataset, DatasetDict
 from PIL import Image
 
 from mmtune import ConfigError, DatasetError, ImageDecodeError, MissingDocumentError, MmtuneError, RetrievalDataset
-from mmtune.data.sources import as_retrieval_dataset, datasets_by_name
+from mmtune.data.intake import as_retrieval_dataset, datasets_by_name
 
 SURROGATE = "\ud800"
 

@@ -487,7 +487,7 @@ def test_overlap_can_be_allowed(clip_path: str, tmp_path: Path) -> None:
 
 
 def test_rows_by_columns_do_not_overlap_by_their_row_numbers() -> None:
-    from mmtune.data.sources import relevant_on_both_sides
+    from mmtune.data.intake import relevant_on_both_sides
 
     one, other = (
         RetrievalDataset.from_columns(generated_pages(4, seed=seed).select_columns(["query", "image"]))

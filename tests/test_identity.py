@@ -10,7 +10,7 @@ from PIL import Image as PillowImage
 
 from mmtune import RetrievalDataset
 from mmtune.data.identity import identical_documents
-from mmtune.data.sources import Leaks, leaks_between, relevant_on_both_sides
+from mmtune.data.intake import Leaks, leaks_between, relevant_on_both_sides
 
 
 def page(number: int) -> bytes:

@@ -21,8 +21,8 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 
 from mmtune import ConfigError, FinetuneResult, RetrievalDataset, finetune
 from mmtune.testing import generated_pages, tiny_clip
-from mmtune.training.checkpoints import find_last_checkpoint, require_same
 from mmtune.training.output import only_run, set_aside
+from mmtune.training.records import find_last_checkpoint, require_same
 from mmtune.training.trainers import EmbeddingTrainer
 
 OPTIONS: dict[str, Any] = {

@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from mmtune.data.arrow import column
 from mmtune.data.documents import DocumentKind, document_columns
-from mmtune.data.images import EncodedImages
+from mmtune.data.images import DECODING, EncodedImages
 
 _SAMPLE_BYTES = 1024
 
@@ -114,7 +114,7 @@ def document_digests(corpus: Dataset, documents: DocumentKind, rows: Sequence[in
     texts = column(corpus, "text") if "text" in names else None
     digests = []
     for row in rows:
-        digest = xxhash.xxh3_128(documents.encode())
+        digest = xxhash.xxh3_128(f"{documents} {DECODING}".encode())
         if texts is not None:
             # The digest of the text, not the text: its end can't be taken for the start of the image.
             digest.update(text_digest(texts[int(row)].as_py() or "").encode())

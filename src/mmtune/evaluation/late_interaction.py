@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
-from mmtune.evaluation.corpus import CorpusEvaluator
+from mmtune.evaluation.base import CorpusEvaluator
 from mmtune.inference.encoder import Retriever
 
 _PORTION_BYTES = 64 * 2**20

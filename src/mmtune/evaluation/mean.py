@@ -7,7 +7,7 @@ import numpy as np
 from sentence_transformers.base.evaluation import SequentialEvaluator
 
 from mmtune.data.dataset import RetrievalDataset
-from mmtune.data.sources import DatasetsLike, as_retrieval_dataset, datasets_by_name
+from mmtune.data.intake import DatasetsLike, as_retrieval_dataset, datasets_by_name
 
 Single = TypeVar("Single")
 

@@ -12,8 +12,8 @@ from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTran
 
 from mmtune.arguments import require_whole, require_wholes
 from mmtune.data.documents import DocumentKind
+from mmtune.data.intake import DatasetLike, as_retrieval_dataset
 from mmtune.data.judgements import CandidateList, Judgements
-from mmtune.data.sources import DatasetLike, as_retrieval_dataset
 from mmtune.errors import ConfigError
 from mmtune.evaluation.metrics import expected_gains, ndcg
 from mmtune.inference.encoder import DatasetReader, Retriever, require_retriever

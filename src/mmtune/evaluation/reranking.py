@@ -12,9 +12,9 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from mmtune.arguments import require_name, require_whole
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
+from mmtune.data.intake import DatasetsLike
 from mmtune.data.judgements import CandidateList, Judgements
 from mmtune.data.relevance import Direction
-from mmtune.data.sources import DatasetsLike
 from mmtune.errors import ConfigError
 from mmtune.evaluation.mean import MeanEvaluator, build_for_each
 from mmtune.evaluation.metrics import average_precision, expected_gains, ndcg, reciprocal_rank

@@ -10,9 +10,9 @@ from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from mmtune.arguments import require_name, require_whole, require_wholes
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
-from mmtune.data.sources import DatasetsLike
+from mmtune.data.intake import DatasetsLike
 from mmtune.errors import ConfigError
-from mmtune.evaluation.corpus import CorpusEvaluator
+from mmtune.evaluation.base import CorpusEvaluator
 from mmtune.evaluation.late_interaction import LateInteractionEvaluator
 from mmtune.evaluation.mean import MeanEvaluator, build_for_each
 from mmtune.inference.encoder import Retriever, join, require_retriever

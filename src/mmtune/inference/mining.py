@@ -15,8 +15,8 @@ from mmtune.arguments import require_number, require_path, require_whole
 from mmtune.data.arrow import IntLists, lists, table_dataset
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
+from mmtune.data.intake import DatasetLike, as_retrieval_dataset
 from mmtune.data.relevance import Relevance
-from mmtune.data.sources import DatasetLike, as_retrieval_dataset
 from mmtune.errors import ConfigError
 from mmtune.inference.encoder import (
     DatasetReader,

@@ -17,7 +17,7 @@ from mmtune.arguments import require_whole, require_wholes
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
 from mmtune.errors import ConfigError
-from mmtune.evaluation.corpus import Retriever
+from mmtune.evaluation.base import Retriever
 from mmtune.evaluation.mean import AnyEvaluator
 from mmtune.evaluation.retrieval import build_evaluator
 from mmtune.models.late_interaction import is_late_interaction

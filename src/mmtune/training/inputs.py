@@ -10,15 +10,15 @@ from datasets import Dataset, DatasetDict, are_progress_bars_disabled
 
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind, check_texts, document_columns
-from mmtune.data.relevance import Direction
-from mmtune.data.rows import ID_COLUMNS, AskingPages, ListView, PairView, TrainingView, view_of
-from mmtune.data.sources import (
+from mmtune.data.intake import (
     DatasetsLike,
     as_retrieval_dataset,
     datasets_by_name,
     leaks_between,
     relevant_on_both_sides,
 )
+from mmtune.data.relevance import Direction
+from mmtune.data.rows import ID_COLUMNS, AskingPages, ListView, PairView, TrainingView, view_of
 from mmtune.errors import ConfigError, DatasetError
 from mmtune.training.batches import require_view
 

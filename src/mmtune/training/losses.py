@@ -16,7 +16,7 @@ from sentence_transformers.util import SimilarityFunction
 from torch import nn
 
 from mmtune.errors import ConfigError, MmtuneError
-from mmtune.evaluation.corpus import Retriever
+from mmtune.evaluation.base import Retriever
 from mmtune.models.kinds import HostModel
 from mmtune.training.inputs import Form
 from mmtune.training.trainers import Kind

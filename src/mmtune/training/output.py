@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from mmtune.errors import ConfigError
-from mmtune.training.checkpoints import RECORD, checkpoints_of, find_last_checkpoint, why_unusable
+from mmtune.training.records import RECORD, checkpoints_of, find_last_checkpoint, why_unusable
 
 try:
     import fcntl

@@ -27,7 +27,7 @@ from mmtune.training.batches import (
     StepwiseProportionalBatchSampler,
     StepwiseRoundRobinBatchSampler,
 )
-from mmtune.training.checkpoints import RunRecord
+from mmtune.training.records import RunRecord
 from mmtune.training.trainers import Kind
 
 Arguments = TypeVar("Arguments", bound=BaseTrainingArguments)
@@ -37,7 +37,10 @@ EVALUATION_BATCH_SIZE = 16
 METRIC_OF_RECIPE = "eval_primary"
 """Stands for the metric whose key is only known once the model is there."""
 MIN_STEPS_AN_EPOCH = 4
+ADAPTER_RATE = 10
+"""How much faster adapters learn than the weights of a full finetuning."""
 FRESH_RATE = 10
+"""How much faster layers learn that start from random numbers."""
 FRESH_LATE_INTERACTION_CLIP = 30.0
 _TURNS = "multi_dataset_batch_sampler"
 _SCHEDULE_ARGUMENTS = ("eval_strategy", "eval_steps", "save_strategy", "save_steps")
@@ -198,7 +201,7 @@ def choose_rates(
     if began is not None:
         rates = dict(began.rates)
     elif has_lora(model):
-        rates["learning_rate"] = FRESH_RATE * args.learning_rate
+        rates["learning_rate"] = ADAPTER_RATE * args.learning_rate
     elif learning:
         names = "|".join(map(re.escape, learning))
         rates["learning_rate_mapping"] = {rf"(^|\.)model\.({names})\.": FRESH_RATE * args.learning_rate}

@@ -35,18 +35,6 @@ from mmtune.models.pixels import PixelLimits, limit_pixels
 from mmtune.models.precision import score_in_float32
 from mmtune.models.routes import check_routes, freeze_unreached
 from mmtune.training import recipe
-from mmtune.training.checkpoints import (
-    RunRecord,
-    as_json,
-    checkpoints_of,
-    describe_arguments,
-    describe_checkpoint,
-    describe_content,
-    describe_structure,
-    describe_training_data,
-    require_same,
-    why_unusable,
-)
 from mmtune.training.checks import (
     check_choices,
     check_host_arguments,
@@ -68,6 +56,18 @@ from mmtune.training.output import (
     recover,
     resolve_output_dir,
     set_aside,
+)
+from mmtune.training.records import (
+    RunRecord,
+    as_json,
+    checkpoints_of,
+    describe_arguments,
+    describe_checkpoint,
+    describe_content,
+    describe_structure,
+    describe_training_data,
+    require_same,
+    why_unusable,
 )
 from mmtune.training.result import KEPT_START, FinetuneResult, describe_data, describe_recipe, describe_steps
 from mmtune.training.trainers import AfterFirstSave, Kind, PageTrainer, StartCompetes

@@ -57,7 +57,7 @@ from mmtune.models.late_interaction import build_late_interaction
 from mmtune.models.loading import load_model
 from mmtune.models.rerankers import build_reranker
 from mmtune.training.batches import ConflictFreeBatchSampler, ShuffledBatchSampler
-from mmtune.training.checkpoints import RECORD, RunRecord, checkpoint_step
+from mmtune.training.records import RECORD, RunRecord, checkpoint_step
 
 # Callbacks
 
