@@ -16,6 +16,7 @@ os.environ |= {
 # tiny models are quicker on the CPU, and exact; set the variable to test on a GPU
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+import shutil
 import socket
 import sys
 from collections.abc import Callable
@@ -61,6 +62,7 @@ def _torchvision_works_without_operators() -> bool:
 TORCHVISION_WORKS = _torchvision_works()
 
 from datasets import Dataset  # noqa: E402
+from transformers import BertForSequenceClassification  # noqa: E402
 
 from mmtune.testing import (  # noqa: E402
     generated_pages,
@@ -102,6 +104,16 @@ def siglip_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def text_encoder_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_text_encoder(tmp_path_factory.mktemp("models") / "text_encoder")
+
+
+@pytest.fixture(scope="session")
+def text_reranker_path(text_encoder_path: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A cross-encoder for texts alone: enough where nothing depends on pages, and quick."""
+    folder = tmp_path_factory.mktemp("models") / "text_reranker"
+    shutil.copytree(text_encoder_path, folder)
+    torch.manual_seed(0)
+    BertForSequenceClassification.from_pretrained(text_encoder_path, num_labels=1).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -220,7 +220,7 @@ BUILDERS = {
     "a number as dataset": (lambda: as_retrieval_dataset(5), DatasetError, "5 is no dataset"),
     "no dataset": (lambda: as_retrieval_dataset(None), DatasetError, "None is no dataset"),
     "no named dataset": (lambda: datasets_by_name({}), DatasetError, "is empty"),
-    "a number as name": (lambda: datasets_by_name({1: id_rows()}), ConfigError, "named"),
+    "a number as name": (lambda: datasets_by_name({1: id_rows()}), ConfigError, "name of a dataset=1"),
 }
 
 

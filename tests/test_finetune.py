@@ -22,6 +22,7 @@ from sentence_transformers.sentence_transformer.losses import (
     MultipleNegativesRankingLoss,
 )
 
+from comparing import assert_same_weights, weights
 from mmtune import (
     ConfigError,
     ConflictFreeBatchSampler,
@@ -48,15 +49,6 @@ def run(
     data: tuple[RetrievalDataset, RetrievalDataset], clip_path: str, tmp_path_factory: pytest.TempPathFactory
 ) -> FinetuneResult:
     return finetune(clip_path, *data, output_dir=tmp_path_factory.mktemp("runs") / "run", num_train_epochs=8, **QUIET)
-
-
-def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
 # What a run leaves behind
@@ -701,7 +693,8 @@ def test_rows_are_trained_on_as_they_are_given(clip_path: str, tmp_path: Path) -
 def test_rows_overlap_with_what_they_refer_to_only(clip_path: str, tmp_path: Path) -> None:
     data = RetrievalDataset.from_id_rows(generated_pages(12))
     rows, rest = data.training_rows(1), data.select_queries(data.queries["query_id"][6:])
-    finetune(clip_path, rows.select(range(6)), rest, output_dir=tmp_path / "a", max_steps=1, **QUIET)
+    with pytest.warns(UserWarning, match="answers of the evaluation are listed as training negatives"):
+        finetune(clip_path, rows.select(range(6)), rest, output_dir=tmp_path / "a", max_steps=1, **QUIET)
     with pytest.raises(DatasetError, match="1 documents are relevant in training and in evaluation"):
         finetune(clip_path, rows.select(range(7)), rest, output_dir=tmp_path / "b", max_steps=1, **QUIET)
 

@@ -23,8 +23,8 @@ from sentence_transformers.cross_encoder.losses import (
     MultipleNegativesRankingLoss,
 )
 from torch import nn
-from transformers import BertForSequenceClassification
 
+from comparing import assert_same_weights, weights, without_weights
 from mmtune import (
     ConfigError,
     DatasetError,
@@ -41,22 +41,12 @@ from mmtune.testing import generated_pages, tiny_clip
 from mmtune.training import recipe
 from mmtune.training.batches import ShuffledBatchSampler, StepwiseProportionalBatchSampler
 from mmtune.training.trainers import RERANKING
-from test_rerankers import TEXTS_ONLY, with_template, without_weights
+from test_rerankers import TEXTS_ONLY, with_template
 
 QUIET = {"disable_tqdm": True, "learning_rate": 1e-3}
 BOTH = ("text_to_image", "image_to_text")
 IGNORE_SIZES = {"model_kwargs": {"ignore_mismatched_sizes": True}}
 COLOURS = ("red", "green", "blue", "grey", "pink")
-
-
-def weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
-    first, second = weights(one), weights(other)
-    assert first.keys() == second.keys()
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
 def table(count: int, *, seed: int = 0, score=lambda row: 1, texts: list[str] | None = None) -> RetrievalDataset:
@@ -77,16 +67,6 @@ def table(count: int, *, seed: int = 0, score=lambda row: 1, texts: list[str] | 
             }
         ),
     )
-
-
-@pytest.fixture(scope="module")
-def text_reranker_path(text_encoder_path: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A cross-encoder for texts alone: enough where nothing depends on pages, and quick."""
-    folder = tmp_path_factory.mktemp("models") / "text_reranker"
-    shutil.copytree(text_encoder_path, folder)
-    torch.manual_seed(0)
-    BertForSequenceClassification.from_pretrained(text_encoder_path, num_labels=1).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +112,7 @@ def test_a_run_leaves_model_metrics_report_and_card(run: FinetuneResult) -> None
     assert (metrics["before"], metrics["after"]) == (run.before, run.after)
     card = (run.output_dir / "final" / "README.md").read_text()
     section = card.split("## Finetuning")[1].split("## Model Details")[0]
-    for fact in ("loss: BinaryCrossEntropyLoss", "pos_weight: 4.0", f"{run.after[run.primary_metric]:.4f}"):
+    for fact in ("| loss | BinaryCrossEntropyLoss |", "pos_weight: 4.0", f"{run.after[run.primary_metric]:.4f}"):
         assert fact in section
 
 
@@ -155,13 +135,19 @@ def test_no_training_page_is_copied_anywhere(run: FinetuneResult) -> None:
     assert [path for path in run.output_dir.rglob("*") if path.suffix in (".png", ".jpg", ".jpeg", ".webp")] == []
 
 
+def rows_of_table(result: FinetuneResult) -> list[str]:
+    """The first word of each row that the result prints, below the line under the head."""
+    lines = str(result).splitlines()
+    rule = next(at for at, line in enumerate(lines) if set(line) == {"-", " "})
+    return [line.split()[0] for line in lines[rule + 1 : -1]]
+
+
 def test_the_mean_over_directions_is_the_metric_and_says_so(run: FinetuneResult) -> None:
     assert run.primary_metric == "vdr-rerank-mean_ndcg@10"
     parts = [run.after[f"vdr-rerank-{name}_ndcg@10"] for name in ("text-to-image", "image-to-text")]
     assert run.after[run.primary_metric] == pytest.approx(np.mean(parts))
     assert run.trainer.args.metric_for_best_model == f"eval_{run.primary_metric}"
-    shown = [line.split()[0] for line in str(run).splitlines()]
-    assert shown[2:5] == ["mean", "text-to-image", "image-to-text"]
+    assert rows_of_table(run) == ["mean", "text-to-image", "image-to-text"]
 
 
 def test_before_and_after_are_the_scores_of_the_two_models(
@@ -206,7 +192,7 @@ def test_one_direction_has_the_plain_name_and_one_prompt(on_texts, tmp_path: Pat
     result = on_texts(table(8), table(12, seed=1), output_dir=tmp_path, num_negatives=2, num_candidates=5, max_steps=1)
     assert result.settings["data"]["evaluation_candidates"] == {"vdr-rerank": 5}
     assert result.primary_metric == "vdr-rerank_ndcg@10"
-    assert str(result).splitlines()[2].split()[0] == "all"
+    assert rows_of_table(result) == ["all"]
     assert result.settings["training"]["loss_arguments"]["pos_weight"] == 2.0
     assert result.settings["data"]["training_rows"] == 8 * 3
 
@@ -466,7 +452,7 @@ def test_adapters_train_and_load_in_the_plain_host(
 ) -> None:
     pytest.importorskip("peft")
     model = build_reranker(qwen3_vl_path, head=head, device="cpu")
-    options = {"lora": True, "max_steps": 2, "disable_tqdm": True, "per_device_train_batch_size": 4}
+    options = {"lora": True, "max_steps": 2, "disable_tqdm": True, "per_device_train_batch_size": 4, "keep": "last"}
     result = finetune_reranker(model, *pages_apart, output_dir=tmp_path, **options)
     assert result.settings["model"]["lora"]
     assert 0 < result.settings["model"]["trained_share"] < 0.5
@@ -735,5 +721,9 @@ def test_the_call_is_the_contract() -> None:
         "allow_overlap": False,
         "overwrite": False,
         "resume": False,
+        "keep": "best",
         "seed": 42,
+        "callbacks": (),
+        "evaluator": None,
+        "max_pixels": None,
     }

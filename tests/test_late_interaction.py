@@ -4,7 +4,6 @@ import io
 import json
 import math
 import pickle
-import shutil
 import weakref
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from torch import nn
 from transformers import AutoTokenizer, ColQwen2Config, ColQwen2ForRetrieval, ColQwen2Processor, Qwen2VLConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from comparing import without_weights
 from mmtune import ConfigError, ImageDecodeError, RetrievalDataset, build_evaluator
 from mmtune.data.documents import as_host_input
 from mmtune.evaluation import late_interaction
@@ -35,14 +35,6 @@ from mmtune.models.late_interaction import build_late_interaction, is_late_inter
 
 PAGE = Image.new("RGB", (300, 400), "white")
 QUESTIONS = ["total revenue", "growth of Cobalt in Asia in 2021"]
-
-
-def without_weights(checkpoint: str, folder: Path) -> str:
-    """A copy whose weights are no weights: reading them fails."""
-    shutil.copytree(checkpoint, folder)
-    for file in folder.rglob("*.safetensors"):
-        file.write_bytes(b"no weights")
-    return str(folder)
 
 
 def embed(model: MultiVectorEncoder) -> torch.Tensor:

@@ -29,6 +29,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from comparing import without_weights
 from families import (
     SQUARE,
     VISION,
@@ -56,14 +57,6 @@ MISSING_TORCHVISION = (
     "\nQwen3VLVideoProcessor requires the Torchvision library but it was not found in your environment. Check out the "
     "instructions\nPlease note that you may need to restart your runtime after installation.\n"
 )
-
-
-def without_weights(checkpoint: str, folder: Path) -> str:
-    """A copy whose weights are no weights: reading them fails."""
-    shutil.copytree(checkpoint, folder)
-    for file in folder.rglob("*.safetensors"):
-        file.write_bytes(b"no weights")
-    return str(folder)
 
 
 def patches(model: SentenceTransformer, **arguments: str) -> int:

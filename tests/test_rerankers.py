@@ -14,6 +14,7 @@ from sentence_transformers.cross_encoder.modules import LogitScore
 from tokenizers import Tokenizer, processors
 from transformers import AutoProcessor, BertForSequenceClassification, LlavaForConditionalGeneration
 
+from comparing import without_weights
 from families import tiny_llava, tiny_paligemma
 from mmtune.errors import ConfigError
 from mmtune.models import load_model
@@ -104,14 +105,6 @@ def with_template(checkpoint: str, folder: Path, template: str) -> str:
     return str(folder)
 
 
-def without_weights(checkpoint: str, folder: Path) -> str:
-    """A copy whose weights are no weights: reading them fails."""
-    shutil.copytree(checkpoint, folder)
-    for file in folder.rglob("*.safetensors"):
-        file.write_bytes(b"no weights")
-    return str(folder)
-
-
 def many_pairs() -> list[tuple]:
     sizes = [(64 + 8 * k, 64) for k in range(16)]
     pages = [Image.new("RGB", size, (15 * k, 250 - 15 * k, 100)) for k, size in enumerate(sizes)]
@@ -135,15 +128,6 @@ def reranker(request, qwen3_vl_path: str) -> CrossEncoder:
 def llava_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Its LM head is not tied to the input embeddings."""
     return tiny_llava(tmp_path_factory.mktemp("models") / "llava")
-
-
-@pytest.fixture(scope="module")
-def text_reranker_path(text_encoder_path: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("models") / "text_reranker"
-    shutil.copytree(text_encoder_path, folder)
-    torch.manual_seed(0)
-    BertForSequenceClassification.from_pretrained(text_encoder_path, num_labels=1).save_pretrained(folder)
-    return str(folder)
 
 
 # the score

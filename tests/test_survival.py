@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from huggingface_hub import HfApi, RepoUrl
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
+from comparing import assert_same_weights
 from mmtune import ConfigError, FinetuneResult, RetrievalDataset, finetune
 from mmtune.testing import generated_pages, tiny_clip
 from mmtune.training.output import only_run, set_aside
@@ -33,6 +34,14 @@ OPTIONS: dict[str, Any] = {
     "eval_steps": 2,
     "save_total_limit": None,
 }
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c_ends_a_process() -> Iterator[None]:
+    """As in a terminal: a process that was started in the background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +67,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return SentenceTransformer(str(folder), device="cpu").state_dict()
-
-
-def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
 class Watched(MultipleNegativesRankingLoss):
@@ -425,7 +429,7 @@ def test_weights_that_are_no_numbers_are_not_saved(data, clip_path: str, tmp_pat
 
     def spoil() -> None:
         with torch.no_grad():
-            next(iter(model.parameters())).fill_(float("inf"))
+            next(weight for weight in model.parameters() if weight.requires_grad).fill_(float("inf"))
 
     class Constant(MultipleNegativesRankingLoss):
         def forward(self, *args: Any) -> Any:

@@ -66,7 +66,13 @@ def data() -> tuple[RetrievalDataset, RetrievalDataset]:
 def seen_by(model: SentenceTransformer) -> Iterator[list[dict[str, torch.Tensor]]]:
     """The features of each batch that reaches the encoder."""
     seen: list[dict[str, torch.Tensor]] = []
-    hook = model[0].register_forward_pre_hook(lambda module, inputs: seen.append(dict(inputs[0])))
+
+    def watch(module, inputs):
+        # in training and evaluation alone: a single sample goes through before, to find what nothing reaches
+        if len(next(iter(inputs[0].values()))) > 1:
+            seen.append(dict(inputs[0]))
+
+    hook = model[0].register_forward_pre_hook(watch)
     try:
         yield seen
     finally:
