@@ -6,7 +6,7 @@ import pickle
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from sentence_transformers.base.training_args import BaseTrainingArguments
@@ -18,12 +18,10 @@ from mmtune.errors import ConfigError
 from mmtune.models.parts import part_names
 from mmtune.models.pixels import PixelLimits
 from mmtune.training.batches import ConflictFreeBatchSampler
+from mmtune.training.call import Finetuning
 from mmtune.training.host_arguments import MAX_SEED, check_built_values, check_host_values, hint_for
 from mmtune.training.losses import check_loss
 from mmtune.training.trainers import Kind
-
-if TYPE_CHECKING:
-    from mmtune.training.run import Finetuning
 
 _HALF = (torch.bfloat16, torch.float16)
 _RATE_FOR_HALF_PRECISION = 1e-5
@@ -69,7 +67,7 @@ def check_training_arguments(
     )
 
 
-def check_choices(call: "Finetuning") -> None:
+def check_choices(call: Finetuning) -> None:
     """Make sure of the arguments that both calls have, from their types alone.
 
     Raises:

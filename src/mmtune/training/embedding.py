@@ -23,12 +23,13 @@ from mmtune.evaluation.retrieval import build_evaluator
 from mmtune.models.late_interaction import is_late_interaction
 from mmtune.models.loading import check_checkpoint
 from mmtune.models.lora import LoraChoice
+from mmtune.training.call import Finetuning
 from mmtune.training.checks import check_contrast, check_full_batch
 from mmtune.training.inputs import DatasetsLike, Form, TrainingSets, training_sets
 from mmtune.training.losses import Loss, build_loss, choose_dims, in_batch_loss, use_full_size
 from mmtune.training.progress import progress_bars
 from mmtune.training.result import FinetuneResult
-from mmtune.training.run import Finetuning, run
+from mmtune.training.run import run
 from mmtune.training.trainers import EMBEDDING, LATE_INTERACTION, Kind
 
 logger = logging.getLogger(__name__)

@@ -22,12 +22,13 @@ from mmtune.evaluation.mean import AnyEvaluator, MeanEvaluator
 from mmtune.evaluation.reranking import AnyRerankingEvaluator, build_reranking_evaluator
 from mmtune.models.loading import check_checkpoint
 from mmtune.models.lora import LoraChoice
+from mmtune.training.call import Finetuning
 from mmtune.training.checks import check_contrast, check_full_batch
 from mmtune.training.inputs import DatasetsLike, Form, TrainingSets, reranking_sets
 from mmtune.training.losses import Loss, check_negatives, find_form, reranking_loss
 from mmtune.training.progress import progress_bars
 from mmtune.training.result import FinetuneResult
-from mmtune.training.run import Finetuning, run
+from mmtune.training.run import run
 from mmtune.training.trainers import RERANKING
 
 logger = logging.getLogger(__name__)

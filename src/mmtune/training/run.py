@@ -4,20 +4,18 @@ import errno
 import os
 import shutil
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from sentence_transformers import CrossEncoder
 from sentence_transformers.base.training_args import BaseTrainingArguments
 from sentence_transformers.util.distributed import distributed_evaluation
 from torch import nn
-from transformers import TrainerCallback
 
 from mmtune.arguments import listed
 from mmtune.data.dataset import RetrievalDataset
@@ -35,6 +33,7 @@ from mmtune.models.pixels import PixelLimits, limit_pixels
 from mmtune.models.precision import score_in_float32
 from mmtune.models.routes import check_routes, freeze_unreached
 from mmtune.training import recipe
+from mmtune.training.call import Finetuning
 from mmtune.training.checks import (
     check_choices,
     check_host_arguments,
@@ -44,9 +43,8 @@ from mmtune.training.checks import (
     warn_of_rounding,
 )
 from mmtune.training.evaluators import GivenEvaluator
-from mmtune.training.inputs import DatasetsLike, Form, TrainingSets, evaluation_sets, refuse_overlap, warn_of_leaks
+from mmtune.training.inputs import TrainingSets, evaluation_sets, refuse_overlap, warn_of_leaks
 from mmtune.training.interruption import Interrupted, SavesWhenAsked
-from mmtune.training.losses import Loss
 from mmtune.training.output import (
     START,
     check_output_dir,
@@ -76,73 +74,6 @@ _NOT_DECIDING = {
     *("kind", "model", "train_dataset", "eval_dataset", "output_dir", "args", "training_arguments", "overwrite"),
     *("resume", "allow_overlap", "mini_batch_size", "callbacks", "evaluator"),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finetuning(ABC):
-    """A call: what it was given, as ``finetune`` documents it, and the steps that each kind of call takes in its way.
-
-    Attributes:
-        kind: The kind of ``model``.
-    """
-
-    kind: Kind
-    model: HostModel | str | os.PathLike[str]
-    train_dataset: DatasetsLike
-    eval_dataset: DatasetsLike | None
-    output_dir: str | os.PathLike[str] | None
-    loss: Loss | Mapping[str, Loss] | None
-    args: BaseTrainingArguments | None
-    documents: DocumentKind
-    lora: LoraChoice
-    freeze: Sequence[str]
-    allow_overlap: bool
-    overwrite: bool
-    resume: bool | Literal["auto"]
-    keep: Literal["best", "last"]
-    seed: int
-    callbacks: Sequence[TrainerCallback | type[TrainerCallback]]
-    evaluator: Any
-    max_pixels: int | None
-    training_arguments: Mapping[str, Any]
-
-    @abstractmethod
-    def check_arguments(self) -> None:
-        """Make sure of the arguments that only this kind of call has, without data and model."""
-
-    @abstractmethod
-    def form_of(self, loss: Any) -> Form:
-        """The rows that a loss reads, given or built."""
-
-    @abstractmethod
-    def read_rows(self, form: Form) -> TrainingSets:
-        """The training data with its rows."""
-
-    @abstractmethod
-    def check_data(
-        self, train: TrainingSets, evaluation: Mapping[str, RetrievalDataset], args: BaseTrainingArguments
-    ) -> None:
-        """Make sure that the data go with the arguments, before weights load."""
-
-    @abstractmethod
-    def build_loss(self, model: Any, batch_size: int) -> nn.Module | dict[str, nn.Module]:
-        """The loss for the model."""
-
-    @abstractmethod
-    def build_evaluator(
-        self, evaluation: Mapping[str, RetrievalDataset], model: Any, loss: Any, args: BaseTrainingArguments
-    ) -> AnyEvaluator:
-        """The evaluator over one evaluation set or more."""
-
-    @abstractmethod
-    def settle_prompts(self, model: Any, train: TrainingSets, args: BaseTrainingArguments) -> Any:
-        """The prompts to train with, for the host's arguments; what the model is to use besides is written into it."""
-
-    @abstractmethod
-    def describe(
-        self, train: TrainingSets, evaluator: AnyEvaluator | None, model: Any, loss: Any
-    ) -> dict[str, dict[str, Any]]:
-        """The settings that only this kind of call has: ``data`` and ``training``."""
 
 
 def run(call: Finetuning) -> FinetuneResult:

@@ -1,0 +1,87 @@
+"""A call of ``finetune`` or ``finetune_reranker`` as a value: what it was given, and the steps where the two differ."""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sentence_transformers.base.training_args import BaseTrainingArguments
+from torch import nn
+from transformers import TrainerCallback
+
+from mmtune.data.dataset import RetrievalDataset
+from mmtune.data.documents import DocumentKind
+from mmtune.evaluation.mean import AnyEvaluator
+from mmtune.models.kinds import HostModel
+from mmtune.models.lora import LoraChoice
+from mmtune.training.inputs import DatasetsLike, Form, TrainingSets
+from mmtune.training.losses import Loss
+from mmtune.training.trainers import Kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetuning(ABC):
+    """A call: what it was given, as ``finetune`` documents it, and the steps that each kind of call takes in its way.
+
+    Attributes:
+        kind: The kind of ``model``.
+    """
+
+    kind: Kind
+    model: HostModel | str | os.PathLike[str]
+    train_dataset: DatasetsLike
+    eval_dataset: DatasetsLike | None
+    output_dir: str | os.PathLike[str] | None
+    loss: Loss | Mapping[str, Loss] | None
+    args: BaseTrainingArguments | None
+    documents: DocumentKind
+    lora: LoraChoice
+    freeze: Sequence[str]
+    allow_overlap: bool
+    overwrite: bool
+    resume: bool | Literal["auto"]
+    keep: Literal["best", "last"]
+    seed: int
+    callbacks: Sequence[TrainerCallback | type[TrainerCallback]]
+    evaluator: Any
+    max_pixels: int | None
+    training_arguments: Mapping[str, Any]
+
+    @abstractmethod
+    def check_arguments(self) -> None:
+        """Make sure of the arguments that only this kind of call has, without data and model."""
+
+    @abstractmethod
+    def form_of(self, loss: Any) -> Form:
+        """The rows that a loss reads, given or built."""
+
+    @abstractmethod
+    def read_rows(self, form: Form) -> TrainingSets:
+        """The training data with its rows."""
+
+    @abstractmethod
+    def check_data(
+        self, train: TrainingSets, evaluation: Mapping[str, RetrievalDataset], args: BaseTrainingArguments
+    ) -> None:
+        """Make sure that the data go with the arguments, before weights load."""
+
+    @abstractmethod
+    def build_loss(self, model: Any, batch_size: int) -> nn.Module | dict[str, nn.Module]:
+        """The loss for the model."""
+
+    @abstractmethod
+    def build_evaluator(
+        self, evaluation: Mapping[str, RetrievalDataset], model: Any, loss: Any, args: BaseTrainingArguments
+    ) -> AnyEvaluator:
+        """The evaluator over one evaluation set or more."""
+
+    @abstractmethod
+    def settle_prompts(self, model: Any, train: TrainingSets, args: BaseTrainingArguments) -> Any:
+        """The prompts to train with, for the host's arguments; what the model is to use besides is written into it."""
+
+    @abstractmethod
+    def describe(
+        self, train: TrainingSets, evaluator: AnyEvaluator | None, model: Any, loss: Any
+    ) -> dict[str, dict[str, Any]]:
+        """The settings that only this kind of call has: ``data`` and ``training``."""
