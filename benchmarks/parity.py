@@ -43,6 +43,8 @@ HOST_BATCHES = {
     "eval_strategy": "steps",
     "eval_steps": 2,
     "save_steps": 2,
+    # the last weights, whatever they are worth: the best of so few steps may be those that a run began with
+    "load_best_model_at_end": False,
     "disable_tqdm": True,
     "report_to": "none",
     "num_negatives": 1,
