@@ -1,5 +1,6 @@
 """Rows for the host's trainers: ids in Arrow, texts and pages when a row is read."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -66,7 +67,7 @@ class RowSource:
         return [row["text"] for row in self.queries.get(query_ids)], self.reader.read(document_ids)
 
 
-class View:
+class View(ABC):
     """The transform of some rows: turns a batch of ids into what the host's losses read.
 
     Args:
@@ -136,9 +137,9 @@ class View:
         """The batch as the host reads it; ids where only some of the columns are asked for."""
         return self.read(batch) if set(self.id_columns) <= set(batch) else batch
 
+    @abstractmethod
     def read(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """The batch with texts and documents in place of ids."""
-        raise NotImplementedError
 
     def _read_sides(self, query_ids: Sequence[str], document_ids: Sequence[str]) -> tuple[list[Any], list[Any]]:
         """What asks and what is asked for."""

@@ -13,13 +13,13 @@ from sentence_transformers.base.training_args import BaseTrainingArguments
 from torch import nn
 from transformers import TrainerCallback
 
-from mmtune.arguments import require_flag, require_one_of, require_whole
+from mmtune.arguments import require_flag, require_one_of, require_seed
 from mmtune.errors import ConfigError
 from mmtune.models.parts import part_names
 from mmtune.models.pixels import PixelLimits
 from mmtune.training.batches import ConflictFreeBatchSampler
 from mmtune.training.call import Finetuning
-from mmtune.training.host_arguments import MAX_SEED, check_built_values, check_host_values, hint_for
+from mmtune.training.host_arguments import check_built_values, check_host_values, hint_for
 from mmtune.training.losses import check_loss
 from mmtune.training.trainers import Kind
 
@@ -80,8 +80,7 @@ def check_choices(call: Finetuning) -> None:
     require_one_of("keep", call.keep, ("best", "last"))
     if call.keep == "last" and call.args is not None and call.args.load_best_model_at_end:
         raise ConfigError("keep='last' and args.load_best_model_at_end=True contradict each other. Set one of them.")
-    if require_whole("seed", call.seed, at_least=0) > MAX_SEED:
-        raise ConfigError(f"seed={call.seed!r}: expected a whole number of 0 to {MAX_SEED}, which is what NumPy takes.")
+    require_seed("seed", call.seed)
     folder = call.output_dir
     if folder is not None and not (isinstance(folder, (str, os.PathLike)) and str(folder).strip()):
         raise ConfigError(f"output_dir={folder!r}: expected the path of a folder as a text or a Path, or None.")

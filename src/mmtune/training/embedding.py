@@ -27,7 +27,6 @@ from mmtune.training.call import Finetuning
 from mmtune.training.checks import check_contrast, check_full_batch
 from mmtune.training.inputs import DatasetsLike, Form, TrainingSets, training_sets
 from mmtune.training.losses import Loss, build_loss, choose_dims, in_batch_loss, use_full_size
-from mmtune.training.progress import progress_bars
 from mmtune.training.result import FinetuneResult
 from mmtune.training.run import run
 from mmtune.training.trainers import EMBEDDING, LATE_INTERACTION, Kind
@@ -149,9 +148,7 @@ def finetune(
         max_pixels=max_pixels,
         training_arguments=training_arguments,
     )
-    quiet = args.disable_tqdm if isinstance(args, BaseTrainingArguments) else training_arguments.get("disable_tqdm")
-    with progress_bars(shown=quiet is not True):
-        return run(call)
+    return run(call)
 
 
 def kind_of(model: object) -> Kind:

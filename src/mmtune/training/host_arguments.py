@@ -147,6 +147,9 @@ def _type_hints(arguments_class: type) -> dict[str, Any]:
     return typing.get_type_hints(arguments_class)
 
 
+_SAMPLERS = (DefaultBatchSampler, MultiDatasetDefaultBatchSampler)
+
+
 def _alternatives(hint: Any) -> list[Any]:
     """The members of a union; ``hint`` itself where it is none."""
     return list(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else [hint]
@@ -167,9 +170,7 @@ def _require_type(name: str, value: Any, alternatives: list[Any]) -> Any:
     matching: dict[Any, Any] = {str: str | os.PathLike, dict: Mapping, list: list | tuple}
     if not enums and any(isinstance(value, matching[each]) for each in plain if each in matching):
         return value
-    if Callable in plain and (
-        callable(value) or isinstance(value, (DefaultBatchSampler, MultiDatasetDefaultBatchSampler))
-    ):
+    if Callable in plain and (callable(value) or isinstance(value, _SAMPLERS)):
         return value
     if not any(each in (bool, int, float, *matching) for each in plain):
         return value  # an object of another package, which the host knows
@@ -197,7 +198,6 @@ def _describe(name: str, plain: Iterable[Any], enums: list[Any]) -> str:
     return " or ".join(dict.fromkeys(words))
 
 
-_SAMPLERS = (DefaultBatchSampler, MultiDatasetDefaultBatchSampler)
 _WORDS: Mapping[Any, str] = {
     bool: "True or False",
     str: "a text",

@@ -28,18 +28,35 @@ _SAMPLE_BYTES = 1 << 16
 _TORCH_FILES = ("optimizer.pt", "scheduler.pt")
 _SET_BY_PEFT = ("base_model_name_or_path", "inference_mode", "revision", "peft_version")
 _DECIDING_ARGUMENTS = (
-    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *(
-        "learning_rate",
-        "learning_rate_mapping",
-        "lr_scheduler_type",
-        "lr_scheduler_kwargs",
-        "warmup_steps",
-        "weight_decay",
-    ),
-    *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "optim_args", "label_smoothing_factor"),
-    *("neftune_noise_alpha", "bf16", "fp16", "batch_sampler", "multi_dataset_batch_sampler", "dataloader_drop_last"),
-    *("router_mapping", "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "world_size", "n_gpu"),
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "learning_rate_mapping",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "optim",
+    "optim_args",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+    "bf16",
+    "fp16",
+    "batch_sampler",
+    "multi_dataset_batch_sampler",
+    "dataloader_drop_last",
+    "router_mapping",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "greater_is_better",
+    "world_size",
+    "n_gpu",
 )
 MAY_CHANGE = (
     "logging, when to evaluate and save, save_total_limit, per_device_eval_batch_size, mini_batch_size, workers of the "
@@ -52,7 +69,7 @@ class RunRecord:
     """What a run was begun with; as ``mmtune_run.json`` in every checkpoint, and beside the result.
 
     Attributes:
-        settings: What decides the weights, as ``describe_call`` gives it.
+        settings: What decides the weights, as ``run`` describes the call.
         rates: Learning rates and clip that the recipe chose.
         before: Metrics of the model as it came.
     """

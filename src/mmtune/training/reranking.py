@@ -26,7 +26,6 @@ from mmtune.training.call import Finetuning
 from mmtune.training.checks import check_contrast, check_full_batch
 from mmtune.training.inputs import DatasetsLike, Form, TrainingSets, reranking_sets
 from mmtune.training.losses import Loss, check_negatives, find_form, reranking_loss
-from mmtune.training.progress import progress_bars
 from mmtune.training.result import FinetuneResult
 from mmtune.training.run import run
 from mmtune.training.trainers import RERANKING
@@ -138,9 +137,7 @@ def finetune_reranker(
         max_pixels=max_pixels,
         training_arguments=training_arguments,
     )
-    quiet = args.disable_tqdm if isinstance(args, BaseTrainingArguments) else training_arguments.get("disable_tqdm")
-    with progress_bars(shown=quiet is not True):
-        return run(call)
+    return run(call)
 
 
 def _require_reranker(model: object, documents: str) -> None:

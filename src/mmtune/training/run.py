@@ -55,6 +55,7 @@ from mmtune.training.output import (
     resolve_output_dir,
     set_aside,
 )
+from mmtune.training.progress import progress_bars
 from mmtune.training.records import (
     RunRecord,
     as_json,
@@ -77,7 +78,7 @@ _NOT_DECIDING = {
 
 
 def run(call: Finetuning) -> FinetuneResult:
-    """A call from its arguments to its result."""
+    """A call from its arguments to its result; no bars where the training arguments want none."""
     # what can be known before weights load is checked before, the cheapest first
     own_names = {field.name for field in fields(call)} - {"kind", "training_arguments"}
     given = check_training_arguments(call.kind, call.args, call.training_arguments, own=own_names)
@@ -86,8 +87,9 @@ def run(call: Finetuning) -> FinetuneResult:
     call.check_arguments()
     check_lora(call.lora)
     folder = resolve_output_dir(call.output_dir, call.args.output_dir if call.args else None)
+    quiet = call.args.disable_tqdm if call.args else given.get("disable_tqdm")
     try:
-        with only_run(folder):
+        with progress_bars(shown=quiet is not True), only_run(folder):
             return _run_in(folder, call)
     except Interrupted as interrupted:
         raise interrupted.end from None
