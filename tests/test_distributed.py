@@ -17,10 +17,13 @@ import os, sys
 from pathlib import Path
 from mmtune import RetrievalDataset, compose_router, finetune
 from mmtune.testing import generated_pages, tiny_clip, tiny_siglip, tiny_text_encoder
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 folder, options = Path(sys.argv[1]), eval(sys.argv[2])
 rank = os.environ["RANK"]
+saved, save = [], SentenceTransformer.save_pretrained
+SentenceTransformer.save_pretrained = lambda model, path, **given: (saved.append(Path(path).name), save(model, path, **given))
 base = folder / f"base-{rank}"
 model = tiny_clip(base / "clip")
 if kind := options.pop("router", None):
@@ -35,7 +38,9 @@ result = finetune(
 digest = sum(float(value.double().abs().sum()) for value in result.model.state_dict().values())
 there = (result.output_dir / "final" / "modules.json").is_file() and (result.output_dir / "metrics.json").is_file()
 left_over = result.settings["training"]["rows_left_over_in_last_epoch"]
-(folder / f"rank-{rank}.txt").write_text(repr((digest, result.after, there, left_over, result.trainer.state.max_steps)))
+(folder / f"rank-{rank}.txt").write_text(
+    repr((digest, result.after, there, left_over, result.trainer.state.max_steps, saved))
+)
 """
 
 KINDS_SCRIPT = """
@@ -92,7 +97,7 @@ ALL_KINDS = ("clip", "siglip", "llava", "qwen3_vl", "router", "late interaction"
 
 
 def torchrun(folder: Path, **options: object) -> list[tuple]:
-    """The result of each process: weights in a number, metrics, whether the files were there, rows left over, steps."""
+    """The result of each process: weights in a number, metrics, whether the files were there, rows left over, steps, saves."""
     return run_processes(folder, SCRIPT, options)
 
 
@@ -150,6 +155,8 @@ def test_two_processes_agree_and_write_once(tmp_path: Path) -> None:
     assert one[:2] == other[:2]
     assert (one[2], other[2]) == (True, True), "a process went on before the files were written"
     assert one[4] == 12, "36 rows in steps of two batches of three, twice"
+    assert {"start", "checkpoint-12", "final"} <= set(one[5])
+    assert not other[5], "the processes wrote over one another"
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["settings"]["training"]["processes"] == 2
     assert metrics["after"] == one[1]

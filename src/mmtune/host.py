@@ -115,12 +115,13 @@ class WithoutWeights:
             return AutoModel.from_config(config, trust_remote_code=kwargs.get("trust_remote_code", False))
 
 
-class ReadsCheckpoints:
-    """For the host's trainers: ``read_checkpoint`` in place of the private hook by which they load one.
+class OwnCheckpoints:
+    """For the host's trainers: ``read_checkpoint`` in place of the private hook by which they load one, and one writer.
 
     The host builds the whole model again for it, which fails for adapters in a Router, and does so on the GPU, beside
-    the optimizer. ``read_best_checkpoint`` likewise, where the host goes on with the last weights if it fails. Public
-    hooks would replace this class.
+    the optimizer. ``read_best_checkpoint`` likewise, where the host goes on with the last weights if it fails. And it
+    writes a checkpoint in every process at once, over one another (since transformers leaves it to the trainer to ask
+    which one writes). Public hooks would replace this class.
     """
 
     def read_checkpoint(self, folder: str) -> None:
@@ -141,6 +142,13 @@ class ReadsCheckpoints:
 
     def push_checkpoint(self, folder: str) -> None:
         """Begins to publish a checkpoint. The host publishes the whole folder of the run with it."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        trainer: Any = self
+        # a model in parts is put together by all processes, so all of them save
+        in_parts = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        if trainer.args.should_save or in_parts:
+            super()._save(output_dir, state_dict)  # type: ignore[misc] - of the trainer beside this class
 
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:
         self.read_checkpoint(checkpoint_path)

@@ -50,7 +50,7 @@ from transformers import (
 from mmtune.arguments import listed
 from mmtune.data.documents import as_host_input
 from mmtune.errors import ConfigError
-from mmtune.host import ReadsCheckpoints, innermost_sampler, uncompiled
+from mmtune.host import OwnCheckpoints, innermost_sampler, uncompiled
 from mmtune.models.adapters import has_lora, load_adapters
 from mmtune.models.kinds import HostModel
 from mmtune.models.late_interaction import build_late_interaction
@@ -187,7 +187,7 @@ def _as_inputs(value: Any) -> Any:
     return [as_host_input(part) for part in value] if isinstance(value, list) else as_host_input(value)
 
 
-class PageTrainer(ReadsCheckpoints, BaseTrainer):
+class PageTrainer(OwnCheckpoints, BaseTrainer):
     """A host's trainer for rows that decode pages when they are read.
 
     Attributes:
