@@ -23,7 +23,12 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 folder, options = Path(sys.argv[1]), eval(sys.argv[2])
 rank = os.environ["RANK"]
 saved, save = [], SentenceTransformer.save_pretrained
-SentenceTransformer.save_pretrained = lambda model, path, **given: (saved.append(Path(path).name), save(model, path, **given))
+
+def save_noted(model, path, **given):
+    saved.append(Path(path).name)
+    save(model, path, **given)
+
+SentenceTransformer.save_pretrained = save_noted
 base = folder / f"base-{rank}"
 model = tiny_clip(base / "clip")
 if kind := options.pop("router", None):
@@ -97,7 +102,7 @@ ALL_KINDS = ("clip", "siglip", "llava", "qwen3_vl", "router", "late interaction"
 
 
 def torchrun(folder: Path, **options: object) -> list[tuple]:
-    """The result of each process: weights in a number, metrics, whether the files were there, rows left over, steps, saves."""
+    """Each process's weights in a number, metrics, whether the files were there, rows left over, steps, saves."""
     return run_processes(folder, SCRIPT, options)
 
 
