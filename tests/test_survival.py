@@ -22,6 +22,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from comparing import assert_same_weights
 from mmtune import ConfigError, FinetuneResult, RetrievalDataset, finetune
 from mmtune.testing import generated_pages, tiny_clip
+from mmtune.training import run
 from mmtune.training.output import only_run, set_aside
 from mmtune.training.records import find_last_checkpoint, require_same
 from mmtune.training.trainers import EmbeddingTrainer
@@ -252,6 +253,22 @@ def test_another_number_of_processes_is_named(folder: Path) -> None:
     record = json.loads((folder / "checkpoint-4" / "mmtune_run.json").read_text())["settings"]
     with pytest.raises(ConfigError, match="world_size: 1 then, 2 now"):
         require_same(folder, record, {**record, "world_size": 2})
+
+
+def test_pages_are_looked_at_once_and_by_one_process(
+    data, clip_path: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = []
+    monkeypatch.setattr(RetrievalDataset, "check_pages", lambda self, **_: checked.append(len(self.corpus)))
+    shutil.rmtree(folder / "final")
+    finetune(clip_path, *data, output_dir=folder, resume=True, **OPTIONS)
+    assert checked == [], "a run that goes on has looked at its pages before"
+    monkeypatch.setattr(run, "is_first_process", lambda: False)
+    finetune(clip_path, *data, output_dir=folder / "other", **OPTIONS)
+    assert checked == [], "another process looks at them"
+    monkeypatch.setattr(run, "is_first_process", lambda: True)
+    finetune(clip_path, data[0], {"one": data[1], "again": data[1]}, output_dir=folder / "first", **OPTIONS)
+    assert checked == [len(part.corpus) for part in data]
 
 
 def test_what_decides_nothing_may_change(data, clip_path, finished, folder: Path, caplog) -> None:

@@ -77,7 +77,7 @@ class TrainingSets:
 
 
 def training_sets(given: DatasetsLike, *, num_negatives: int, documents: DocumentKind, seed: int) -> TrainingSets:
-    """The training data with its rows, every page readable; rows of ``training_rows`` stay as they are given."""
+    """The training data with its rows; rows of ``training_rows`` stay as they are given."""
     by_name = {}
     for name, part in datasets_by_name(given).items():
         if isinstance(part, Dataset) and set(ID_COLUMNS) <= set(part.column_names):
@@ -85,7 +85,7 @@ def training_sets(given: DatasetsLike, *, num_negatives: int, documents: Documen
         else:
             data = as_retrieval_dataset(part)
             _check_number(num_negatives, data, name)
-            data = _require_readable(data, documents)
+            data = _require_parts(data, documents)
             by_name[name] = TrainingSet(data, data.training_rows(num_negatives, documents=documents, seed=seed))
     return TrainingSets(by_name)
 
@@ -99,13 +99,13 @@ def reranking_sets(
     documents: DocumentKind,
     seed: int,
 ) -> TrainingSets:
-    """The training data of a reranker, every page readable: a set for each dataset and direction."""
+    """The training data of a reranker: a set for each dataset and direction."""
     options: dict[str, Any] = {"documents": documents, "seed": seed}
     by_name = {}
     for name, part in datasets_by_name(given).items():
         data = as_retrieval_dataset(part)
         _check_number(num_negatives, data, name)
-        data = _require_readable(data, documents)
+        data = _require_parts(data, documents)
         for direction in directions:
             if form == "pairs":
                 rows = data.labeled_pairs(num_negatives, direction=direction, **options)
@@ -134,9 +134,9 @@ def _check_number(num_negatives: int, data: RetrievalDataset, name: str) -> None
 
 
 def evaluation_sets(given: DatasetsLike | None, documents: DocumentKind) -> dict[str, RetrievalDataset]:
-    """The evaluation data by name, every page readable; empty for ``None``, and a single set has the name ``""``."""
+    """The evaluation data by name; empty for ``None``, and a single set has the name ``""``."""
     parts = {} if given is None else datasets_by_name(given)
-    return {name: _require_readable(as_retrieval_dataset(part), documents) for name, part in parts.items()}
+    return {name: _require_parts(as_retrieval_dataset(part), documents) for name, part in parts.items()}
 
 
 def refuse_overlap(train: TrainingSets, evaluation: Mapping[str, RetrievalDataset]) -> None:
@@ -193,13 +193,22 @@ def _trace_rows(rows: Dataset, documents: DocumentKind, num_negatives: int) -> T
     data = RetrievalDataset.from_tables(view.tables)
     queries = data.relevance.find_queries(rows.with_format(None)["query_id"][:])
     data = RetrievalDataset.from_tables(data.relevance.subset(queries, np.arange(len(data.corpus))))
-    return TrainingSet(_require_readable(data, documents), rows)
+    return TrainingSet(_require_parts(data, documents), rows)
 
 
-def _require_readable(data: RetrievalDataset, documents: DocumentKind) -> RetrievalDataset:
-    columns = document_columns(data.corpus, documents)
-    if "text" in columns:
+def _require_parts(data: RetrievalDataset, documents: DocumentKind) -> RetrievalDataset:
+    if "text" in document_columns(data.corpus, documents):
         check_texts(data.corpus)
-    if "image" in columns:
-        data.check_pages(show_progress_bar=not are_progress_bars_disabled())
     return data
+
+
+def check_pages(train: TrainingSets, evaluation: Mapping[str, RetrievalDataset], documents: DocumentKind) -> None:
+    """Make sure that every page that will be read can be, looking at each dataset once.
+
+    Raises:
+        ImageDecodeError: A page is missing, damaged, or no image; the message names the document.
+    """
+    if "image" in documents.split("+"):
+        read = {id(data): data for data in (*(part.data for part in train.by_name.values()), *evaluation.values())}
+        for data in read.values():
+            data.check_pages(show_progress_bar=not are_progress_bars_disabled())

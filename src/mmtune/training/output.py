@@ -86,6 +86,11 @@ def check_output_dir(
     return None
 
 
+def is_first_process() -> bool:
+    """Whether this process is the only one, or the one that writes; known before the processes are connected."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 @contextmanager
 def only_run(folder: Path) -> Iterator[None]:
     """Keep other runs out of the folder, and tidy up after one that was killed while it replaced another.
@@ -96,7 +101,7 @@ def only_run(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: Another run uses the folder.
     """
-    if int(os.environ.get("RANK", "0")):
+    if not is_first_process():
         yield
         return
     made = [path for path in (folder, *folder.parents) if not path.exists()]

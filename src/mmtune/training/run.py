@@ -43,13 +43,14 @@ from mmtune.training.checks import (
     warn_of_rounding,
 )
 from mmtune.training.evaluators import GivenEvaluator
-from mmtune.training.inputs import TrainingSets, evaluation_sets, refuse_overlap, warn_of_leaks
+from mmtune.training.inputs import TrainingSets, check_pages, evaluation_sets, refuse_overlap, warn_of_leaks
 from mmtune.training.interruption import Interrupted, SavesWhenAsked
 from mmtune.training.output import (
     START,
     check_output_dir,
     delete_set_aside,
     is_finished,
+    is_first_process,
     only_run,
     recover,
     resolve_output_dir,
@@ -107,6 +108,8 @@ def _run_in(folder: Path, call: Finetuning) -> FinetuneResult:
         warn_of_leaks(train, evaluation)
     args = _fit_arguments(call, folder, train, evaluation)
     began_with = _describe_beginning(call, args, train, evaluation)
+    if is_first_process() and not checkpoint and not is_over:  # a run that goes on has read these pages before
+        check_pages(train, evaluation, call.documents)
     if is_over:
         require_same(folder, RunRecord.read(folder).settings, began_with)
         return FinetuneResult.read(folder, call.kind)
