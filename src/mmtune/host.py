@@ -144,10 +144,8 @@ class OwnCheckpoints:
         """Begins to publish a checkpoint. The host publishes the whole folder of the run with it."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        trainer: Any = self
         # a model in parts is put together by all processes, so all of them save
-        in_parts = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-        if trainer.args.should_save or in_parts:
+        if self.args.should_save or is_in_parts(self):  # type: ignore[attr-defined] - of the trainer beside this class
             super()._save(output_dir, state_dict)  # type: ignore[misc] - of the trainer beside this class
 
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:
@@ -164,6 +162,11 @@ class OwnCheckpoints:
 
 
 # transformers, peft, torch
+
+
+def is_in_parts(trainer: Any) -> bool:
+    """Whether each process holds a part of the model, as under FSDP and DeepSpeed."""
+    return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
 
 
 def attention_of(config: Any) -> str | None:

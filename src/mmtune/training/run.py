@@ -22,7 +22,7 @@ from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
 from mmtune.errors import ConfigError
 from mmtune.evaluation.mean import AnyEvaluator
-from mmtune.host import let_read_typed_texts
+from mmtune.host import is_in_parts, let_read_typed_texts
 from mmtune.models.adapters import encoders_of, has_lora, save_model
 from mmtune.models.fresh import fresh_layers, guess_fresh_layers, mark_fresh
 from mmtune.models.kinds import HostModel
@@ -276,7 +276,9 @@ def _train(
     for layer in start.fresh.values():
         mark_fresh(layer, fresh=False)
     after = measure(trainer, evaluator)
-    if is_first_process:
+    if is_in_parts(trainer):
+        trainer.save_model(str(folder / "final"))
+    elif is_first_process:
         save_model(model, folder / "final")
     settings = {**settings, "training": {**settings["training"], **describe_steps(trainer), "kept": kept}}
     metric = primary_of(evaluator, model) or ((trainer.args.metric_for_best_model or "") if record.before else "")
@@ -315,8 +317,7 @@ def measure(trainer: PageTrainer, evaluator: AnyEvaluator | None) -> dict[str, f
     if evaluator is None:
         return {}
     # the host's own exception: a model in parts answers only where all processes take part
-    shares = not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled
-    with distributed_evaluation(trainer.model, enabled=shares) as evaluates:
+    with distributed_evaluation(trainer.model, enabled=not is_in_parts(trainer)) as evaluates:
         metrics = evaluator(trainer.model) if evaluates else {}
     return {key: float(value) for key, value in broadcast_object_list([metrics])[0].items()}
 
