@@ -97,7 +97,8 @@ def test_arguments_of_methods_are_checked(data, method, arguments, error, messag
 RIGHT = [
     ("training_rows", {"seed": np.int64(7), "num_negatives": np.int32(2)}, 3),
     ("training_rows", {"seed": 2**32 - 1, "num_negatives": 0}, 3),
-    ("training_rows", {"max_pixels": 10**30}, 3),
+    ("training_rows", {"input_size": 10**30}, 3),
+    ("training_rows", {"input_size": (np.int64(224), 224)}, 3),
     ("labeled_pairs", {"num_negatives": np.int64(1), "seed": 0}, 6),
     ("labeled_lists", {"num_negatives": 0}, 3),
     ("select_queries", {"n_or_ids": 10**30}, 3),

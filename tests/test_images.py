@@ -412,7 +412,7 @@ def test_a_huge_jpeg_is_halved_where_that_is_enough():
     ):
         buffer = io.BytesIO()
         Image.new("RGB", size, "red").save(buffer, format_name)
-        page = decode_page({"bytes": buffer.getvalue(), "path": None}, "p", enough_pixels=320 * 240)
+        page = decode_page({"bytes": buffer.getvalue(), "path": None}, "p", enough=320 * 240)
         assert page.size == expected
 
 

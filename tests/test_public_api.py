@@ -83,7 +83,9 @@ class Promised:
 
     def split(self, eval_queries, *, seed=42, group_column=None): ...
 
-    def training_rows(self, num_negatives=1, *, max_pixels=None, documents="image", on_short="random", seed=42): ...
+    def training_rows(
+        self, num_negatives=1, *, max_pixels=None, input_size=None, documents="image", on_short="random", seed=42
+    ): ...
 
     @staticmethod
     def build_evaluator(

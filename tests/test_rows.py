@@ -352,8 +352,31 @@ def test_max_pixels_below_one_is_a_named_error_before_a_page_is_read(max_pixels)
 
 def test_max_pixels_bounds_what_is_read():
     rows = Dataset.from_dict({"query": ["x"], "image": [page(1, (100, 50))], "negative_0": [page(2, (10, 10))]})
-    row = RetrievalDataset.from_columns(rows).training_rows(max_pixels=800)[0]
+    with pytest.warns(UserWarning, match="max_pixels=800 scales pages down before"):
+        row = RetrievalDataset.from_columns(rows).training_rows(max_pixels=800)[0]
     assert (row["image"].size, row["negative_0"].size) == ((40, 20), (10, 10))
+    with pytest.warns(UserWarning, match="max_pixels=800"):
+        bounded = RetrievalDataset.from_columns(rows).training_rows(max_pixels=800, input_size=(48, 30))[0]
+    assert (bounded["image"].size, bounded["negative_0"].size) == ((60, 30), (10, 10)), "no side below the input's"
+
+
+@pytest.mark.parametrize(
+    ("input_size", "expected"),
+    [((200, 90), (400, 200)), ((200, 110), (800, 400)), (50_000, (400, 200)), (None, (800, 400))],
+)
+def test_a_jpeg_is_decoded_at_a_fraction_that_leaves_enough(input_size, expected):
+    buffer = io.BytesIO()
+    PillowImage.new("RGB", (800, 400), "white").save(buffer, "jpeg")
+    data = tables([0, 1], ["x"], [(0, 0)])
+    corpus = Dataset.from_dict({"document_id": ["d0", "d1"], "image": [buffer.getvalue(), page(1)["bytes"]]})
+    data = RetrievalDataset(corpus, data.queries, data.qrels)
+    assert data.training_rows(0, input_size=input_size)[0]["image"].size == expected
+
+
+@pytest.mark.parametrize("input_size", [0, -1, 1.5, "224", True, (224,), (1, 2, 3), (0, 5), {"width": 3}])
+def test_an_input_size_that_is_none_is_refused(input_size):
+    with pytest.raises(ConfigError, match="input_size"):
+        tables([0, 1], ["x"], [(0, 0)]).training_rows(0, input_size=input_size)
 
 
 def test_documents_can_be_texts_or_both():
@@ -421,7 +444,8 @@ def test_a_huge_jpeg_is_decoded_at_half_its_size_unless_asked_otherwise():
     corpus = Dataset.from_dict({"document_id": ["d0", "d1"], "image": [buffer.getvalue(), page(1)["bytes"]]})
     data = RetrievalDataset(corpus, data.queries, data.qrels)
     assert data.training_rows(0)[0]["image"].size == (4000, 2000)
-    assert data.training_rows(0, max_pixels=200)[0]["image"].size == (20, 10)
+    with pytest.warns(UserWarning, match="max_pixels=200"):
+        assert data.training_rows(0, max_pixels=200)[0]["image"].size == (20, 10)
 
 
 def test_filling_long_lists_takes_memory_in_proportion():

@@ -15,7 +15,7 @@ from mmtune.data.arrow import as_texts
 from mmtune.data.audit import AuditReport, examine
 from mmtune.data.combining import concatenate_tables, merge_copies
 from mmtune.data.documents import DocumentKind, document_columns
-from mmtune.data.images import check_pages
+from mmtune.data.images import InputSize, check_pages, require_input_size
 from mmtune.data.judgements import Judgements
 from mmtune.data.negatives import OnShort
 from mmtune.data.relevance import Direction, Relevance
@@ -321,6 +321,7 @@ class RetrievalDataset:
         num_negatives: int = 1,
         *,
         max_pixels: int | None = None,
+        input_size: InputSize | None = None,
         documents: DocumentKind = "image",
         on_short: OnShort = "random",
         seed: int = 42,
@@ -341,8 +342,13 @@ class RetrievalDataset:
         Args:
             num_negatives: Negatives a row. A dataset without negatives gives rows without, and a warning where more
                 than one was asked for; ``mine_hard_negatives`` finds some.
-            max_pixels: Upper bound of width times height of a page; ``None`` keeps every pixel, except that a JPEG of
-                32 megapixels and more is decoded at half its size.
+            max_pixels: Upper bound of width times height of a page. A larger one is scaled down here, and again by the
+                model's processor, which costs detail; ``None`` leaves that to the processor alone. A JPEG of 32
+                megapixels and more is decoded at half its size all the same.
+            input_size: What the model reads a page at: ``(width, height)``, or a largest number of pixels for a model
+                that keeps the shape of a page. A JPEG is then decoded at a fraction of its size that leaves twice the
+                sides, or 1.5 times the area, and ``max_pixels`` leaves no side shorter. ``finetune`` knows this of its
+                model; it is for the host's trainers.
             documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``; it decides which
                 documents are the same, too.
             on_short: What to do with a query that has too few negatives: ``"random"`` fills with documents that are not
@@ -352,11 +358,22 @@ class RetrievalDataset:
         Raises:
             ConfigError: An argument has a value it can't have.
             DatasetError: A query has too few negatives and ``on_short="error"``, or the corpus can't fill a row.
+
+        Warns:
+            UserWarning: ``max_pixels`` is given, and what that costs.
         """
         require_one_of("on_short", on_short, get_args(OnShort))
         num_negatives = require_whole("num_negatives", num_negatives, at_least=0)
         if max_pixels is not None:
             max_pixels = require_whole("max_pixels", max_pixels)
+            warnings.warn(
+                f"max_pixels={max_pixels} scales pages down before the model's processor does so again: for a CLIP of "
+                "128 pixels, scanned receipts of 128 * 128 pixels kept a cosine of 0.12 to the whole ones at worst. "
+                "Leave it out, pass input_size, which uses the decoder's own reduction, or max_pixels to load_model.",
+                stacklevel=2,
+            )
+        if input_size is not None:
+            input_size = require_input_size(input_size)
         seed = require_seed("seed", seed)
         relevance = self.relevance_of(documents)
         if num_negatives > 1 and self.negatives is None:
@@ -367,7 +384,8 @@ class RetrievalDataset:
             )
         wanted = num_negatives if self.negatives is not None else 0
         judgements = Judgements.of(relevance, "text_to_image")
-        return training_rows(judgements, wanted, documents, seed, on_short=on_short, max_pixels=max_pixels)
+        sizes = {"max_pixels": max_pixels, "input_size": input_size}
+        return training_rows(judgements, wanted, documents, seed, on_short=on_short, **sizes)
 
     def labeled_pairs(
         self,

@@ -1,6 +1,7 @@
 """Documents and texts by id, read when they are used."""
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -9,7 +10,8 @@ from datasets import Dataset
 from mmtune import host
 from mmtune.arguments import require_one_of
 from mmtune.data.arrow import column
-from mmtune.data.images import decode_page
+from mmtune.data.images import InputSize, decode_page, enough_for
+from mmtune.data.pages import Page
 from mmtune.errors import ConfigError, DatasetError, MissingDocumentError
 
 DocumentKind = Literal["image", "text", "text+image"]
@@ -50,13 +52,15 @@ class KeyedTable:
 
 
 class DocumentReader:
-    """What the host is given for each document: an RGB image, a text, or both; decoded at every read.
+    """What the host is given for each document: an RGB image, a text, or both.
 
     Args:
         corpus: A table with ``document_id`` and ``image`` (encoded) and/or ``text``.
         documents: What a document is made of.
         max_pixels: Upper bound of width times height of an image; ``None`` keeps every pixel.
-        enough_pixels: What a huge JPEG may be scaled down to; see ``decode_page``.
+        input_size: What the model reads a page at, where that is known: a large JPEG is decoded at a fraction of its
+            size that leaves more than enough, and ``max_pixels`` leaves at least that width and height.
+        is_lazy: Whether an image is decoded when its pixels are asked for, rather than when it is read.
 
     Raises:
         ConfigError: The corpus lacks a column that ``documents`` asks for.
@@ -68,12 +72,16 @@ class DocumentReader:
         documents: DocumentKind = "image",
         *,
         max_pixels: int | None = None,
-        enough_pixels: int | None = None,
+        input_size: InputSize | None = None,
+        is_lazy: bool = False,
     ) -> None:
         self._columns = document_columns(corpus, documents)
         self._table = KeyedTable(corpus, "document_id", self._columns)
-        self._size = {"max_pixels": max_pixels, "enough_pixels": enough_pixels}
-        self.fingerprint = f"{self._table.fingerprint}, {documents}, {max_pixels}"
+        self._size: dict[str, Any] = {"max_pixels": max_pixels, "enough": enough_for(input_size)}
+        if isinstance(input_size, tuple):
+            self._size["at_least"] = input_size
+        self._is_lazy = is_lazy
+        self.fingerprint = f"{self._table.fingerprint}, {documents}, {max_pixels}, {input_size}"
 
     def read(self, document_ids: Sequence[str]) -> list[Any]:
         """The documents in the order of their ids. An id that occurs twice is decoded once.
@@ -87,11 +95,18 @@ class DocumentReader:
         document_by_id = {row["document_id"]: self._document(row) for row in self._table.get(unique)}
         return [document_by_id[document_id] for document_id in document_ids]
 
+    def lazily(self) -> "DocumentReader":
+        """The same documents, decoded when their pixels are asked for."""
+        reader = copy(self)
+        reader._is_lazy = True
+        return reader
+
     def _document(self, row: dict[str, Any]) -> Any:
         parts = dict(row)
         document_id = parts.pop("document_id")
         if "image" in parts:
-            parts["image"] = decode_page(parts["image"], document_id, **self._size)
+            read = Page if self._is_lazy else decode_page
+            parts["image"] = read(parts["image"], document_id, **self._size)
         if "text" in parts and not isinstance(parts["text"], str):
             raise DatasetError(
                 f"Document {document_id!r} has no text: it is {parts['text']!r}. Give it one, or leave it out."

@@ -7,7 +7,7 @@ import stat
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -16,8 +16,9 @@ from datasets import Dataset
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
+from mmtune.arguments import require_whole, require_wholes
 from mmtune.data.arrow import column, stored_image_column
-from mmtune.errors import ImageDecodeError
+from mmtune.errors import ConfigError, ImageDecodeError
 
 MAX_DECODED_PIXELS = 2 * 89_478_485
 """Pages above this are refused as decompression bombs; the same bound at which Pillow raises."""
@@ -31,10 +32,43 @@ DECODING = 1
 ENOUGH_PIXELS = 8_000_000
 """What a huge JPEG may be scaled down to: an A4 page at 300 dpi, beyond any encoder's input."""
 
+Enough: TypeAlias = int | tuple[int, int]
+"""What a JPEG may be scaled down to by its own decoder: a number of pixels, or a width and a height of at least."""
+
+InputSize: TypeAlias = int | tuple[int, int]
+"""What a model reads a page at: a width and a height, or a largest number of pixels where it keeps a page's shape."""
+
+_ENOUGH_SIDES, _ENOUGH_AREA = 2, 1.5
+"""A decoder may leave twice the sides of a fixed input, or 1.5 times the area of a limit: what the model's own
+processor then makes of the page, seen from the mean page, keeps a cosine of 0.98 to that of the whole page."""
+
 _ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap width and height
 _HEADER_BYTES = 1 << 16
 _TAIL_BYTES = 64
 _END_BY_FORMAT = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
+
+
+def enough_for(input_size: InputSize | None) -> Enough:
+    """What a JPEG may be scaled down to for a model; ``None`` for a model that is not known."""
+    if input_size is None:
+        return ENOUGH_PIXELS
+    if isinstance(input_size, tuple):
+        return (_ENOUGH_SIDES * input_size[0], _ENOUGH_SIDES * input_size[1])
+    return int(_ENOUGH_AREA * input_size)
+
+
+def require_input_size(input_size: object) -> InputSize:
+    """``input_size`` in Python's integers.
+
+    Raises:
+        ConfigError: It is neither a width and a height nor a number of pixels.
+    """
+    if not isinstance(input_size, (tuple, list)):
+        return require_whole("input_size", input_size, or_else="(width, height)")
+    sides = require_wholes("input_size", input_size)
+    if len(sides) != 2:
+        raise ConfigError(f"input_size={input_size!r}: expected (width, height), or a largest number of pixels.")
+    return sides[0], sides[1]
 
 
 def decode_page(
@@ -42,7 +76,8 @@ def decode_page(
     document_id: str,
     *,
     max_pixels: int | None = None,
-    enough_pixels: int | None = None,
+    at_least: tuple[int, int] = (1, 1),
+    enough: Enough | None = None,
 ) -> Image.Image:
     """The page as an upright RGB image.
 
@@ -54,8 +89,9 @@ def decode_page(
         document_id: Named in errors.
         max_pixels: Upper bound of width times height. A larger page is scaled down with its aspect ratio; a JPEG is
             then decoded at a fraction of its size, which is faster. ``None`` keeps every pixel.
-        enough_pixels: A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves at least this many pixels;
-            nothing else is scaled. ``None`` decodes it whole.
+        at_least: Width and height that ``max_pixels`` leaves, where the page has them.
+        enough: A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves at least as much; nothing else is
+            scaled. ``None`` decodes it whole.
 
     Raises:
         ImageDecodeError: There is nothing to read, it is no image, it is damaged, or it has more than
@@ -78,11 +114,14 @@ def decode_page(
                     stacklevel=2,
                 )
             # Of the file's own size: a draft rounds, and rounding twice would change the aspect of small pages.
-            size = _fit_within(image.size, max_pixels) if max_pixels is not None else image.size
-            size = size[::-1] if image.getexif().get(_ORIENTATION, 1) in _ON_ITS_SIDE else size
-            wanted = max_pixels or enough_pixels
-            if wanted is not None:
-                image.draft(image.mode, _fit_within(image.size, wanted))
+            size = _fit_within(image.size, max_pixels, at_least) if max_pixels is not None else image.size
+            lies_on_its_side = image.getexif().get(_ORIENTATION, 1) in _ON_ITS_SIDE
+            size = size[::-1] if lies_on_its_side else size
+            wanted = max_pixels or enough
+            if isinstance(wanted, tuple):
+                image.draft(image.mode, wanted[::-1] if lies_on_its_side else wanted)
+            elif wanted is not None:
+                image.draft(image.mode, _fit_within(image.size, wanted, at_least))
             ImageOps.exif_transpose(image, in_place=True)
             page = _convert_to_rgb(image)
     except ImageDecodeError:
@@ -96,6 +135,32 @@ def decode_page(
     if max_pixels is None or page.width * page.height <= max_pixels:
         return page
     return page.resize(size, Image.Resampling.BICUBIC)
+
+
+def stored_size(encoded: Mapping[str, Any] | None, document_id: str) -> tuple[int, int]:
+    """Width and height of a page as it is stored, upright, from its header.
+
+    Args:
+        encoded: As for ``decode_page``.
+        document_id: Named in errors.
+
+    Raises:
+        ImageDecodeError: There is no header to read.
+    """
+    encoded = encoded or {}
+    content = encoded.get("bytes")
+    if content is None and not encoded.get("path"):
+        raise _no_image(document_id)
+    if content is None:
+        require_file(str(encoded["path"]), document_id)
+    try:
+        with Image.open(io.BytesIO(content) if content is not None else str(encoded["path"])) as image:
+            lies_on_its_side = image.getexif().get(_ORIENTATION, 1) in _ON_ITS_SIDE
+            return image.size[::-1] if lies_on_its_side else image.size
+    except Exception as error:
+        raise ImageDecodeError(
+            f"Document {document_id!r} can't be decoded as an image: {error}. Replace the file, or leave it out."
+        ) from error
 
 
 def _no_image(document_id: str) -> ImageDecodeError:
@@ -152,8 +217,12 @@ def _convert_to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _fit_within(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:
-    scale = min(1.0, math.sqrt(max_pixels / (size[0] * size[1])))
+def _fit_within(size: tuple[int, int], max_pixels: int, at_least: tuple[int, int] = (1, 1)) -> tuple[int, int]:
+    scale = math.sqrt(max_pixels / (size[0] * size[1]))
+    bound = max(least / side for least, side in zip(at_least, size, strict=True))
+    if at_least != (1, 1) and bound > scale:
+        return math.ceil(size[0] * min(1.0, bound)), math.ceil(size[1] * min(1.0, bound))
+    scale = min(1.0, scale)
     width, height = (max(1, int(side * scale)) for side in size)
     # A strip a pixel wide keeps that pixel and must be shortened more than the scale says.
     width = min(width, max(1, max_pixels // height))

@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +14,6 @@ from datasets import Dataset
 from mmtune import host
 from mmtune.data.arrow import IntLists, lists, table_dataset
 from mmtune.data.documents import DocumentKind, DocumentReader, KeyedTable
-from mmtune.data.images import ENOUGH_PIXELS
 from mmtune.data.judgements import Judgements
 from mmtune.data.negatives import ChosenNegatives, OnShort, choose_negatives
 from mmtune.data.relevance import Direction, Relevance
@@ -45,10 +45,8 @@ class RowSource:
     reader: DocumentReader
 
     @classmethod
-    def of(
-        cls, relevance: Relevance, documents: DocumentKind, chosen: ChosenNegatives, max_pixels: int | None = None
-    ) -> "RowSource":
-        """What reads the texts and documents of a dataset."""
+    def of(cls, relevance: Relevance, documents: DocumentKind, chosen: ChosenNegatives, **sizes: Any) -> "RowSource":
+        """What reads the texts and documents of a dataset; ``sizes`` as for ``DocumentReader``."""
         tables = relevance.tables
         return cls(
             relevance,
@@ -56,7 +54,7 @@ class RowSource:
             chosen.items.shape[1],
             {name: getattr(chosen, name) for name in ("listed", "filled", "refused", "dropped")},
             KeyedTable(tables.queries, "query_id", ["text"]),
-            DocumentReader(tables.corpus, documents, max_pixels=max_pixels, enough_pixels=ENOUGH_PIXELS),
+            DocumentReader(tables.corpus, documents, **sizes),
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -112,6 +110,12 @@ class View(ABC):
         """What tells the rows that it reads from others."""
         parts = (self.source.queries.fingerprint, self.source.reader.fingerprint, self.num_negatives, self.direction)
         return ", ".join(map(str, (type(self).__name__, *parts)))
+
+    def lazily(self) -> "View":
+        """The same rows, with pages that are decoded when their pixels are asked for."""
+        view = copy(self)
+        view.source = replace(self.source, reader=self.source.reader.lazily())
+        return view
 
     def relevant_to(self, groups: np.ndarray) -> tuple[np.ndarray, pa.Array]:
         """Everything that is relevant to some groups of rows, which are the query texts.
@@ -226,7 +230,7 @@ def training_rows(
     seed: int,
     *,
     on_short: OnShort,
-    max_pixels: int | None,
+    **sizes: Any,
 ) -> Dataset:
     """One row per (query, relevant document); see ``RetrievalDataset.training_rows``."""
     chosen = choose_negatives(judgements.candidates, num_negatives, on_short, seed)
@@ -248,7 +252,7 @@ def training_rows(
         "negative_document_ids": negatives.ids(relevance.document_ids),
         "relevance_group": pa.array(relevance.text[queries]),
     }
-    view = TrainingView(RowSource.of(relevance, documents, chosen, max_pixels))
+    view = TrainingView(RowSource.of(relevance, documents, chosen, **sizes))
     return table_dataset(ids).with_transform(view)
 
 

@@ -16,10 +16,10 @@ from tqdm.auto import tqdm
 
 from mmtune.data.documents import DocumentKind, DocumentReader, as_host_input, document_columns
 from mmtune.data.identity import document_digests, text_digest
-from mmtune.data.images import ENOUGH_PIXELS
 from mmtune.data.relevance import Direction
 from mmtune.errors import ConfigError, DatasetError
 from mmtune.host import let_read_typed_texts
+from mmtune.inference.preprocessing import prepare_pages, reading_pages
 from mmtune.inference.store import Embeddings, EmbeddingStore, Pair
 from mmtune.models.routes import find_router
 
@@ -86,7 +86,7 @@ class DatasetReader:
     @cached_property
     def documents(self) -> DocumentReader:
         """Gives the documents by id."""
-        return DocumentReader(self.corpus, self.kind, enough_pixels=ENOUGH_PIXELS)
+        return DocumentReader(self.corpus, self.kind, is_lazy=True)
 
     @cached_property
     def _row_by_document_id(self) -> dict[str, int]:
@@ -152,14 +152,16 @@ def encode(
         options["convert_to_tensor"] = True
     embed = model.encode_query if task == "query" else model.encode_document
     portions = portions_of(ids, at_once or batch_size)
-    for portion, inputs in zip(portions, read_ahead(lambda each: reader.read(task, each), portions), strict=True):
-        try:
-            embeddings: Any = embed(inputs, **options)
-        except ValueError as error:
-            at, reason = find_unreadable(lambda each: embed([each], **options), inputs, error)
-            raise DatasetError(f"The model can't read the {task} {portion[at]!r}: {reason} {HOW_TO_FIT}") from error
-        _require_finite(embeddings, task, portion)
-        yield embeddings
+    with reading_pages(model):
+        ready = read_ahead(lambda each: prepare_pages(model, reader.read(task, each)), portions)
+        for portion, inputs in zip(portions, ready, strict=True):
+            try:
+                embeddings: Any = embed(inputs, **options)
+            except ValueError as error:
+                at, reason = find_unreadable(lambda each: embed([each], **options), inputs, error)
+                raise DatasetError(f"The model can't read the {task} {portion[at]!r}: {reason} {HOW_TO_FIT}") from error
+            _require_finite(embeddings, task, portion)
+            yield embeddings
 
 
 HOW_TO_FIT = (

@@ -14,6 +14,7 @@ from mmtune.data.judgements import CandidateList
 from mmtune.data.relevance import Direction
 from mmtune.errors import ConfigError, DatasetError
 from mmtune.inference.encoder import HOW_TO_FIT, DatasetReader, find_unreadable, portions_of, read_ahead
+from mmtune.inference.preprocessing import prepare_pages, reading_pages
 from mmtune.inference.store import Pair, ScoreStore
 from mmtune.models.precision import scoring_in_float32
 
@@ -88,9 +89,10 @@ class PairScorer:
         missing = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in score_by_key}
         todo = sorted(missing.items(), key=lambda item: item[1].document_id)
         batches = portions_of(todo, self.batch_size)
-        inputs = read_ahead(lambda batch: self.reader.read_pairs([pair for _, pair in batch], self.direction), batches)
+        inputs = read_ahead(self._read, batches)
         unwritten: list[tuple[Any, Pair]] = []
-        with tqdm(total=len(todo), desc="Scoring pairs", disable=not self.show_progress_bar, leave=False) as bar:
+        bar = tqdm(total=len(todo), desc="Scoring pairs", disable=not self.show_progress_bar, leave=False)
+        with bar, reading_pages(self.model):
             for batch, ready in zip(batches, inputs, strict=True):
                 scores = self._predict([pair for _, pair in batch], ready)
                 score_by_key.update((key, score) for (key, _), score in zip(batch, scores, strict=True))
@@ -112,6 +114,9 @@ class PairScorer:
         texts_ask = self.direction == "text_to_image"
         scores = self.score_pairs([Pair(*(ids if texts_ask else ids[::-1])) for ids in asks])
         return np.split(scores, np.cumsum([len(each.candidate_ids) for each in lists])[:-1])
+
+    def _read(self, batch: Sequence[tuple[Any, Pair]]) -> list[list[Any]]:
+        return prepare_pages(self.model, self.reader.read_pairs([pair for _, pair in batch], self.direction))
 
     def _predict(self, pairs: Sequence[Pair], inputs: Sequence[Sequence[Any]]) -> list[float]:
         # Models that know no messages take pairs of bare texts only, which the host never takes for paths of images.

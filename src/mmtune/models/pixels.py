@@ -171,7 +171,31 @@ def effective_pixel_limits(model: HostModel) -> PixelLimits:
 
 def _image_modules(model: HostModel) -> list[Transformer]:
     modules = [module for module in model.modules() if isinstance(module, Transformer)]
-    return [module for module in modules if _image_processor(module.processor) is not None]
+    return [module for module in modules if image_processor_of(module) is not None]
+
+
+def image_processor_of(encoder: Transformer) -> Any:
+    """The image processor of an encoder; ``None`` where it reads no images."""
+    return _image_processor(encoder.processor)
+
+
+def input_size_of(image_processor: Any, options: Mapping[str, Any]) -> int | tuple[int, int] | None:
+    """What an image processor makes an image fit into.
+
+    Args:
+        image_processor: Of an encoder.
+        options: What it is called with.
+
+    Returns:
+        Width and height where these are fixed, or those of which the image covers both; a number of pixels where that
+        is what is limited; ``None`` for anything else.
+    """
+    size = {**_size(image_processor), **_as_size(options.get("size"))}
+    if _sizes_by_area(image_processor):
+        return size["longest_edge"]
+    if {"height", "width"} <= size.keys():
+        return size["width"], size["height"]
+    return (size["shortest_edge"],) * 2 if set(size) == {"shortest_edge"} else None
 
 
 def _image_processor(processor: object) -> Any:
@@ -190,9 +214,13 @@ def _sizes_by_patch_count(image_processor: Any) -> bool:
 
 
 def _size(image_processor: Any) -> dict[str, int]:
-    # a checkpoint's own code may give a number
-    size = getattr(image_processor, "size", None) or {}
-    return {} if isinstance(size, int | tuple | list) else dict(size)
+    return _as_size(getattr(image_processor, "size", None))
+
+
+def _as_size(size: Any) -> dict[str, int]:
+    # a checkpoint's own code may give a number; transformers' own class gives None for what it has not
+    known = {} if isinstance(size, int | tuple | list) else dict(size or {})
+    return {edge: value for edge, value in known.items() if value is not None}
 
 
 def _current_size(image_processor: Any, current: Mapping[str, Any]) -> dict[str, int]:

@@ -46,6 +46,7 @@ class Finetuning(ABC):
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]]
     evaluator: Any
     max_pixels: int | None
+    page_store: str | os.PathLike[str] | None
     training_arguments: Mapping[str, Any]
 
     @abstractmethod

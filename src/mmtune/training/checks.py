@@ -13,7 +13,7 @@ from sentence_transformers.base.training_args import BaseTrainingArguments
 from torch import nn
 from transformers import TrainerCallback
 
-from mmtune.arguments import require_flag, require_one_of, require_seed
+from mmtune.arguments import require_flag, require_one_of, require_path, require_seed
 from mmtune.errors import ConfigError
 from mmtune.models.parts import part_names
 from mmtune.models.pixels import PixelLimits
@@ -87,6 +87,8 @@ def check_choices(call: Finetuning) -> None:
     if folder is not None and "\0" in str(folder):
         raise ConfigError(f"output_dir={str(folder)!r} holds a null character, and no path can. Name another folder.")
     PixelLimits(max_pixels=call.max_pixels)
+    if call.page_store is not None:
+        require_path("page_store", call.page_store)
     part_names(call.freeze)
     check_loss(call.loss)
     _check_callbacks(call.callbacks)

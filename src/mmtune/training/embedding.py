@@ -57,6 +57,7 @@ def finetune(
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
     evaluator: BaseEvaluator | Callable[..., Any] | None = None,
     max_pixels: int | None = None,
+    page_store: Literal["auto"] | str | os.PathLike[str] | None = "auto",
     **training_arguments: Any,
 ) -> FinetuneResult:
     """Finetune an embedding model on pages and queries, and measure what it gained.
@@ -105,6 +106,10 @@ def finetune(
             its metrics; alone, its ``primary_metric`` chooses the checkpoint.
         max_pixels: Largest number of pixels a page after resizing, as in ``load_model``; saved with the model. ``None``
             leaves the model's own limit.
+        page_store: Where what the image processor makes of a page is kept, as bytes and by content, so that further
+            epochs and evaluations neither decode nor resize it again. ``"auto"`` keeps it for the run: in memory, or
+            in a file of the output folder where several processes read pages. A folder keeps it for other runs, too.
+            ``None`` keeps nothing. What is trained and measured is the same to the bit.
         **training_arguments: Training arguments of the host by name, in place of the recipe's.
 
     Returns:
@@ -146,6 +151,7 @@ def finetune(
         callbacks=callbacks,
         evaluator=evaluator,
         max_pixels=max_pixels,
+        page_store=page_store,
         training_arguments=training_arguments,
     )
     return run(call)

@@ -72,7 +72,7 @@ class TrainingSets:
     def for_host(self) -> Dataset | DatasetDict:
         """What the host's trainer takes as ``train_dataset``."""
         # With prompts and several sets the host changes the transform of the very objects that it is given.
-        rows = {name: part.rows.with_transform(part.view) for name, part in self.by_name.items()}
+        rows = {name: part.rows.with_transform(part.view.lazily()) for name, part in self.by_name.items()}
         return rows[""] if list(rows) == [""] else DatasetDict(rows)
 
 

@@ -57,6 +57,7 @@ def finetune_reranker(
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
     evaluator: BaseEvaluator | Callable[..., Any] | None = None,
     max_pixels: int | None = None,
+    page_store: Literal["auto"] | str | os.PathLike[str] | None = "auto",
     **training_arguments: Any,
 ) -> FinetuneResult:
     """Finetune a reranker on pages and queries, and measure what it gained.
@@ -96,6 +97,10 @@ def finetune_reranker(
             its metrics; alone, its ``primary_metric`` chooses the checkpoint.
         max_pixels: Largest number of pixels a page after resizing, as in ``load_model``; saved with the model. ``None``
             leaves the model's own limit.
+        page_store: Where what the image processor makes of a page is kept, as bytes and by content, so that further
+            epochs and evaluations neither decode nor resize it again. ``"auto"`` keeps it for the run: in memory, or
+            in a file of the output folder where several processes read pages. A folder keeps it for other runs, too.
+            ``None`` keeps nothing. What is trained and measured is the same to the bit.
         **training_arguments: Training arguments of the host by name, in place of the recipe's.
 
     Returns:
@@ -135,6 +140,7 @@ def finetune_reranker(
         callbacks=callbacks,
         evaluator=evaluator,
         max_pixels=max_pixels,
+        page_store=page_store,
         training_arguments=training_arguments,
     )
     return run(call)

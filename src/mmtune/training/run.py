@@ -23,6 +23,8 @@ from mmtune.data.documents import DocumentKind
 from mmtune.errors import ConfigError
 from mmtune.evaluation.mean import AnyEvaluator
 from mmtune.host import is_in_parts, let_read_typed_texts
+from mmtune.inference.page_store import open_page_store
+from mmtune.inference.preprocessing import reading_pages
 from mmtune.models.adapters import encoders_of, has_lora, save_model
 from mmtune.models.fresh import fresh_layers, guess_fresh_layers, mark_fresh
 from mmtune.models.kinds import HostModel
@@ -74,7 +76,7 @@ from mmtune.training.trainers import AfterFirstSave, Kind, PageTrainer, StartCom
 
 _NOT_DECIDING = {
     *("kind", "model", "train_dataset", "eval_dataset", "output_dir", "args", "training_arguments", "overwrite"),
-    *("resume", "allow_overlap", "mini_batch_size", "callbacks", "evaluator"),
+    *("resume", "allow_overlap", "mini_batch_size", "callbacks", "evaluator", "page_store"),
 }
 
 
@@ -161,14 +163,20 @@ def _run_in(folder: Path, call: Finetuning) -> FinetuneResult:
             "training": {**describe_recipe(trainer), **own["training"]},
             "audit": found["audit"],
         }
-        before = began.before if began else measure(trainer, evaluator)
-        if began and evaluator and not primary_of(evaluator, model):
-            measure(trainer, evaluator)  # evaluators of the host tell their metric when they have been called
-        recipe.settle_metric(trainer.args, primary_of(evaluator, model))
-        check_metric(trainer.args, before)
-        trainer.record = began or RunRecord(began_with, rates or {}, before)
-        with _written_in(folder, trainer, overwrite=call.overwrite):
-            return _train(trainer, evaluator, start, settings, folder, checkpoint)
+        is_shared = trainer.args.world_size > 1 or trainer.args.dataloader_num_workers > 0
+        with (
+            open_page_store(call.page_store, folder, is_shared=is_shared) as store,
+            reading_pages(model, store) as reading,
+        ):
+            settings["training"] |= {"pages": reading, "page_store": str(store)}
+            before = began.before if began else measure(trainer, evaluator)
+            if began and evaluator and not primary_of(evaluator, model):
+                measure(trainer, evaluator)  # evaluators of the host tell their metric when they have been called
+            recipe.settle_metric(trainer.args, primary_of(evaluator, model))
+            check_metric(trainer.args, before)
+            trainer.record = began or RunRecord(began_with, rates or {}, before)
+            with _written_in(folder, trainer, overwrite=call.overwrite):
+                return _train(trainer, evaluator, start, settings, folder, checkpoint)
 
 
 def _fit_arguments(

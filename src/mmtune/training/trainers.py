@@ -51,6 +51,7 @@ from mmtune.arguments import listed
 from mmtune.data.documents import as_host_input
 from mmtune.errors import ConfigError
 from mmtune.host import OwnCheckpoints, innermost_sampler, uncompiled
+from mmtune.inference.preprocessing import prepare_pages
 from mmtune.models.adapters import has_lora, load_adapters
 from mmtune.models.kinds import HostModel
 from mmtune.models.late_interaction import build_late_interaction
@@ -363,7 +364,11 @@ class LateInteractionTrainer(PageTrainer, MultiVectorEncoderTrainer):
 
 
 class RerankingCollator(TextsAsTexts, CrossEncoderDataCollator):
-    """For rerankers."""
+    """For rerankers, whose losses preprocess pairs by themselves: what images cost is done here, in the workers."""
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        """The batch as the host collates it, with pages that the image processor has seen."""
+        return prepare_pages(getattr(self.preprocess_fn, "__self__", None), super().__call__(features))
 
 
 class RerankingTrainer(PageTrainer, CrossEncoderTrainer):
