@@ -6,6 +6,7 @@ import platform
 import resource
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -51,3 +52,19 @@ def machine() -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
     cores = f"{os.cpu_count()} cores, {processor}, {memory:.0f} GB"
     return f"{cores}; Python {platform.python_version()}, {versions}"
+
+
+def write_section(title: str, text: str) -> None:
+    """Put a section of RESULTS.md in the place of the one with the same title, or behind the others.
+
+    Args:
+        title: Of the section, without ``##``.
+        text: Markdown; the machine, its versions and the date are put in front.
+    """
+    results = Path(__file__).with_name("RESULTS.md")
+    head, *sections = results.read_text("utf-8").split("\n## ")
+    own = f"{title}\n\n{time.strftime('%Y-%m-%d')}. {machine()}.\n\n{text.strip()}\n"
+    titles = [section.partition("\n")[0] for section in sections]
+    at = titles.index(title) if title in titles else len(sections)
+    sections[at : at + 1] = [own]
+    results.write_text("\n## ".join([head, *(section.rstrip() + "\n" for section in sections)]), "utf-8")

@@ -8,16 +8,12 @@ planning of batches has no part in it; models are tiny, one thread, no dropout.
 
 import argparse
 import hashlib
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
-# Before the host is imported: one thread, no network, and torchvision beside a CPU torch.
-import conftest  # noqa: F401
+import without_gpu  # noqa: F401
 
 # isort: split
 

@@ -346,8 +346,8 @@ class RetrievalDataset:
                 model's processor, which costs detail; ``None`` leaves that to the processor alone. A JPEG of 32
                 megapixels and more is decoded at half its size all the same.
             input_size: What the model reads a page at: ``(width, height)``, or a largest number of pixels for a model
-                that keeps the shape of a page. A JPEG is then decoded at a fraction of its size that leaves twice the
-                sides, or 1.5 times the area, and ``max_pixels`` leaves no side shorter. ``finetune`` knows this of its
+                that keeps the shape of a page. A JPEG is then decoded at a fraction of its size that leaves 2.5 times
+                the sides, or 1.5 times the area, and ``max_pixels`` leaves no side shorter. ``finetune`` knows this of its
                 model; it is for the host's trainers.
             documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``; it decides which
                 documents are the same, too.
