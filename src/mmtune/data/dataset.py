@@ -347,8 +347,8 @@ class RetrievalDataset:
                 megapixels and more is decoded at half its size all the same.
             input_size: What the model reads a page at: ``(width, height)``, or a largest number of pixels for a model
                 that keeps the shape of a page. A JPEG is then decoded at a fraction of its size that leaves 2.5 times
-                the sides, or 1.5 times the area, and ``max_pixels`` leaves no side shorter. ``finetune`` knows this of its
-                model; it is for the host's trainers.
+                the sides, or 1.5 times the area, and ``max_pixels`` leaves no side shorter. ``finetune`` knows this of
+                its model; it is for the host's trainers.
             documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``; it decides which
                 documents are the same, too.
             on_short: What to do with a query that has too few negatives: ``"random"`` fills with documents that are not

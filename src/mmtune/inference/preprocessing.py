@@ -10,6 +10,7 @@ import copy
 import io
 import json
 import logging
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -100,12 +101,18 @@ class PageProcessing:
         options: What the host calls it with.
         table: From bytes to floats; ``None`` where pages travel as floats.
         store: Where what was made is kept; ``None`` keeps nothing.
+        count: How many pages were processed, in this process.
+        seconds: What that took, decoding included.
+        num_bytes: What was made of them.
     """
 
     processor: Any
     options: dict[str, Any] = field(default_factory=dict)
     table: FloatTable | None = None
     store: PageStore | None = None
+    count: int = 0
+    seconds: float = 0.0
+    num_bytes: int = 0
 
     @cached_property
     def enough(self) -> Enough:
@@ -144,10 +151,15 @@ class PageProcessing:
         return BatchFeature({name: torch.from_numpy(np.concatenate([each[name] for each in made])) for name in made[0]})
 
     def _process(self, page: Page) -> dict[str, np.ndarray]:
+        started = time.perf_counter()
         image = page.decoded(self.enough)
         if self._counts_other_patches(image.size, page.size):
             image = page.decoded(None)
-        return as_bytes(self.processor, image, self.options)
+        made = as_bytes(self.processor, image, self.options)
+        self.count += 1
+        self.seconds += time.perf_counter() - started
+        self.num_bytes += sum(array.nbytes for array in made.values())
+        return made
 
     def _counts_other_patches(self, size: tuple[int, int], full_size: tuple[int, int]) -> bool:
         """Whether rounding the sides of a page that was scaled down would give it another grid."""
@@ -244,7 +256,7 @@ def reading_pages(model: Any, store: PageStore | None = None) -> Iterator[dict[s
         found = {}
         for encoder in encoders_of(model) if isinstance(model, nn.Module) else []:
             if image_processor_of(encoder) is not None and _preprocessing_of(encoder) is None:
-                processing = replace(_probed(encoder), store=store)
+                processing = replace(_probed(encoder), store=store, count=0, seconds=0.0, num_bytes=0)
                 stack.enter_context(_reading(encoder, processing))
                 found[type(processing.processor).__name__] = "floats" if processing.table is None else "bytes"
         yield found
@@ -275,14 +287,19 @@ def prepare_pages(model: Any, inputs: Inputs) -> Inputs:
     Raises:
         ImageDecodeError: A page is no readable image; the message names the document.
     """
-    found = [_preprocessing_of(encoder) for encoder in encoders_of(model)] if isinstance(model, nn.Module) else []
-    known = [each.processing for each in found if each is not None and each.processing.table is not None]
+    known = processings_of(model)
     if len(known) == 1:  # with several encoders a page is of one of them, and only the host knows of which
         known[0].prepare(_pages_in(inputs))
     elif not known:
         for page in _pages_in(inputs):
             page.load()
     return inputs
+
+
+def processings_of(model: Any) -> list[PageProcessing]:
+    """How the image processors of a model read pages, those that give bytes; empty outside of ``reading_pages``."""
+    found = [_preprocessing_of(encoder) for encoder in encoders_of(model)] if isinstance(model, nn.Module) else []
+    return [each.processing for each in found if each is not None and each.processing.table is not None]
 
 
 def _pages_in(inputs: Any) -> Iterator[Page]:

@@ -47,6 +47,7 @@ class Finetuning(ABC):
     evaluator: Any
     max_pixels: int | None
     page_store: str | os.PathLike[str] | None
+    dry_run: bool
     training_arguments: Mapping[str, Any]
 
     @abstractmethod

@@ -73,8 +73,12 @@ def check_choices(call: Finetuning) -> None:
     Raises:
         ConfigError: One can't be; the message says what was expected.
     """
-    for name in ("allow_overlap", "overwrite"):
+    for name in ("allow_overlap", "overwrite", "dry_run"):
         require_flag(name, getattr(call, name))
+    if call.dry_run and call.resume:
+        raise ConfigError(
+            f"dry_run=True plans a run from its start, and resume={call.resume!r}. Leave one of them out."
+        )
     if call.resume != "auto":
         require_flag("resume", call.resume)
     require_one_of("keep", call.keep, ("best", "last"))

@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from sentence_transformers import CrossEncoder, CrossEncoderTrainingArguments
 from sentence_transformers.base.evaluation import BaseEvaluator
@@ -58,6 +58,7 @@ def finetune_reranker(
     evaluator: BaseEvaluator | Callable[..., Any] | None = None,
     max_pixels: int | None = None,
     page_store: Literal["auto"] | str | os.PathLike[str] | None = "auto",
+    dry_run: bool = False,
     **training_arguments: Any,
 ) -> FinetuneResult:
     """Finetune a reranker on pages and queries, and measure what it gained.
@@ -101,6 +102,8 @@ def finetune_reranker(
             epochs and evaluations neither decode nor resize it again. ``"auto"`` keeps it for the run: in memory, or
             in a file of the output folder where several processes read pages. A folder keeps it for other runs, too.
             ``None`` keeps nothing. What is trained and measured is the same to the bit.
+        dry_run: Train nothing and write nothing: time a few steps, an evaluation of a few pages and a checkpoint, put
+            the weights back, and return a ``Plan`` of the run in place of its result.
         **training_arguments: Training arguments of the host by name, in place of the recipe's.
 
     Returns:
@@ -141,9 +144,10 @@ def finetune_reranker(
         evaluator=evaluator,
         max_pixels=max_pixels,
         page_store=page_store,
+        dry_run=dry_run,
         training_arguments=training_arguments,
     )
-    return run(call)
+    return cast("FinetuneResult", run(call))  # a Plan for those who ask for one
 
 
 def _require_reranker(model: object, documents: str) -> None:

@@ -1,8 +1,10 @@
 """What ``finetune`` and ``finetune_reranker`` share: a call from its arguments to its result."""
 
+import copy
 import errno
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -58,6 +60,7 @@ from mmtune.training.output import (
     resolve_output_dir,
     set_aside,
 )
+from mmtune.training.plan import Begun, Plan, Rehearsed, describe_choices, rehearse
 from mmtune.training.progress import progress_bars
 from mmtune.training.records import (
     RunRecord,
@@ -76,12 +79,15 @@ from mmtune.training.trainers import AfterFirstSave, Kind, PageTrainer, StartCom
 
 _NOT_DECIDING = {
     *("kind", "model", "train_dataset", "eval_dataset", "output_dir", "args", "training_arguments", "overwrite"),
-    *("resume", "allow_overlap", "mini_batch_size", "callbacks", "evaluator", "page_store"),
+    *("resume", "allow_overlap", "mini_batch_size", "callbacks", "evaluator", "page_store", "dry_run"),
 }
 
 
-def run(call: Finetuning) -> FinetuneResult:
-    """A call from its arguments to its result; no bars where the training arguments want none."""
+def run(call: Finetuning) -> FinetuneResult | Plan:
+    """A call from its arguments to its result; no bars where the training arguments want none.
+
+    With ``dry_run`` to its plan, and nothing is left in the output folder.
+    """
     # what can be known before weights load is checked before, the cheapest first
     own_names = {field.name for field in fields(call)} - {"kind", "training_arguments"}
     given = check_training_arguments(call.kind, call.args, call.training_arguments, own=own_names)
@@ -90,6 +96,9 @@ def run(call: Finetuning) -> FinetuneResult:
     call.check_arguments()
     check_lora(call.lora)
     folder = resolve_output_dir(call.output_dir, call.args.output_dir if call.args else None)
+    if call.dry_run:
+        with tempfile.TemporaryDirectory(prefix="mmtune-") as scratch, progress_bars(shown=False):
+            return _run_in(Path(scratch), call)
     quiet = call.args.disable_tqdm if call.args else given.get("disable_tqdm")
     try:
         with progress_bars(shown=quiet is not True), only_run(folder):
@@ -98,7 +107,8 @@ def run(call: Finetuning) -> FinetuneResult:
         raise interrupted.end from None
 
 
-def _run_in(folder: Path, call: Finetuning) -> FinetuneResult:
+def _run_in(folder: Path, call: Finetuning) -> FinetuneResult | Plan:
+    begun = Begun(had_model=isinstance(call.model, nn.Module)) if call.dry_run else None
     inputs = (call.model, call.train_dataset, call.eval_dataset)
     is_over = call.resume == "auto" and is_finished(folder)
     checkpoint = check_output_dir(folder, overwrite=call.overwrite, resume=call.resume, inputs=inputs)
@@ -169,6 +179,10 @@ def _run_in(folder: Path, call: Finetuning) -> FinetuneResult:
             reading_pages(model, store) as reading,
         ):
             settings["training"] |= {"pages": reading, "page_store": str(store)}
+            if begun is not None:
+                build = partial(call.build_evaluator, model=model, loss=loss, args=args)
+                choices = describe_choices(call, trainer, settings)
+                return rehearse(trainer, train, Rehearsed(build, evaluation, call.evaluator), store, choices, begun)
             before = began.before if began else measure(trainer, evaluator)
             if began and evaluator and not primary_of(evaluator, model):
                 measure(trainer, evaluator)  # evaluators of the host tell their metric when they have been called
@@ -196,6 +210,9 @@ def _fit_arguments(
     )
     check_host_arguments(args, **facts)
     call.check_data(train, evaluation, args)
+    if call.dry_run:  # nothing is written, published or reported
+        args = copy.copy(args)
+        args.output_dir, args.push_to_hub, args.report_to, args.disable_tqdm = str(folder), False, [], True
     return args
 
 
