@@ -13,7 +13,7 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import CLIPModel
+from transformers import BertForSequenceClassification, CLIPModel
 
 from mmtune import host
 
@@ -98,6 +98,14 @@ def test_the_model_behind_a_compiled_one() -> None:
     layer = torch.nn.Linear(2, 2)
     assert host.uncompiled(torch.compile(layer)) is layer
     assert host.uncompiled(layer) is layer
+
+
+def test_weights_that_are_in_no_file_are_known(clip_path: str, text_encoder_path: str) -> None:
+    assert host.unread_weights(CLIPModel.from_pretrained(clip_path)) == []
+    assert host.unread_weights(CLIPModel.from_pretrained(clip_path).to(torch.float16)) == []
+    scores = BertForSequenceClassification.from_pretrained(text_encoder_path, num_labels=1)
+    assert host.unread_weights(scores) == ["classifier.weight", "classifier.bias"]
+    assert host.unread_weights(torch.nn.Linear(2, 2)) == []
 
 
 def test_adapters_are_found_and_taken_out(clip_path: str) -> None:

@@ -239,7 +239,7 @@ def test_prompts_of_ones_own_replace_the_defaults(qwen3_vl_path):
     ("prompts", "message"),
     [
         ({"text_to_imgae": "Same?"}, r"prompts has 'text_to_imgae', which is no direction.*'text_to_image': rename it"),
-        ({"text_to_image": 1}, r"prompts\['text_to_image'\]=1 is no text"),
+        ({"text_to_image": 1}, r"prompts=.'text_to_image': 1. is no mapping of texts"),
         ("Same?", r"prompts='Same\?' is no mapping"),
     ],
 )

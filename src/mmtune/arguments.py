@@ -8,7 +8,7 @@ import math
 import numbers
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from mmtune.errors import ConfigError
 
@@ -96,6 +96,39 @@ def require_one_of(name: str, value: object, known: Iterable[str]) -> None:
     choices = list(known)
     if not isinstance(value, str) or value not in choices:
         raise ConfigError(f"{name}={value!r} is unknown. Expected one of {', '.join(map(repr, choices))}.")
+
+
+def require_type(name: str, value: object, types: type | tuple[type, ...], *, expected: str) -> None:
+    """Make sure that ``value`` is of one of these types; ``expected`` says in words what is, for the message.
+
+    Raises:
+        ConfigError: It is of another.
+    """
+    if not isinstance(value, types):
+        raise ConfigError(f"{name}={value!r:.80}: expected {expected}.")
+
+
+def require_mapping(name: str, value: object, *, expected: str, of: type = object) -> None:
+    """Make sure that ``value`` maps texts to values of a type.
+
+    Args:
+        name: Of the argument, for the message.
+        value: What was given.
+        expected: What it should be, for the message.
+        of: The type of its values.
+
+    Raises:
+        ConfigError: It is no mapping, or holds something else.
+
+    Example:
+        >>> require_mapping("prompts", {"query": 5}, of=str, expected="prompts by name")
+        Traceback (most recent call last):
+        mmtune.errors.ConfigError: prompts={'query': 5} is no mapping of texts. Expected prompts by name.
+    """
+    pairs = value.items() if isinstance(value, Mapping) else [(None, None)]
+    if not all(isinstance(key, str) and isinstance(part, of) for key, part in pairs):
+        kind = "mapping of texts" if of is str else "mapping by names"
+        raise ConfigError(f"{name}={value!r:.80} is no {kind}. Expected {expected}.")
 
 
 def require_path(name: str, value: object, *, what: str = "a folder") -> None:

@@ -211,8 +211,23 @@ def tracker_names() -> list[str]:
     return list(INTEGRATION_TO_CALLBACK)
 
 
+def unread_weights(model: Any) -> list[str]:
+    """The names of the weights of a transformers model that were in none of its files: they are drawn.
+
+    transformers marks what it has read, and says what it has not in a log entry. The host passing on
+    ``output_loading_info`` would replace the look at the marks. A class from elsewhere may load in its own way: empty.
+    """
+    if not type(model).__module__.startswith("transformers."):
+        return []
+    # what lies on a disk or in another process has a stand-in: on the device "meta", or empty
+    here = [(name, weight) for name, weight in model.named_parameters() if weight.numel() and not weight.is_meta]
+    return [name for name, weight in here if not hasattr(weight, "_is_hf_initialized")]
+
+
 def forget_adapter(model: Any) -> None:
-    """Let an adapter be attached after an attempt that failed: the mark is set before anything is attached."""
+    """Take out what an attempt to attach an adapter has left when it failed, and the mark that is set before it."""
+    for name, layer in adapter_layers(model):
+        model.set_submodule(name, layer.get_base_layer())
     model._hf_peft_config_loaded = False
 
 

@@ -7,6 +7,7 @@ Host models that end in one encoder save and load adapters themselves. The host 
 
 import copy
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -21,9 +22,11 @@ from sentence_transformers.base.model import BaseModel
 from sentence_transformers.base.modules import Router, Transformer
 from torch import nn
 
+from mmtune.arguments import require_path
 from mmtune.errors import ConfigError
 from mmtune.host import take_out_adapters, weights_beside_adapters
-from mmtune.models.checkpoints import CheckpointFiles
+from mmtune.models.checkpoints import CheckpointFiles, find_checkpoint
+from mmtune.models.kinds import require_model
 
 ADAPTER_FILE = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
@@ -52,8 +55,9 @@ def merge_lora(model: BaseModel) -> BaseModel:
         The same model, changed in place.
 
     Raises:
-        ConfigError: The weights are quantised, so that the sum would be rounded to a few bits.
+        ConfigError: The weights are quantised, so that the sum would be rounded to a few bits; or this is no model.
     """
+    require_model(model)
     adapted = [module for module in encoders_of(model) if has_adapters(module)]
     if any(is_quantized(module) for module in adapted):
         raise ConfigError(
@@ -85,8 +89,12 @@ def save_model(model: BaseModel, folder: str | Path) -> bool:
         Whether the adapters were merged for saving.
 
     Raises:
-        ConfigError: They would have to be, and the weights are quantised.
+        ConfigError: They would have to be, and the weights are quantised; or ``folder`` is none.
     """
+    require_model(model)
+    require_path("folder", folder)
+    if Path(folder).is_file():
+        raise ConfigError(f"folder={str(folder)!r} is a file. Expected a folder, which may be new. Pass one.")
     merges = has_lora(model) and not _host_can_reload(model, Path(folder))
     saved = merge_lora(_copy_on_cpu(model)) if merges else model
     saved.save_pretrained(str(folder))
@@ -107,9 +115,15 @@ def load_adapters(model: BaseModel, folder: str | Path) -> None:
         folder: What ``save_pretrained`` wrote for a model of this structure.
 
     Raises:
-        ConfigError: The checkpoint has no adapters, or others.
+        ConfigError: There is no checkpoint, or it has no adapters, or others.
     """
-    saved = json.loads(Path(folder, "modules.json").read_text(encoding="utf-8"))
+    require_model(model)
+    require_path("folder", folder)
+    saved = find_checkpoint(os.fspath(folder)).modules or []
+    if len(saved) != len(model):
+        raise ConfigError(
+            f"{str(folder)!r} holds {len(saved)} modules, and the model {len(model)}. Pass the run's own."
+        )
     paths = (entry["path"] for entry in sorted(saved, key=lambda entry: entry["idx"]))
     for module, path in zip(model.children(), paths, strict=True):
         _load_module(module, Path(folder), path)

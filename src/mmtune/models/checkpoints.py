@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +16,17 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
-from transformers import MODEL_MAPPING, AutoConfig, AutoProcessor, ImageProcessingMixin, PreTrainedConfig
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoProcessor,
+    ImageProcessingMixin,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from mmtune.arguments import nearest_name
-from mmtune.errors import ConfigError, MissingExtraError
+from mmtune.errors import ConfigError, MissingExtraError, MmtuneError
 from mmtune.host import WithoutWeights
 from mmtune.models.kinds import HostModel
 
@@ -44,7 +52,7 @@ class Encoder:
         modalities: What it embeds (``"text"``, ``"image"``, ...), or ``None`` for a module with code of its own, which
             only shows once it is built.
         config: The transformers config, or ``None`` where there is none (an adapter, another kind of module).
-        processor: What ``AutoProcessor`` gives, for encoders that take images; else ``None``.
+        processor: What ``AutoProcessor`` gives, for transformers models; else ``None``.
         image_arguments: Image arguments that the host applies on every call, from the saved ``processing_kwargs``.
         refusals: Why it does not embed one of the modalities that its processor knows, by modality.
     """
@@ -83,9 +91,22 @@ class CheckpointFiles:
             return None
 
     def read_json(self, filename: str, subfolder: str = "") -> Any:
-        """The content of a JSON file, or ``None`` where the checkpoint has no such file."""
-        path = self.path(filename, subfolder)
-        return None if path is None else json.loads(path.read_text(encoding="utf-8"))
+        """The content of a JSON file, a dictionary, or ``None`` where the checkpoint has no such file.
+
+        ``modules.json`` is a list of dictionaries, which say of each module what it is and where it lies.
+
+        Raises:
+            ConfigError: The file is damaged.
+        """
+        with reading(self.name):
+            path = self.path(filename, subfolder)
+            if path is None:
+                return None
+            content = json.loads(path.read_text(encoding="utf-8"))
+            parts = content if filename == "modules.json" else [content]
+            if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+                raise ValueError(f"{filename} holds {content!r:.80}")
+            return content
 
     @cached_property
     def modules(self) -> list[dict[str, Any]] | None:
@@ -103,23 +124,29 @@ class CheckpointFiles:
     def architectures(self) -> list[str]:
         """The model classes of a checkpoint without ``modules.json``; empty for any other."""
         config = None if self.modules is not None else self.read_json("config.json")
-        return (config or {}).get("architectures") or []
+        names = (config or {}).get("architectures")
+        return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
     def weight_files(self) -> list[Path]:
         """Where the weights lie on this machine, as safetensors or as torch saves them; empty where there are none."""
-        for filename in ("model.safetensors", "pytorch_model.bin"):
-            index = self.read_json(f"{filename}.index.json")
-            filenames = sorted(set(index["weight_map"].values())) if index else [filename]
-            paths = [path for path in map(self.path, filenames) if path is not None]
-            if paths:
-                return paths
+        with reading(self.name):
+            for filename in ("model.safetensors", "pytorch_model.bin"):
+                index = self.read_json(f"{filename}.index.json")
+                filenames = sorted(set(index["weight_map"].values())) if index else [filename]
+                paths = [path for path in map(self.path, filenames) if path is not None]
+                if paths:
+                    return paths
         return []
 
     def config(self, subfolder: str) -> PreTrainedConfig | None:
         """The transformers config, or ``None`` for an adapter, whose config is that of its base model."""
         if self.read_json("config.json", subfolder) is None:
             return None
-        return AutoConfig.from_pretrained(self.name, **self.hub, **{"subfolder": subfolder, **self.config_kwargs})
+        with reading(self.name):
+            config = AutoConfig.from_pretrained(self.name, **self.hub, **{"subfolder": subfolder, **self.config_kwargs})
+            if not all(isinstance(name, str) for name in config.architectures or ()):
+                raise ValueError(f"config.json holds the architectures {config.architectures!r:.80}")
+            return config
 
     def processor(self, subfolder: str) -> object:
         """Tokenizer, image processor, or both in one."""
@@ -142,7 +169,13 @@ def find_checkpoint(name: str, *, hub: Mapping[str, Any] | None = None, **kwargs
         ConfigError: Nothing is there, or nothing that is a checkpoint.
     """
     path = Path(name)
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:  # too long for a name
+        raise ConfigError(
+            f"{name!r:.80} can't be a path: {first_line(error):.80} Pass that of a checkpoint."
+        ) from error
+    if is_folder:
         if not _holds_checkpoint(path):
             entries = sorted(path.iterdir())
             inside = next(filter(_holds_checkpoint, entries), None)
@@ -153,7 +186,7 @@ def find_checkpoint(name: str, *, hub: Mapping[str, Any] | None = None, **kwargs
                 f"{str(path)!r} holds no checkpoint: found {listing}. Expected one of {', '.join(MARKERS)}. {remedy}"
             )
         return CheckpointFiles(name, hub or {}, **kwargs)
-    if path.is_file():
+    if is_file:
         raise ConfigError(f"{name!r} is a file. Expected the folder of a checkpoint: pass {str(path.parent)!r}.")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise ConfigError(
@@ -220,21 +253,28 @@ def read_encoders(
         ConfigError: The checkpoint embeds no ``modality``, or its config or processor can't be read.
         MissingExtraError: A package that its processor needs is not installed.
     """
-    try:
+    with reading(files.name):
         modules = files.modules
         if modules:
             encoders = _saved_encoders(files, modules[0]["type"], modules[0]["path"])
         else:
             encoders = [_fresh_encoder(files, model_class)]
-    except ImportError as error:
-        raise missing_extra(files.name, error) from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"The config or processor of {files.name!r} can't be read: {first_line(error)} Expected a checkpoint "
-            f"that transformers {transformers.__version__} knows. Check its files, or update transformers."
-        ) from error
+        for encoder in encoders:
+            _require_words(files, encoder)
     require_modality(files, encoders, modality)
     return encoders
+
+
+def _require_words(files: CheckpointFiles, encoder: Encoder) -> None:
+    """Refuse a tokenizer without its vocabulary, which transformers makes up where the files are missing."""
+    tokenizer = getattr(encoder.processor, "tokenizer", encoder.processor)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or "text" not in (encoder.modalities or ()):
+        return
+    if set(tokenizer.encode(SAMPLES["text"])) <= set(tokenizer.all_special_ids):
+        raise ConfigError(
+            f"The tokenizer of {files.name!r} knows no words, so that all texts would be alike. Expected its "
+            f"vocabulary, such as tokenizer.json. Download or save the checkpoint again."
+        )
 
 
 def _saved_encoders(files: CheckpointFiles, module_type: str, subfolder: str) -> list[Encoder]:
@@ -254,11 +294,12 @@ def _saved_encoders(files: CheckpointFiles, module_type: str, subfolder: str) ->
     # combinations are saved as "image+text"; versions before 5.4 saved none, and CLIP had a class of its own
     keys = saved.get("modality_config", ["text", "image"] if class_name == "CLIPModel" else ["text"])
     modalities = frozenset(part for key in keys for part in key.split("+"))
+    config = files.config(subfolder)
     encoder = Encoder(
         modalities=modalities,
-        config=files.config(subfolder),
-        processor=files.processor(subfolder) if "image" in modalities else None,
-        image_arguments=saved.get("processing_kwargs", {}).get("image", {}),
+        config=config,
+        processor=files.processor(subfolder) if config is not None or "image" in modalities else None,
+        image_arguments=dict(saved.get("processing_kwargs", {}).get("image", {})),
     )
     return [encoder]
 
@@ -306,6 +347,27 @@ def _refusals(encoder: Transformer) -> dict[str, str]:
             if by_forward and isinstance(encoder.model.get_input_embeddings(), torch.nn.Embedding):
                 reasons[modality] = "it has no chat template that gives an image its place in a text"
     return reasons
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """What the files of a checkpoint raise when they are damaged, or foreign, as an error that names the checkpoint.
+
+    Raises:
+        ConfigError: They can't be read.
+        MissingExtraError: A package that reading them needs is not installed.
+    """
+    try:
+        yield
+    except MmtuneError:
+        raise
+    except ImportError as error:
+        raise missing_extra(name, error) from error
+    except Exception as error:  # damaged files fail in every way
+        raise ConfigError(
+            f"The config or processor of {name!r} can't be read: {type(error).__name__}: {first_line(error)} Expected "
+            f"a checkpoint that transformers {transformers.__version__} knows. Check its files, or update transformers."
+        ) from error
 
 
 def require_modality(files: CheckpointFiles, encoders: list[Encoder], modality: str) -> None:

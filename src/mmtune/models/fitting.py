@@ -26,14 +26,14 @@ logger = logging.getLogger(__name__)
 
 
 def fit_pooling(model: SentenceTransformer) -> None:
-    """Give a model that the host made from a fresh checkpoint the pooling that its encoder needs.
+    """Give a model that the host made from a checkpoint for another use the pooling that its encoder needs.
 
     Where the encoder is causal, the last token is the only one that has seen the whole page: it becomes the embedding
     in place of the mean. It is saved with the model.
 
     Args:
-        model: As the host makes it from a checkpoint without ``modules.json``; changed in place. What was changed is
-            logged, and ``describe_model`` tells it.
+        model: As the host makes it from a checkpoint without ``modules.json``, or from a saved reranker; changed in
+            place. What was changed is logged, and ``describe_model`` tells it.
     """
     encoder, *others = model
     if not _embeds_texts(encoder):
@@ -93,7 +93,7 @@ def is_causal(encoder: Transformer, device: torch.device) -> bool:
     hook = encoder.model.get_input_embeddings().register_forward_hook(watch)
     try:
         with torch.enable_grad():
-            tokens = encoder(_features(encoder, device))["token_embeddings"]
+            tokens = _embed_text(encoder, device)["token_embeddings"]
     finally:
         hook.remove()
     if not seen or not tokens.requires_grad:  # an encoder of its own kind: the host's choice stands
@@ -109,13 +109,25 @@ def padding_matters(encoder: Transformer, device: torch.device) -> bool:
     if encoder.processing_kwargs.get("text", {}).get("padding"):
         return False
     with torch.no_grad():
-        alone = encoder(_features(encoder, device))["sentence_embedding"].float()
-        padded = encoder(_features(encoder, device, {"text": {"padding": "max_length"}}))["sentence_embedding"].float()
+        alone = _embed_text(encoder, device)["sentence_embedding"].float()
+        padded = _embed_text(encoder, device, {"text": {"padding": "max_length"}})["sentence_embedding"].float()
     return bool((alone - padded).norm() > PADDING_MATTERS * alone.norm())
 
 
-def _features(encoder: Transformer, device: torch.device, kwargs: ProcessingKwargs | None = None) -> dict[str, Any]:
-    return batch_to_device(encoder.preprocess([SAMPLES["text"]], processing_kwargs=kwargs), device)
+def _embed_text(encoder: Transformer, device: torch.device, kwargs: ProcessingKwargs | None = None) -> dict[str, Any]:
+    """What an encoder makes of a short text.
+
+    Raises:
+        ConfigError: It can't.
+    """
+    try:
+        features = encoder.preprocess([SAMPLES["text"]], processing_kwargs=kwargs)
+        return encoder(batch_to_device(features, device))
+    except Exception as error:  # processors and encoders refuse in every way
+        raise ConfigError(
+            f"{encoder.config.name_or_path!r} can't embed a text: {type(error).__name__}: {first_line(error)} Expected "
+            f"the tokenizer that belongs to the weights, and an attention that runs on this device. Check both."
+        ) from error
 
 
 def check_prompts(model: SentenceTransformer) -> None:

@@ -13,6 +13,7 @@ from sentence_transformers import CrossEncoder
 from sentence_transformers.base.modules import Dense, Router
 from torch import nn
 
+from mmtune.arguments import require_seed
 from mmtune.models.kinds import HostModel
 
 TOKENS = "token_embeddings"
@@ -31,7 +32,12 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draws numbers on the CPU from the seed alone, and leaves the caller's random state as it was."""
+    """Draws numbers on the CPU from the seed alone, and leaves the caller's random state as it was.
+
+    Raises:
+        ConfigError: The seed is no whole number from 0 to 2**32 - 1.
+    """
+    seed = require_seed("seed", seed)
     # torch.manual_seed would also seed, and start, every accelerator
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

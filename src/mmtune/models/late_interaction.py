@@ -11,7 +11,7 @@ from sentence_transformers.base.modules import Dense, Transformer
 from torch import nn
 
 from mmtune.errors import ConfigError
-from mmtune.models.checkpoints import CheckpointFiles
+from mmtune.models.checkpoints import CheckpointFiles, reading
 from mmtune.models.fresh import TOKENS, mark_fresh, seeded
 from mmtune.models.loading import load_host_model
 from mmtune.models.opening import LoadOptions, open_checkpoint, require_dimension
@@ -72,7 +72,8 @@ def build_late_interaction(
     options = LoadOptions(max_pixels, min_pixels, dtype, attention, device, host_kwargs)
     dimension = require_dimension(dimension, "a vector")
     files = open_checkpoint(name_or_path, options)
-    source = read_source(files)
+    with reading(files.name):
+        source = read_source(files)
     _check_own_dimension(files.name, dimension, source.dimension)
     with seeded(seed):
         model = load_host_model(MultiVectorEncoder, name_or_path, options)

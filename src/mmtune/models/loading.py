@@ -9,11 +9,12 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
+from mmtune.arguments import require_type
 from mmtune.errors import ConfigError
 from mmtune.host import attention_of
 from mmtune.models.checkpoints import read_encoders, require_modality
 from mmtune.models.fitting import check_prompts, fit_padding, fit_pooling
-from mmtune.models.kinds import HostModel, SameModel
+from mmtune.models.kinds import HostModel, SameModel, require_model
 from mmtune.models.opening import LoadOptions, build, check_host_kwargs, check_limits, open_checkpoint
 from mmtune.models.pixels import apply_pixel_limits, effective_pixel_limits
 from mmtune.models.routes import unify_dtypes
@@ -31,10 +32,10 @@ def load_model(
 ) -> SentenceTransformer:
     """A host model that embeds pages, with dtype and attention chosen for the hardware.
 
-    A checkpoint without ``modules.json`` was made for something else, and gets what its encoder needs: the last token
-    as the embedding where each token sees only those before it (the host takes the mean of all). With any checkpoint,
-    texts are padded to one length where padding changes their embedding (SigLIP) and nothing is said about it. A log
-    line tells, and it is saved with the model.
+    A checkpoint without ``modules.json``, or a saved reranker, was made for something else, and gets what its encoder
+    needs: the last token as the embedding where each token sees only those before it (the host takes the mean of all).
+    With any checkpoint, texts are padded to one length where padding changes their embedding (SigLIP) and nothing is
+    said about it. A log line tells, and it is saved with the model.
 
     ``describe_model`` says what was chosen. Whatever can be checked without weights is checked first.
 
@@ -57,8 +58,8 @@ def load_model(
         A new model, in evaluation mode as the host gives it.
 
     Raises:
-        ConfigError: There is no checkpoint, it does not embed images by themselves, it can't be read, or an argument
-            or prompt does not fit.
+        ConfigError: There is no checkpoint, it does not embed images by themselves, it can't be read, its weights are
+            those of another, or an argument or prompt does not fit.
         MissingExtraError: A package that the checkpoint needs is not installed.
 
     Warns:
@@ -98,7 +99,10 @@ def load_host_model(
         model.model_card_data.local_files_only = True
     _require(model, modality, "pages, which are images" if modality == "image" else "texts")
     if isinstance(model, SentenceTransformer):
-        if files.modules is None:
+        asked, found = options.host_kwargs.get("truncate_dim") or 0, full_dimension(model)
+        if asked > (found or asked):
+            raise ConfigError(f"truncate_dim={asked} is more than the {found} dimensions of {files.name!r}. Lower it.")
+        if files.saved_type != "SentenceTransformer":  # the host has chosen the pooling just now
             fit_pooling(model)
         fit_padding(model, model.device)
         check_prompts(model)
@@ -138,6 +142,8 @@ def check_documents(model: HostModel, documents: str = "image") -> None:
     Raises:
         ConfigError: It does not; the message lists what it embeds.
     """
+    require_model(model)
+    require_type("documents", documents, str, expected="a kind of document, such as 'image'")
     parts = sorted(documents.split("+"))
     _require(model, parts[0] if len(parts) == 1 else tuple(parts), f"documents={documents!r}")
     _require(model, "text", "queries, which are text")
@@ -156,7 +162,11 @@ def describe_model(model: HostModel) -> dict[str, Any]:
         (several are joined by ``", "``), ``device``, ``min_pixels`` and ``max_pixels`` (``None`` where the image size
         is fixed), ``pooling`` (``"mean"``, ``"lasttoken"``, ...; ``None`` where the encoder pools by itself) and
         ``text_padding`` (``"longest"`` of a batch, or to ``"max_length"``).
+
+    Raises:
+        ConfigError: ``model`` is no model.
     """
+    require_model(model)
     limits = effective_pixel_limits(model)
     transformers = [module for module in model.modules() if isinstance(module, Transformer)]
     configs = [module.config for module in transformers]

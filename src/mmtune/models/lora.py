@@ -2,7 +2,8 @@
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -12,11 +13,13 @@ from sentence_transformers.base.model import BaseModel
 from sentence_transformers.base.modules import Transformer
 from torch import nn
 
+from mmtune.arguments import require_flag, require_mapping, require_number, require_one_of, require_whole
 from mmtune.errors import ConfigError, MissingExtraError
 from mmtune.host import adapter_layers, forget_adapter, take_out_adapters
 from mmtune.models.adapters import encoders_of, has_adapters, is_quantized
 from mmtune.models.checkpoints import how_to_install
 from mmtune.models.fresh import seeded
+from mmtune.models.kinds import require_model
 from mmtune.models.parts import PROJECTION, encoder_parts, parts_named
 
 if TYPE_CHECKING:
@@ -38,7 +41,8 @@ def check_lora(lora: LoraChoice) -> None:
         lora: ``None`` or ``False`` for none, ``True`` for the defaults, or a config of peft.
 
     Raises:
-        ConfigError: It is something else, or a method that adds no weights to layers (prompt tuning).
+        ConfigError: It is something else, a method that adds no weights to layers (prompt tuning), or a config with a
+            value that can't be.
         MissingExtraError: peft is not installed.
     """
     if lora is None or lora is False:
@@ -49,7 +53,7 @@ def check_lora(lora: LoraChoice) -> None:
 
     if lora is not True and not isinstance(lora, PeftConfig):
         raise ConfigError(
-            f"lora={lora!r} is a {type(lora).__name__}. Expected True, None or a config of peft: pass "
+            f"lora={lora!r:.80} is a {type(lora).__name__}. Expected True, None or a config of peft: pass "
             f"peft.LoraConfig(r=32, lora_alpha=32)."
         )
     if lora is not True and (lora.is_prompt_learning or lora.is_adaption_prompt):
@@ -57,6 +61,31 @@ def check_lora(lora: LoraChoice) -> None:
             f"lora={type(lora).__name__}(...) adds tokens to the input and no weights to layers, which the host can't "
             f"save. Expected a config such as peft.LoraConfig. Pass that, or True."
         )
+    if lora is not True:
+        _check_config(lora)
+
+
+def _check_config(config: "PeftConfig") -> None:
+    """Look at what peft takes as it is, and fails on, or trains nothing with, once the weights are loaded."""
+    from peft import LoraConfig
+
+    kind = f"lora: {type(config).__name__}"
+    for flag in fields(config):
+        if flag.type in (bool, "bool"):
+            require_flag(f"{kind}.{flag.name}", getattr(config, flag.name))
+    saved = getattr(config, "modules_to_save", None)
+    if saved is not None and (isinstance(saved, str) or not isinstance(saved, Iterable)):
+        raise ConfigError(f"{kind}.modules_to_save={saved!r:.80}: expected the names of modules in a list.")
+    if isinstance(config, LoraConfig):
+        require_whole(f"{kind}.r", config.r)
+        require_one_of(f"{kind}.bias", config.bias, ("none", "all", "lora_only"))
+        patterns = config.alpha_pattern or {}
+        require_mapping(f"{kind}.alpha_pattern", patterns, expected="numbers by the names of layers")
+        for alpha in (config.lora_alpha, *patterns.values()):
+            if require_number(f"{kind}.lora_alpha", alpha) <= 0:
+                raise ConfigError(f"{kind}.lora_alpha={alpha!r}: expected a number above 0, which adapters count by.")
+        if not 0 <= require_number(f"{kind}.lora_dropout", config.lora_dropout) < 1:
+            raise ConfigError(f"{kind}.lora_dropout={config.lora_dropout!r}: expected a share from 0 up to 1.")
 
 
 def add_lora(model: BaseModel, lora: LoraChoice, *, freeze: Sequence[str] = (), seed: int = 42) -> dict[str, Any]:
@@ -96,6 +125,7 @@ def add_lora(model: BaseModel, lora: LoraChoice, *, freeze: Sequence[str] = (), 
         (32, 12)
     """
     check_lora(lora)
+    require_model(model)
     encoders = encoders_of(model)
     adapted = [module for module in encoders if has_adapters(module)]
     if not lora:
@@ -107,6 +137,12 @@ def add_lora(model: BaseModel, lora: LoraChoice, *, freeze: Sequence[str] = (), 
             f"out; to start others on top of them, pass merge_lora(model)."
         )
     frozen = {id(parameter) for part in parts_named(model, freeze).values() for parameter in part}
+    modules = [name for module in encoders for name, _ in module.model.named_modules()]
+    for name in getattr(lora, "modules_to_save", None) or ():
+        if not any(module.endswith(str(name)) for module in modules):
+            raise ConfigError(
+                f"lora: modules_to_save has {name!r}, and the model no such module. Name one that it has."
+            )
     adapted = _attach(encoders, lora, frozen | _frozen_before(model), seed)
     inside = [
         name
@@ -171,7 +207,7 @@ def _attach(encoders: Sequence[Transformer], lora: LoraChoice, frozen: set[int],
                 _prepare_quantized(module)
             try:
                 module.model.add_adapter(config)
-            except ValueError as error:  # no module has such a name; in a Router another encoder may
+            except Exception as error:  # peft refuses in every way; in a Router another encoder may fit
                 forget_adapter(module.model)
                 reasons.append(f" {type(module.model).__name__}: {error}")
                 continue

@@ -4,20 +4,33 @@ import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
 import transformers
+from huggingface_hub import CardData
 from safetensors import SafetensorError
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.util import get_device_name
 from torch import nn
 from transformers import PreTrainedConfig
 
-from mmtune.arguments import is_whole, nearest_name
+from mmtune.arguments import (
+    is_whole,
+    nearest_name,
+    require_flag,
+    require_mapping,
+    require_one_of,
+    require_path,
+    require_type,
+    require_whole,
+)
 from mmtune.errors import ConfigError
-from mmtune.host import flash_attention_loads, supports_flash_attention
+from mmtune.host import flash_attention_loads, supports_flash_attention, unread_weights
+from mmtune.models.adapters import has_adapters, is_quantized
 from mmtune.models.checkpoints import TEXT_ONLY, CheckpointFiles, Encoder, find_checkpoint, first_line, missing_extra
 from mmtune.models.kinds import HostModel
 from mmtune.models.pixels import PixelLimits, image_arguments, warn_unused_limits
@@ -26,6 +39,12 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 OWN_ARGUMENTS = frozenset({"max_pixels", "min_pixels", "dtype", "attention", "device"})
 """What every function that loads a checkpoint takes besides the host's arguments."""
+
+LARGEST_DIMENSION = 2**16
+"""Of an embedding that is asked for; far above what anything stores."""
+
+ENOUGH_MISSING = 0.2
+"""Share of an encoder's weights that are in no file, from which on the files are not its own: above that of a head."""
 
 PADDED_ALWAYS = ("qwen2_vl",)
 """Model types that don't work when flash attention gets the texts of a batch as one row, as the host says of them
@@ -43,7 +62,8 @@ class LoadOptions:
         processor_kwargs: What the host's processors get, without the pixel limits.
 
     Raises:
-        ConfigError: A pixel limit is no limit, or is given twice.
+        ConfigError: A pixel limit is no limit, or is given twice; dtype, attention, device or an argument of the host
+            can't be.
     """
 
     max_pixels: int | None = None
@@ -56,6 +76,20 @@ class LoadOptions:
     processor_kwargs: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
+        for name, value in self.host_kwargs.items():
+            if value is not None and name in _HOST_CHECKS:
+                _HOST_CHECKS[name](name, value)
+        # NumPy's integers could not be saved with the model
+        whole = {name: int(value) for name, value in self.host_kwargs.items() if is_whole(value)}
+        object.__setattr__(self, "host_kwargs", {**self.host_kwargs, **whole})
+        expected = "'auto', or one of transformers that embeds, such as 'sdpa' or 'eager'"
+        require_type("attention", self.attention, str, expected=expected)
+        if self.attention.startswith("paged|"):  # for generating texts: what else they give is wrong
+            raise ConfigError(f"attention={self.attention!r}: expected {expected}.")
+        _chosen_dtype(self.dtype, torch.device("cpu"))  # only to see whether it can be
+        if self.device is not None:
+            _target_device(self.device)
+            object.__setattr__(self, "device", str(torch.device(self.device)))
         # taken out of processor_kwargs, from where they would leak into the tokenizer's config
         given = PixelLimits(self.min_pixels, self.max_pixels).given()
         processor_kwargs = dict(self.host_kwargs.get("processor_kwargs") or {})
@@ -71,8 +105,17 @@ class LoadOptions:
         """Arguments of a host model, with dtype and attention chosen for the hardware and these encoders.
 
         Raises:
-            ConfigError: dtype, attention or device can't be, or is given twice.
+            ConfigError: dtype, attention or device can't be, or is given twice; ``max_length`` is above what an encoder
+                takes.
         """
+        max_length = self.host_kwargs.get("max_length") or 0
+        for config in filter(None, (encoder.config for encoder in encoders)):
+            positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+            if 0 < positions < max_length:
+                raise ConfigError(
+                    f"max_length={max_length} is more than the {positions} positions of the encoder. Lower it, or "
+                    f"raise max_position_embeddings in config_kwargs."
+                )
         device = _target_device(self.device)
         chosen = {"device": self.device, "processor_kwargs": self.processor_kwargs}
         model_kwargs = dict(self.host_kwargs.get("model_kwargs") or {})
@@ -103,12 +146,19 @@ def _given_twice(name: str, container: str, key: str) -> ConfigError:
 
 
 def _target_device(device: str | torch.device | None) -> torch.device:
+    if not is_whole(device):  # the number of a GPU, for torch
+        require_type("device", device, (str, torch.device, type(None)), expected="'cpu', 'cuda' or 'cuda:1'")
     try:
         target = torch.device(get_device_name() if device is None else device)
-    except RuntimeError as error:
+        if target.type != "cuda":
+            torch.empty(0, device=target).cpu()  # 'meta' gives nothing back
+    except Exception as error:  # devices that are not there fail in every way
         raise ConfigError(f"device={device!r} is no device: {first_line(error)} Pass 'cpu' or 'cuda'.") from error
     if target.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device={device!r} was asked for, but torch finds no GPU. Leave device out, or pass 'cpu'.")
+    num_gpus = max(1, torch.cuda.device_count())
+    if target.type == "cuda" and (target.index or 0) >= num_gpus:
+        raise ConfigError(f"device={device!r} was asked for, and torch finds {num_gpus} GPUs. Pass a smaller number.")
     return target
 
 
@@ -143,6 +193,34 @@ def _runs_with_flash_attention(config: PreTrainedConfig | None) -> bool:
     return all(supports_flash_attention(part) for part in classes if part is not None)
 
 
+def _require_function(name: str, value: object) -> None:
+    if not callable(value) or isinstance(value, type):
+        raise ConfigError(f"{name}={value!r:.80}: expected a function of scores, such as torch.nn.Sigmoid().")
+
+
+_HOST_CHECKS: Mapping[str, Callable[[str, Any], object]] = MappingProxyType(
+    {
+        "prompts": partial(require_mapping, of=str, expected="prompts by name, as in {'query': 'query: '}"),
+        "default_prompt_name": partial(require_type, types=str, expected="the name of a prompt"),
+        "cache_folder": require_path,
+        "trust_remote_code": require_flag,
+        "revision": partial(require_type, types=str, expected="a branch, a tag or a commit"),
+        "local_files_only": require_flag,
+        "model_kwargs": partial(require_mapping, expected="arguments of a model of transformers"),
+        "processor_kwargs": partial(require_mapping, expected="arguments of a processor of transformers"),
+        "config_kwargs": partial(require_mapping, expected="arguments of a config of transformers"),
+        "model_card_data": partial(require_type, types=CardData, expected="the host's data of a model card"),
+        "backend": partial(require_one_of, known=("torch", "onnx", "openvino")),
+        "truncate_dim": require_whole,
+        "num_labels": require_whole,
+        "max_length": require_whole,
+        "activation_fn": _require_function,
+    }
+)
+"""What the host takes as it is, and fails on, or works wrongly with, once the weights are loaded. ``None`` is always
+the host's default."""
+
+
 def check_host_kwargs(model_class: type[HostModel], host_kwargs: Mapping[str, Any]) -> None:
     """Make sure that a host model takes these arguments.
 
@@ -165,9 +243,11 @@ def require_dimension(dimension: object, what: str) -> int | None:
     """
     if dimension is None:
         return None
-    if not is_whole(dimension) or int(dimension) < 1:  # type: ignore[call-overload] - a number, as is_whole has found
+    # a number, as is_whole has found
+    if not is_whole(dimension) or not 1 <= dimension <= LARGEST_DIMENSION:  # type: ignore[operator]
         raise ConfigError(
-            f"dimension={dimension!r} is no size of {what}. Expected a positive whole number such as 768, or None."
+            f"dimension={dimension!r} is no size of {what}. Expected a positive whole number such as 768, of "
+            f"{LARGEST_DIMENSION} at most, or None."
         )
     return int(dimension)  # type: ignore[call-overload]
 
@@ -182,12 +262,12 @@ def open_checkpoint(name_or_path: str | Path, options: LoadOptions | None = None
     Raises:
         ConfigError: It is no name, or there is no checkpoint.
     """
-    if not isinstance(name_or_path, str | os.PathLike) or not str(name_or_path).strip():
+    if not isinstance(name_or_path, str | os.PathLike) or not os.fspath(name_or_path).strip():
         raise ConfigError(
-            f"name_or_path={name_or_path!r} names no checkpoint. Expected a folder or a name on the Hub. Pass one; a "
-            f"model that is already built needs no load_model."
+            f"name_or_path={name_or_path!r:.200} names no checkpoint. Expected a folder or a name on the Hub. Pass "
+            f"one; a model that is already built needs no load_model."
         )
-    name = str(name_or_path)
+    name = os.fsdecode(name_or_path)
     options = options or LoadOptions()
     given = options.host_kwargs
     hub = {
@@ -232,14 +312,35 @@ def build(host_class: Callable[..., Built], name: str, **host_kwargs: Any) -> Bu
         built = host_class(name, **host_kwargs)
     except ImportError as error:
         raise missing_extra(name, error) from error
-    except ValueError as error:  # an attention that transformers does not know, among others
-        raise ConfigError(f"{name!r} can't be built with these arguments: {first_line(error)}") from error
-    except (OSError, SafetensorError) as error:
+    except torch.cuda.OutOfMemoryError:  # a RuntimeError, and no matter of files
+        raise
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise _weights_error(name, f"can't be loaded: {first_line(error)}") from error
+    except Exception as error:  # an attention that transformers does not know, among many others
         raise ConfigError(
-            f"The weights of {name!r} can't be loaded: {first_line(error)} Expected the weight files that belong to "
-            f"its config. Download or save the checkpoint again."
+            f"{name!r} can't be built with these arguments: {type(error).__name__}: {first_line(error)} Check them, "
+            f"and the files of the checkpoint."
         ) from error
     for module in built.modules():
-        if isinstance(module, Transformer) and module.config.model_type in PADDED_ALWAYS:
-            module.unpad_inputs = False
+        if isinstance(module, Transformer):
+            _require_read(module, name)
+            if module.config.model_type in PADDED_ALWAYS:
+                module.unpad_inputs = False
     return built
+
+
+def _require_read(encoder: Transformer, name: str) -> None:
+    """Refuse weights of another encoder: transformers draws what no file has, with no more than a log entry."""
+    if encoder.backend != "torch" or has_adapters(encoder) or is_quantized(encoder):
+        return
+    unread, num_weights = unread_weights(encoder.model), len(list(encoder.model.parameters()))
+    if len(unread) > ENOUGH_MISSING * num_weights:
+        reason = f"lack {len(unread)} of the {num_weights} in its config, e.g. {unread[0]!r}: they would be random."
+        raise _weights_error(name, reason)
+
+
+def _weights_error(name: str, reason: str) -> ConfigError:
+    return ConfigError(
+        f"The weights of {name!r} {reason} Expected the weight files that belong to its config. Download or save the "
+        f"checkpoint again."
+    )

@@ -25,6 +25,7 @@ from torch import nn
 
 from mmtune.arguments import listed
 from mmtune.errors import ConfigError
+from mmtune.models.kinds import require_model
 
 PROJECTION = "projection"
 TOWERS = {"vision": "image", "audio": "audio"}
@@ -54,11 +55,15 @@ def model_parts(model: BaseModel) -> dict[str, tuple[nn.Parameter, ...]]:
         The parts in the order in which the model runs; one without parameters is left out. A parameter is in one part,
         except that a VLM in a route of a Router is a part by the name of the route and has its own parts besides.
 
+    Raises:
+        ConfigError: ``model`` is no model.
+
     Example:
         >>> from sentence_transformers import SentenceTransformer
         >>> list(model_parts(SentenceTransformer("my-model", device="cpu")))  # a CLIP
         ['vision', 'text', 'projection']
     """
+    require_model(model)
     return _pipeline_parts(model.children())
 
 
@@ -91,7 +96,7 @@ def parts_named(model: BaseModel, names: Iterable[str] | None) -> dict[str, tupl
     parts = model_parts(model)
     found = {}
     for name in part_names(names):
-        known = name if name in parts else SYNONYMS.get(name)
+        known = name if name in list(parts) else SYNONYMS.get(str(name))  # a list has no key
         if known not in parts:
             raise ConfigError(
                 f"freeze: the model has no part {name!r}. Its parts are {listed(list(parts))}. Pass some of these."
@@ -159,10 +164,11 @@ def describe_training(model: BaseModel) -> dict[str, Any]:
         ``trained_parameters`` (their number), ``trained_share`` (of all parameters, 0 to 1), ``trained_parts`` and
         ``frozen_parts`` (names; a part with adapters is trained).
     """
+    parts = model_parts(model)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     # bitsandbytes packs two weights of 4 bits into a byte
     shapes = [getattr(getattr(weight, "quant_state", None), "shape", weight.shape) for weight in model.parameters()]
-    is_trained = {name: any(p.requires_grad for p in part) for name, part in model_parts(model).items()}
+    is_trained = {name: any(p.requires_grad for p in part) for name, part in parts.items()}
     return {
         "trained_parameters": trained,
         "trained_share": trained / max(1, sum(shape.numel() for shape in shapes)),

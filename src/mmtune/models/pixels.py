@@ -16,7 +16,7 @@ from transformers import ImageProcessingMixin
 
 from mmtune.arguments import is_whole
 from mmtune.errors import ConfigError
-from mmtune.models.kinds import HostModel, SameModel
+from mmtune.models.kinds import HostModel, SameModel, require_model
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,7 @@ def limit_pixels(model: SameModel, limits: PixelLimits) -> SameModel:
     Warns:
         UserWarning: As in ``warn_unused_limits``.
     """
+    require_model(model)
     warn_unused_limits([module.processor for module in _image_modules(model)], limits)
     return apply_pixel_limits(model, limits)
 

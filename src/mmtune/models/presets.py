@@ -126,7 +126,7 @@ def router_preset(name: str, **overrides: Any) -> SentenceTransformer:
     Example:
         >>> model = router_preset("minilm-siglip2", freeze="text")  # doctest: +SKIP
     """
-    if name not in ROUTER_PRESETS:
+    if name not in list(ROUTER_PRESETS):  # a list looks for what can't be a key, too
         raise ConfigError(f"There is no preset {name!r}. {_hint(name, list(ROUTER_PRESETS))} Name one of them.")
     return ROUTER_PRESETS[name].compose(**overrides)
 

@@ -15,7 +15,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import nn
 from transformers import MODEL_FOR_MULTIMODAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig
 
-from mmtune.arguments import nearest_name
+from mmtune.arguments import nearest_name, require_mapping
 from mmtune.errors import ConfigError
 from mmtune.models.chat import Answers, answer_arguments, find_answers, opens_answer, own_template, pair_template
 from mmtune.models.checkpoints import CheckpointFiles, Encoder, first_line, read_encoders
@@ -130,9 +130,10 @@ def build_reranker(
         transformer = _transformer("feature-extraction", files, encoder, chat_template, options)
         modules = [transformer, *_dense_head(transformer, answers, rows)]
     consumed = {"model_kwargs", "processor_kwargs", "config_kwargs", "num_labels", "max_length", "default_prompt_name"}
-    model = CrossEncoder(
-        modules=modules,
-        device=device,
+    model = build(
+        lambda _, **given: CrossEncoder(modules=modules, **given),
+        files.name,
+        device=options.device,
         prompts=all_prompts,
         default_prompt_name=default_prompt,
         **{
@@ -162,16 +163,9 @@ def _check_arguments(head: str, options: LoadOptions, prompts: Mapping[str, str]
             f"num_labels={options.host_kwargs['num_labels']!r} does not rank: a reranker gives one score per pair. "
             f"Leave num_labels out."
         )
-    if prompts is not None and not isinstance(prompts, Mapping):
-        raise ConfigError(
-            f"prompts={prompts!r} is no mapping. Expected a prompt by direction. Pass "
-            f'prompts={{"text_to_image": ..., "image_to_text": ...}}.'
-        )
-    for direction, prompt in (prompts or {}).items():
-        if not isinstance(prompt, str):
-            raise ConfigError(
-                f"prompts[{direction!r}]={prompt!r} is no text. Pass a string; an empty one is no prompt."
-            )
+    if prompts is not None:
+        expected = f"a prompt by direction, {' or '.join(map(repr, DIRECTIONS))}; an empty one is no prompt"
+        require_mapping("prompts", prompts, of=str, expected=expected)
 
 
 def _check_directions(prompts: Mapping[str, str]) -> None:

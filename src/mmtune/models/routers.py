@@ -7,12 +7,13 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.model import BaseModel
 from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
 from torch import nn
 
-from mmtune.arguments import require_one_of
+from mmtune.arguments import require_mapping, require_one_of
 from mmtune.errors import ConfigError
 from mmtune.host import declare_modalities
 from mmtune.models.checkpoints import first_line, read_encoders
@@ -20,6 +21,7 @@ from mmtune.models.fitting import fit_padding, is_causal
 from mmtune.models.fresh import mark_fresh
 from mmtune.models.loading import load_host_model
 from mmtune.models.opening import LoadOptions, open_checkpoint, require_dimension
+from mmtune.models.parts import part_names
 from mmtune.models.pixels import apply_pixel_limits
 from mmtune.models.routes import check_routes, model_of, output_of, router_mapping, sample_of
 from mmtune.models.towers import freeze_unused, is_dual_encoder, take_tower
@@ -160,23 +162,18 @@ def compose_router(
         ...     "sentence-transformers/all-MiniLM-L6-v2", "google/siglip2-base-patch16-224", freeze="text"
         ... )  # doctest: +SKIP
     """
-    frozen = (freeze,) if isinstance(freeze, str) else tuple(freeze)
+    frozen = (freeze,) if isinstance(freeze, str) else part_names(freeze)
     unknown = [side for side in frozen if side not in ("text", "image")]
     if unknown:
         raise ConfigError(f"freeze names {unknown[0]!r}. A Router has the sides 'text' and 'image'. Name these.")
     require_one_of("route_by", route_by, ("modality", "task"))
     dimension = require_dimension(dimension, "an embedding")
-    prompts = text_prompts or {}
-    if not isinstance(prompts, Mapping) or not all(isinstance(part, str) for each in prompts.items() for part in each):
-        raise ConfigError(
-            f"text_prompts={text_prompts!r} is no mapping of texts. Expected prompts by name. Pass some, as in "
-            f'{{"query": "query: "}}, or None.'
-        )
-    for modality, source in (("text", text), ("image", image)):
-        _check_source(modality, source)
-
+    prompts = {} if text_prompts is None else text_prompts
+    require_mapping("text_prompts", prompts, of=str, expected='prompts by name, as in {"query": "query: "}, or None')
     # in half precision the host could not load the projections again, see LoadOptions.for_host
     options = LoadOptions(max_pixels, min_pixels, "float32" if dtype == "auto" else dtype, attention, device)
+    for modality, source in (("text", text), ("image", image)):
+        _check_source(modality, source)
     image_side = _encoder("image", image, options, whole=route_by == "task")
     text_side = _encoder("text", text, replace(options, max_pixels=None, min_pixels=None), whole=False)
     text_side.model.prompts.update(prompts)
@@ -200,19 +197,28 @@ def compose_router(
 def _check_source(modality: str, source: Side) -> None:
     """Look at what a side is, before any weights are read."""
     if isinstance(source, str | os.PathLike):
-        read_encoders(open_checkpoint(os.fspath(source)), modality)
+        files = open_checkpoint(os.fspath(source))
+        read_encoders(files, modality)
+        if files.modules and files.modules[0]["type"].endswith((".Router", ".Asym")):
+            raise _nested_router(modality)
         return
     modules = list(source) if isinstance(source, Sequence | nn.Sequential) else []
-    if not modules or not all(isinstance(module, nn.Module) for module in modules):
+    # a reranker and a model of late interaction end in something else than an embedding
+    is_other = isinstance(source, BaseModel) and not isinstance(source, SentenceTransformer)
+    if is_other or not modules or not all(isinstance(module, nn.Module) for module in modules):
         raise ConfigError(
-            f"{modality}={source!r:.80} is no encoder. Expected a checkpoint's name or folder, or a list of host "
-            f"modules such as [Transformer(...), Pooling(...)]. Pass one of these."
+            f"{modality}={source!r:.80} is no encoder. Expected a checkpoint's name or folder, a SentenceTransformer, "
+            f"or a list of host modules such as [Transformer(...), Pooling(...)]. Pass one of these."
         )
     if any(isinstance(module, Router) for module in modules):
-        raise ConfigError(
-            f"The {modality} side has a Router of its own. Expected an encoder with one route. Take one out with "
-            f"extract_route."
-        )
+        raise _nested_router(modality)
+
+
+def _nested_router(modality: str) -> ConfigError:
+    return ConfigError(
+        f"The {modality} side has a Router of its own. Expected an encoder with one route. Take one out with "
+        f"extract_route."
+    )
 
 
 def _encoder(modality: str, source: Side, options: LoadOptions, *, whole: bool) -> _Encoder:
@@ -223,7 +229,7 @@ def _encoder(modality: str, source: Side, options: LoadOptions, *, whole: bool) 
     elif isinstance(source, SentenceTransformer):
         loaded = apply_pixel_limits(source, options.limits)
     else:
-        device = None if options.device is None else str(options.device)
+        device: Any = options.device
         loaded = apply_pixel_limits(SentenceTransformer(modules=list(source), device=device), options.limits)
     notes = [f"{modality} encoder: {os.fspath(source) if is_checkpoint else 'modules that were passed'}"]
 

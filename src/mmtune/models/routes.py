@@ -9,11 +9,12 @@ from sentence_transformers.base.modules import Router
 from sentence_transformers.util import batch_to_device
 from torch import nn
 
+from mmtune.arguments import require_type
 from mmtune.errors import ConfigError
 from mmtune.models.adapters import encoders_of, is_quantized
 from mmtune.models.checkpoints import SAMPLES, first_line
 from mmtune.models.fresh import TOKENS
-from mmtune.models.kinds import HostModel
+from mmtune.models.kinds import HostModel, require_model
 from mmtune.models.towers import freeze_unused
 
 
@@ -53,6 +54,8 @@ def check_routes(model: HostModel, documents: str = "image") -> None:
         ConfigError: One of them has no route, or its route can't take it, or the dimensions differ; the message says
             which routes there are and what each takes.
     """
+    require_model(model)
+    require_type("documents", documents, str, expected="a kind of document, such as 'image'")
     router = find_router(model)
     if router is None:
         return
@@ -147,17 +150,18 @@ def extract_route(model: SentenceTransformer, route: str = "text") -> SentenceTr
         weights with ``model`` until it is saved.
 
     Raises:
-        ConfigError: The model has no Router, or its Router no such route.
+        ConfigError: The model is no ``SentenceTransformer``, has no Router, or its Router no such route.
 
     Example:
         >>> queries = extract_route(model, "text")  # doctest: +SKIP
         >>> queries.save_pretrained("query-server")  # doctest: +SKIP
     """
+    require_model(model, SentenceTransformer)
     router = find_router(model)
     if router is None:
         names = ", ".join(type(module).__name__ for module in model.children())
         raise ConfigError(f"The model has no Router, only {names}. Expected one, as compose_router makes it.")
-    if route not in router.sub_modules:
+    if route not in list(router.sub_modules):
         raise ConfigError(f"The Router has no route {route!r}. {describe_routes(router)} Name one of these.")
     modules: list[Any] = []
     for module in model.children():
