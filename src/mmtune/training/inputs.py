@@ -124,12 +124,12 @@ def reranking_sets(
 
 def _check_number(num_negatives: int, data: RetrievalDataset, name: str) -> None:
     """Make sure that there are as many documents or queries to be negatives, before lists of them are laid out."""
-    available = max(len(data.corpus), len(data)) - 1
-    if num_negatives > max(available, 1):
+    most = max(len(data.corpus) - 1, len(data) - 1, 1)
+    if num_negatives > most:
         of_set = f" {name!r}" if name else ""
         raise ConfigError(
             f"num_negatives={num_negatives}, and the training data{of_set} have {len(data.corpus)} documents for "
-            f"{len(data)} queries. Pass {available} or less; the guide trains with 1 to 4."
+            f"{len(data)} queries: {most} at most. Pass 1 to {min(4, most)}, as the recipe does."
         )
 
 
@@ -152,8 +152,9 @@ def refuse_overlap(train: TrainingSets, evaluation: Mapping[str, RetrievalDatase
                 examples = ", ".join(one if one == other else f"{one} (there {other})" for one, other in shared[:5])
                 raise DatasetError(
                     f"{len(shared)} documents are relevant in training and in evaluation: {examples}. Scores on pages "
-                    "that were trained on say nothing about new ones. Make both sides with RetrievalDataset.split, or "
-                    "pass allow_overlap=True."
+                    "that were trained on say nothing about new ones. Make both sides with RetrievalDataset.split, "
+                    f"e.g. train, evaluation = dataset.split({max(1, len(part.data) // 5)}), or pass "
+                    "allow_overlap=True."
                 )
 
 

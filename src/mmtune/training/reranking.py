@@ -12,7 +12,7 @@ from sentence_transformers.base.training_args import BaseTrainingArguments
 from torch import nn
 from transformers import TrainerCallback
 
-from mmtune.arguments import require_whole
+from mmtune.arguments import require_whole, shown
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
 from mmtune.data.judgements import Judgements
@@ -147,8 +147,9 @@ def _require_reranker(model: object, documents: str) -> None:
         check_checkpoint(os.fspath(model), model_class=CrossEncoder, modalities=(modality,))
     elif not isinstance(model, CrossEncoder):
         raise ConfigError(
-            f"Expected a CrossEncoder, a checkpoint's folder or its name, got {type(model).__name__}. "
-            "build_reranker makes one from a model that reads text and images together."
+            f"model={shown(model)}: expected a CrossEncoder, a checkpoint's folder or its name. Pass e.g. "
+            "build_reranker('Qwen/Qwen3-VL-2B-Instruct'), which makes one from a model that reads text and images "
+            "together."
         )
     elif model.num_labels != 1:
         raise ConfigError(

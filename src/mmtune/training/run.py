@@ -36,6 +36,7 @@ from mmtune.training import recipe
 from mmtune.training.call import Finetuning
 from mmtune.training.checks import (
     check_choices,
+    check_early_stopping,
     check_host_arguments,
     check_metric,
     check_resumed,
@@ -187,6 +188,7 @@ def _fit_arguments(
         **{**kept, **call.training_arguments},
     )
     check_host_arguments(args, **facts)
+    check_early_stopping(args, call.callbacks)
     call.check_data(train, evaluation, args)
     return args
 
