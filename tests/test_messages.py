@@ -2,16 +2,32 @@
 
 import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.cross_encoder import losses as reranking_losses
 from sentence_transformers.sentence_transformer import losses as embedding_losses
 
-from mmtune import MmtuneError, build_evaluator, build_reranking_evaluator, finetune, finetune_reranker
-from mmtune.testing import generated_pages, tiny_clip, tiny_llava
+from mmtune import (
+    ConflictFreeBatchSampler,
+    MmtuneError,
+    RetrievalDataset,
+    build_evaluator,
+    build_reranker,
+    build_reranking_evaluator,
+    compose_router,
+    evaluate_pipeline,
+    finetune,
+    finetune_reranker,
+    load_model,
+    mine_hard_negatives,
+)
+from mmtune.testing import generated_pages, tiny_clip, tiny_llava, tiny_siglip, tiny_text_encoder
 from mmtune.training.host_arguments import hint_for
 from mmtune.training.trainers import EMBEDDING
 
@@ -218,7 +234,7 @@ MISTAKES: list[tuple[str, Arguments, tuple[str, ...], Arguments | None]] = [
     (
         "stopping early without measuring",
         {"callbacks": [transformers.EarlyStoppingCallback], "eval_dataset": "others", "eval_strategy": "no"},
-        ("EarlyStoppingCallback", 'without eval_strategy="no"'),
+        ("EarlyStoppingCallback", 'and no eval_strategy="no"'),
         {"callbacks": [STOPPING], "eval_dataset": "others"},
     ),
     (
@@ -236,6 +252,54 @@ MISTAKES: list[tuple[str, Arguments, tuple[str, ...], Arguments | None]] = [
             "evaluator=build_evaluator(dataset)",
         ),
         {"evaluator": "retrieval"},
+    ),
+    (
+        "two clocks",
+        {"eval_dataset": "others", "eval_strategy": "epoch", "save_strategy": "steps", "save_steps": 3},
+        ("eval_strategy='epoch' and save_strategy='steps' differ", "Pass save_strategy='epoch'", "keep='last'"),
+        {"eval_dataset": "others", "eval_strategy": "epoch", "save_strategy": "epoch"},
+    ),
+    (
+        "two clocks, and the last weights",
+        {"load_best_model_at_end": True},
+        ("load_best_model_at_end=True", "something to measure", "Pass eval_dataset=..., or leave it out"),
+        {"eval_dataset": "others", "eval_strategy": "epoch", "save_strategy": "steps", "save_steps": 3, "keep": "last"},
+    ),
+    (
+        "both sides of a split",
+        {"train_dataset": "split"},
+        ("train_dataset=a tuple is no dataset", "train, evaluation = dataset.split(...)"),
+        {},
+    ),
+    (
+        "rows in a list",
+        {"eval_dataset": "list"},
+        ("eval_dataset=a list is no dataset", "datasets.Dataset.from_list(rows)"),
+        {"eval_dataset": "from list"},
+    ),
+    (
+        "a share of the data",
+        {"eval_dataset": 0.2},
+        ("eval_dataset=0.2 is no dataset", "train, evaluation = RetrievalDataset.load('pages.parquet').split(100)"),
+        None,
+    ),
+    (
+        "a value of several",
+        {"eval_dataset": {"other": 5}},
+        ("eval_dataset['other']=5 is no dataset", "Expected a RetrievalDataset"),
+        None,
+    ),
+    (
+        "a name that is no part of a key",
+        {"eval_dataset": {"my_set": 5}},
+        ("['my_set']", "Name it 'my-set' in place of 'my_set'"),
+        None,
+    ),
+    (
+        "a reranker",
+        {"model": "reranker"},
+        ("model=a CrossEncoder", "Use finetune_reranker"),
+        None,
     ),
     (
         "prompts for no column",
@@ -296,6 +360,30 @@ RERANKER_MISTAKES: list[tuple[str, Arguments, tuple[str, ...], Arguments | None]
         {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8},
     ),
     (
+        "prompts by column",
+        {"prompts": {"query": "Find the page."}},
+        ("'query'", "no training set", "Pass e.g. prompts='Find the page.'", "with several directions"),
+        {"prompts": "Find the page."},
+    ),
+    (
+        "prompts by column, in two directions",
+        {"prompts": {"query": "x"}, "directions": ["text_to_image", "image_to_text"]},
+        ("'query'", "'text_to_image', 'image_to_text'", "Pass e.g. prompts={'text_to_image': 'Find the page.'}"),
+        {"prompts": {"text_to_image": "Find the page."}, "directions": ["text_to_image", "image_to_text"]},
+    ),
+    (
+        "a text encoder",
+        {"model": "text encoder"},
+        ("embeds no images, only text", "a language model that reads images, such as Qwen/Qwen3-VL-2B-Instruct"),
+        {},
+    ),
+    (
+        "an embedding model",
+        {"model": "retriever"},
+        ("model=a SentenceTransformer", "expected a CrossEncoder", "build_reranker"),
+        None,
+    ),
+    (
         "a loss of embedding models",
         {"loss": embedding_losses.CachedMultipleNegativesRankingLoss},
         (
@@ -344,15 +432,33 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, str]:
 
 
 @pytest.fixture(scope="module")
-def things() -> dict[str, Any]:
+def things(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a mistake or a step passes by the name of it."""
-    rows, others = generated_pages(6), generated_pages(6, seed=1)
+    rows, others, folder = generated_pages(6), generated_pages(6, seed=1), tmp_path_factory.mktemp("things")
+    data = RetrievalDataset.from_id_rows(generated_pages(20))
+    text, llava = tiny_text_encoder(folder / "text"), tiny_llava(folder / "llava")
+    data.save(folder / "saved")
+    rows.to_parquet(folder / "pages.parquet")
+    (folder / "run" / "final").mkdir(parents=True)
+    (folder / "run" / "final" / "modules.json").write_text("[]")
     return {
         "same": rows,
         "others": others,
-        "retrieval": build_evaluator(others),
+        "data": data,
+        "split": data.split(6),
+        "list": list(others),
+        "from list": Dataset.from_list(list(others)),
+        "retrieval": build_evaluator(others, show_progress_bar=False),
         "several": build_evaluator({"a": others, "b": rows}),
-        "reranking": build_reranking_evaluator(others, num_candidates=4),
+        "reranking": build_reranking_evaluator(others, num_candidates=4, show_progress_bar=False),
+        "text encoder": text,
+        "siglip": tiny_siglip(folder / "siglip"),
+        "llava": llava,
+        "reads texts": SentenceTransformer(text),
+        "clip": tiny_clip(folder / "clip"),
+        "retriever": load_model(tiny_clip(folder / "clip2")),
+        "reranker": build_reranker(llava),
+        "folder": folder,
     }
 
 
@@ -381,6 +487,262 @@ def test_a_mistake_gets_a_message_that_helps(
     assert len(message) < 1200
     if step is not None:
         assert "The weights of" in message_of(call, checkpoints[call], tmp_path, things, step)
+
+
+# Other calls: the call with the mistake, what the message holds, and the call that it names.
+Things = dict[str, Any]
+Call = Callable[[Things], Any]
+QUIET: Arguments = {"show_progress_bar": False}
+load, from_id_rows = RetrievalDataset.load, RetrievalDataset.from_id_rows
+
+
+def with_paths(paths: list[str]) -> Dataset:
+    return Dataset.from_dict({"id": ["a", "b"], "query": ["x", "y"], "image": paths})
+
+
+OTHER_CALLS: list[tuple[str, Call, tuple[str, ...], Call | None]] = [
+    (
+        "mining: swapped",
+        lambda it: mine_hard_negatives(it["retriever"], it["data"]),
+        ("model=a RetrievalDataset is no retriever", "mine_hard_negatives(dataset, model): the dataset comes first"),
+        lambda it: mine_hard_negatives(it["data"], it["retriever"], relative_margin=None, **QUIET),
+    ),
+    (
+        "mining: a path",
+        lambda it: mine_hard_negatives(it["data"], it["clip"]),
+        ("/clip' is no retriever", "Pass model=load_model('", "/clip')"),
+        lambda it: mine_hard_negatives(it["data"], model=load_model(it["clip"]), relative_margin=None, **QUIET),
+    ),
+    (
+        "mining: several by name",
+        lambda it: mine_hard_negatives({"a": it["data"]}, it["retriever"]),
+        ("dataset=a dict is no dataset", "pass one, e.g. that of 'a'"),
+        None,
+    ),
+    (
+        "mining: no room",
+        lambda it: mine_hard_negatives(it["data"], it["retriever"], range_max=2),
+        ("range_max=2", "num_negatives=4", "Pass range_max=4 or more"),
+        lambda it: mine_hard_negatives(it["data"], it["retriever"], range_max=4, relative_margin=None, **QUIET),
+    ),
+    (
+        "mining: a model of texts",
+        lambda it: mine_hard_negatives(it["data"], it["reads texts"], **QUIET),
+        ("can't embed documents='image'", "Its modalities are text", "compose_router(text, image)"),
+        None,
+    ),
+    (
+        "evaluator: a model of texts",
+        lambda it: it["retrieval"](it["reads texts"]),
+        ("can't embed documents='image'", "Its modalities are text", "compose_router(text, image)"),
+        lambda it: it["retrieval"](compose_router(it["text encoder"], it["siglip"])),
+    ),
+    (
+        "evaluator: a path",
+        lambda it: it["retrieval"](it["clip"]),
+        ("/clip' is no SentenceTransformer", "Pass evaluator(load_model('"),
+        lambda it: it["retrieval"](load_model(it["clip"])),
+    ),
+    (
+        "evaluator: a reranker",
+        lambda it: it["retrieval"](it["reranker"]),
+        ("model=a CrossEncoder", "build_reranking_evaluator(dataset)(model)"),
+        lambda it: build_reranking_evaluator(it["data"], **QUIET)(it["reranker"]),
+    ),
+    (
+        "evaluator of rerankers: a retriever",
+        lambda it: it["reranking"](it["retriever"]),
+        ("model=a SentenceTransformer is no reranker", "build_evaluator(dataset)"),
+        lambda it: build_evaluator(it["data"], **QUIET)(it["retriever"]),
+    ),
+    (
+        "evaluator: one depth",
+        lambda it: build_evaluator(it["data"], ndcg_at_k=5),  # type: ignore[arg-type]
+        ("ndcg_at_k=5", "Pass e.g. ndcg_at_k=[5]"),
+        lambda it: build_evaluator(it["data"], ndcg_at_k=[5]),
+    ),
+    (
+        "evaluator: a model for the data",
+        lambda it: build_evaluator(it["retriever"]),
+        ("dataset=a SentenceTransformer is no dataset", "It is a model"),
+        None,
+    ),
+    (
+        "pipeline: swapped",
+        lambda it: evaluate_pipeline(it["reranker"], it["retriever"], it["data"]),
+        ("retriever=a CrossEncoder is no retriever", "evaluate_pipeline(retriever, reranker, dataset)"),
+        lambda it: evaluate_pipeline(it["retriever"], it["reranker"], it["data"], depths=[2], **QUIET),
+    ),
+    (
+        "pipeline: several by name",
+        lambda it: evaluate_pipeline(it["retriever"], it["reranker"], {"a": it["data"]}),  # type: ignore[arg-type]
+        ("dataset=a dict is no dataset", "pass one, e.g. that of 'a'"),
+        None,
+    ),
+    (
+        "pipeline: depths in a tuple",
+        lambda it: evaluate_pipeline(it["retriever"], it["reranker"], it["data"], ndcg_at_k=(10,)),  # type: ignore[arg-type]
+        ("ndcg_at_k=(10,)", "Pass e.g. ndcg_at_k=10."),
+        None,
+    ),
+    (
+        "router: swapped",
+        lambda it: compose_router(it["siglip"], it["text encoder"]),
+        ("embeds no images, only text", "given as image= of compose_router(text, image): swap the two"),
+        lambda it: compose_router(it["text encoder"], it["siglip"]),
+    ),
+    (
+        "router: a part of a side",
+        lambda it: compose_router(it["text encoder"], it["siglip"], freeze="vision"),
+        ("'vision'", "Pass e.g. freeze='image'"),
+        lambda it: compose_router(it["text encoder"], it["siglip"], freeze="image"),
+    ),
+    (
+        "loading: a model",
+        lambda it: build_reranker(it["reranker"]),
+        ("name_or_path=a CrossEncoder", "used as it is"),
+        None,
+    ),
+    (
+        "loading: a name while offline",
+        lambda _: load_model("no-such/model"),
+        ("'no-such/model' was not found", "HF_HUB_OFFLINE=1 is set", "unset it"),
+        None,
+    ),
+    (
+        "data: a misspelled file",
+        lambda it: load(it["folder"] / "pagez.parquet"),
+        ("pagez.parquet' does not exist", "Did you mean", "pages.parquet'?"),
+        lambda it: load(it["folder"] / "pages.parquet"),
+    ),
+    (
+        "data: the folder of a run",
+        lambda it: load(it["folder"] / "run"),
+        ("the folder of a run, with its model", "/run/final' to load_model"),
+        None,
+    ),
+    (
+        "data: a name while offline",
+        lambda it: load("llamaindex/vdr-multilingual-train"),
+        ("'llamaindex/vdr-multilingual-train' could not be loaded", "HF_HUB_OFFLINE=1 is set", "unset it"),
+        None,
+    ),
+    (
+        "data: rows that are loaded",
+        lambda it: load(it["same"]),
+        ("name_or_path=a Dataset", "RetrievalDataset.from_id_rows(rows)"),
+        lambda it: from_id_rows(it["same"]),
+    ),
+    (
+        "data: a data frame",
+        lambda it: load(it["same"].to_pandas()),
+        ("name_or_path=a DataFrame", "from_id_rows(rows)", "datasets.Dataset.from_pandas(frame)"),
+        lambda it: from_id_rows(Dataset.from_pandas(it["same"].to_pandas())),
+    ),
+    (
+        "data: a path for rows",
+        lambda it: from_id_rows(str(it["folder"] / "pages.parquet")),  # type: ignore[arg-type]
+        ("got str", "RetrievalDataset.load('"),
+        lambda it: load(str(it["folder"] / "pages.parquet")),
+    ),
+    (
+        "data: a split that is not there",
+        lambda it: load(it["folder"] / "pages.parquet", split="train[:10]"),
+        ("split='train[:10]'", "e.g. split='train'", "select_queries"),
+        lambda it: load(it["folder"] / "pages.parquet", split="train").select_queries(2),
+    ),
+    (
+        "data: negatives in a text",
+        lambda it: from_id_rows(it["same"].remove_columns("negatives").add_column("negatives", ["a,b"] * 7)),
+        ("'negatives' holds string", "rows.map(lambda row: {'negatives': (row['negatives'] or '').split(',')})"),
+        None,
+    ),
+    (
+        "data: a misspelled column",
+        lambda it: from_id_rows(it["same"], query_column="queries"),
+        ("no column 'queries'", "Did you mean 'query'?"),
+        lambda it: from_id_rows(it["same"], query_column="query"),
+    ),
+    (
+        "data: a share of the queries",
+        lambda it: it["data"].split(0.2),
+        ("eval_queries=0.2", "Of these 20", "eval_queries=4"),
+        lambda it: it["data"].split(eval_queries=4),
+    ),
+    (
+        "data: an id alone",
+        lambda it: it["data"].select_queries("p1"),
+        ("n_or_ids='p1'", "Pass e.g. ['"),
+        lambda it: it["data"].select_queries([it["data"].queries["query_id"][0]]),
+    ),
+    (
+        "data: addresses for pages",
+        lambda it: from_id_rows(with_paths(["https://x.org/a.png", "https://x.org/b.png"])).check_pages(),
+        ("'https://x.org/a.png'", "it is a URL", "urllib.request.urlretrieve('https://x.org/a.png', 'page.png')"),
+        None,
+    ),
+    (
+        "data: paths that begin elsewhere",
+        lambda it: from_id_rows(with_paths(["im/a.png", "im/b.png"])).check_pages(),
+        ("'im/a.png'", f"looked for from the working directory {str(Path.cwd())!r}", "Write absolute paths"),
+        None,
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "parts", "step"), [pytest.param(*rest, id=name) for name, *rest in OTHER_CALLS])
+@pytest.mark.filterwarnings("ignore:Default prompt name")
+def test_a_mistake_of_another_call_gets_a_message_that_helps(
+    things: Things, call: Call, parts: tuple[str, ...], step: Call | None
+) -> None:
+    with pytest.raises(MmtuneError, match=r"\w") as caught:
+        call(things)
+    message = str(caught.value)
+    assert [part for part in parts if part not in message] == []
+    assert re.search(r"\bhost\b", message) is None
+    if step is not None:
+        assert step(things) is not None
+
+
+def test_a_split_that_leaves_little_says_what_was_asked_for(things: Things) -> None:
+    with pytest.warns(UserWarning, match=r"eval_queries=100 of 20. .*eval_queries=4 would do"):
+        things["data"].split(100)
+
+
+@pytest.mark.parametrize(
+    ("given", "parts", "step"),
+    [
+        ({"num_negatives": 50}, ("The corpus has 24 different documents: pass num_negatives=4",), {"num_negatives": 4}),
+        (
+            {"relative_margin": 0.95},
+            ("relative_margin=0.95 leave", "relative_margin=0.05, the default", "relative_margin=None"),
+            {},
+        ),
+        ({"max_score": -2}, ("max_score=-2 leave", "max_score=None"), {}),
+    ],
+)
+def test_mining_too_little_says_what_to_loosen(
+    things: Things, given: Arguments, parts: tuple[str, ...], step: Arguments, caplog: pytest.LogCaptureFixture
+) -> None:
+    options: Arguments = {"relative_margin": None, **QUIET}
+    mine_hard_negatives(things["data"], things["retriever"], **options | given)
+    assert [part for part in parts if part not in caplog.text] == []
+    caplog.clear()
+    mine_hard_negatives(things["data"], things["retriever"], **options | step)
+    assert caplog.text == ""
+
+
+def test_rows_without_a_place_are_explained_with_a_batch_size_that_has_one(
+    things: Things, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = from_id_rows(things["same"]).training_rows()
+    ConflictFreeBatchSampler(rows, 6, False)
+    assert "answers the query of the other" in caplog.text
+    smaller = re.search(r"per_device_train_batch_size=(\d+)", caplog.text)
+    assert smaller is not None
+    caplog.clear()
+    ConflictFreeBatchSampler(rows, int(smaller[1]), False)
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize("typed", ["lr", "rate", "bs", "wd", "steps", "scheduler", "cpu", "amp"])

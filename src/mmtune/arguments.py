@@ -104,6 +104,8 @@ def advise_number(name: str, value: object, fits: Callable[[Any], bool], otherwi
         'Pass e.g. learning_rate=1e-05, without quotes.'
     """
     meant = float("nan")
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        value = value[0]
     if isinstance(value, (str, numbers.Real)) and not isinstance(value, bool):
         with contextlib.suppress(ValueError, OverflowError):
             meant = float(value)
@@ -150,23 +152,28 @@ def require_one_of(name: str, value: object, known: Iterable[str]) -> None:
     if isinstance(value, str) and value in choices:
         return
     begun = [choice for choice in choices if isinstance(value, str) and value and choice.startswith(value)]
-    nearest = (begun or [nearest_name(value, choices)])[0]
+    nearest = (begun or [nearest_name(value, choices, cutoff=0.6)])[0]
     hint = f" Did you mean {nearest!r}?" if nearest else ""
     shown = choices if len(choices) <= _MOST_SHOWN else choices[: _MOST_SHOWN // 2]
     more = f" and {len(choices) - len(shown)} more" if len(choices) > len(shown) else ""
     raise ConfigError(f"{name}={value!r} is unknown. Expected one of {listed(shown)}{more}.{hint}")
 
 
-def require_path(name: str, value: object, *, what: str = "a folder") -> None:
+def require_path(name: str, value: object, *, what: str = "a folder", advice: str = "") -> None:
     """Make sure that ``value`` is a text or a path.
+
+    Args:
+        name: Of the argument, for the message.
+        value: What was given.
+        what: What lies there, for the message.
+        advice: The next step, for the message; ``""`` shows a path.
 
     Raises:
         ConfigError: It is something else, or empty.
     """
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
-        raise ConfigError(
-            f"{name}={value!r:.80}: expected the path of {what}, as a text or a Path. Pass e.g. {name}='my-folder'."
-        )
+        advice = advice or f"Pass e.g. {name}='my-folder'."
+        raise ConfigError(f"{name}={shown(value)}: expected the path of {what}, as a text or a Path. {advice}")
 
 
 def require_seed(name: str, value: object) -> int:

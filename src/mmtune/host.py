@@ -12,6 +12,7 @@ from functools import partial
 from types import MethodType
 from typing import Any, TypeVar
 
+import huggingface_hub
 import numpy as np
 from datasets import Dataset
 from datasets.utils._dill import pklregister
@@ -209,6 +210,16 @@ def tracker_names() -> list[str]:
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
     return list(INTEGRATION_TO_CALLBACK)
+
+
+def describe_offline() -> str:
+    """What to say beside a name that was not found, where the Hub was not asked; else ``""``.
+
+    The variable is documented, the place where it was read is not. A public ``is_offline_mode`` in all versions of
+    huggingface_hub that are allowed would replace it.
+    """
+    is_offline = huggingface_hub.constants.HF_HUB_OFFLINE
+    return " HF_HUB_OFFLINE=1 is set, so nothing is downloaded: unset it to ask the Hub." if is_offline else ""
 
 
 def forget_adapter(model: Any) -> None:

@@ -63,7 +63,8 @@ def build_from_known_layout(rows: Dataset) -> Tables:
         f"The columns {rows.column_names} are no layout that is known. Known are: "
         "'id', 'query', 'image' and optionally 'negatives' (from_id_rows); "
         "'query', 'image' and optionally 'negative_0', 'negative_1', ... (from_columns). "
-        "Rename the columns, or call one of these builders with the names of yours."
+        "Rename the columns, or call one of these builders with the names of yours, e.g. "
+        "RetrievalDataset.from_id_rows(rows, id_column=..., query_column=..., image_column=...)."
     )
 
 
@@ -103,7 +104,8 @@ def build_from_id_rows(
     if len(empty):
         raise DatasetError(
             f"{len(empty)} rows have no image: column {image_name!r} is null there, e.g. in the row with id "
-            f"{ids[int(empty[0])].as_py()!r}. Every row is a page; leave such rows out, and their ids too."
+            f"{ids[int(empty[0])].as_py()!r}. Every row is a page. Leave such rows out with "
+            f"rows.filter(lambda row: row[{image_name!r}] is not None), and their ids with on_missing='drop'."
         )
     return check_tables(
         with_columns(_name_pages(pages, image_name), {"document_id": ids}),

@@ -185,7 +185,7 @@ def build_reranking_evaluator(
     size = require_whole("batch_size", batch_size)
     options: dict[str, Any] = {"batch_size": size, "show_progress_bar": show_progress_bar}
     if retriever is not None:
-        require_retriever(retriever)
+        require_retriever(retriever, "retriever", "build_reranking_evaluator(dataset, retriever=model)")
     elif not always_rerank_positives:
         raise ConfigError(
             "always_rerank_positives=False without a retriever: the candidates of a dataset always hold what is "

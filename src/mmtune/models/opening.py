@@ -15,7 +15,7 @@ from sentence_transformers.util import get_device_name
 from torch import nn
 from transformers import PreTrainedConfig
 
-from mmtune.arguments import is_whole, nearest_name
+from mmtune.arguments import is_whole, nearest_name, shown
 from mmtune.errors import ConfigError
 from mmtune.host import flash_attention_loads, supports_flash_attention
 from mmtune.models.checkpoints import TEXT_ONLY, CheckpointFiles, Encoder, find_checkpoint, first_line, missing_extra
@@ -184,8 +184,8 @@ def open_checkpoint(name_or_path: str | Path, options: LoadOptions | None = None
     """
     if not isinstance(name_or_path, str | os.PathLike) or not str(name_or_path).strip():
         raise ConfigError(
-            f"name_or_path={name_or_path!r} names no checkpoint. Expected a folder or a name on the Hub. Pass one; a "
-            f"model that is already built needs no load_model."
+            f"name_or_path={shown(name_or_path)} names no checkpoint. Expected a folder or a Hub name. Pass one; "
+            f"a model that is built already is used as it is, as in finetune(model, dataset)."
         )
     name = str(name_or_path)
     options = options or LoadOptions()

@@ -163,7 +163,9 @@ def compose_router(
     frozen = (freeze,) if isinstance(freeze, str) else tuple(freeze)
     unknown = [side for side in frozen if side not in ("text", "image")]
     if unknown:
-        raise ConfigError(f"freeze names {unknown[0]!r}. A Router has the sides 'text' and 'image'. Name these.")
+        raise ConfigError(
+            f"freeze names {unknown[0]!r}. A Router has the sides 'text' and 'image'. Pass e.g. freeze='image'."
+        )
     require_one_of("route_by", route_by, ("modality", "task"))
     dimension = require_dimension(dimension, "an embedding")
     prompts = text_prompts or {}
@@ -200,7 +202,14 @@ def compose_router(
 def _check_source(modality: str, source: Side) -> None:
     """Look at what a side is, before any weights are read."""
     if isinstance(source, str | os.PathLike):
-        read_encoders(open_checkpoint(os.fspath(source)), modality)
+        files = open_checkpoint(os.fspath(source))
+        try:
+            read_encoders(files, modality)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{error} It was given as {modality}= of compose_router(text, image): swap the two if they are in the "
+                "other order."
+            ) from error
         return
     modules = list(source) if isinstance(source, Sequence | nn.Sequential) else []
     if not modules or not all(isinstance(module, nn.Module) for module in modules):

@@ -169,7 +169,9 @@ def kind_of(model: object) -> Kind:
     if isinstance(model, MultiVectorEncoder):
         return LATE_INTERACTION
     if isinstance(model, CrossEncoder):
-        raise ConfigError("finetune trains what finds pages, and got a CrossEncoder. Use finetune_reranker for it.")
+        raise ConfigError(
+            "model=a CrossEncoder: finetune trains what finds pages. Use finetune_reranker(model, ...) for it."
+        )
     raise ConfigError(
         f"model={shown(model)}: expected a SentenceTransformer, a MultiVectorEncoder, or a folder or name of one. "
         "Pass e.g. model='Qwen/Qwen3-VL-Embedding-2B'."

@@ -83,7 +83,7 @@ def training_sets(given: DatasetsLike, *, num_negatives: int, documents: Documen
         if isinstance(part, Dataset) and set(ID_COLUMNS) <= set(part.column_names):
             by_name[name] = _trace_rows(part, documents, num_negatives)
         else:
-            data = as_retrieval_dataset(part)
+            data = as_retrieval_dataset(part, _argument("train_dataset", name))
             _check_number(num_negatives, data, name)
             data = _require_parts(data, documents)
             by_name[name] = TrainingSet(data, data.training_rows(num_negatives, documents=documents, seed=seed))
@@ -103,7 +103,7 @@ def reranking_sets(
     options: dict[str, Any] = {"documents": documents, "seed": seed}
     by_name = {}
     for name, part in datasets_by_name(given).items():
-        data = as_retrieval_dataset(part)
+        data = as_retrieval_dataset(part, _argument("train_dataset", name))
         _check_number(num_negatives, data, name)
         data = _require_parts(data, documents)
         for direction in directions:
@@ -136,7 +136,13 @@ def _check_number(num_negatives: int, data: RetrievalDataset, name: str) -> None
 def evaluation_sets(given: DatasetsLike | None, documents: DocumentKind) -> dict[str, RetrievalDataset]:
     """The evaluation data by name; empty for ``None``, and a single set has the name ``""``."""
     parts = {} if given is None else datasets_by_name(given)
-    return {name: _require_parts(as_retrieval_dataset(part), documents) for name, part in parts.items()}
+    built = {name: as_retrieval_dataset(part, _argument("eval_dataset", name)) for name, part in parts.items()}
+    return {name: _require_parts(data, documents) for name, data in built.items()}
+
+
+def _argument(argument: str, name: str) -> str:
+    """What a set was passed as, for a message."""
+    return f"{argument}[{name!r}]" if name else argument
 
 
 def refuse_overlap(train: TrainingSets, evaluation: Mapping[str, RetrievalDataset]) -> None:
