@@ -214,7 +214,7 @@ def _check_source(modality: str, source: Side) -> None:
     modules = list(source) if isinstance(source, Sequence | nn.Sequential) else []
     if not modules or not all(isinstance(module, nn.Module) for module in modules):
         raise ConfigError(
-            f"{modality}={source!r:.80} is no encoder. Expected a checkpoint's name or folder, or a list of host "
+            f"{modality}={source!r:.80} is no encoder. Expected a checkpoint's name or folder, or a list of "
             f"modules such as [Transformer(...), Pooling(...)]. Pass one of these."
         )
     if any(isinstance(module, Router) for module in modules):

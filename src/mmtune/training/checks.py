@@ -51,7 +51,7 @@ def check_training_arguments(
                 f"{hint_for(name, value, own, kind)}"
             )
     if given.get("resume_from_checkpoint") is not None:
-        raise ConfigError("resume_from_checkpoint is for the host's trainer. Pass resume=True.")
+        raise ConfigError("resume_from_checkpoint is for the trainer of Sentence Transformers. Pass resume=True.")
     if args is not None and not isinstance(args, kind.arguments_class):
         raise ConfigError(f"args is a {type(args).__name__}, expected {kind.arguments_class.__name__}.")
     if args is not None and given:
