@@ -224,7 +224,7 @@ MISTAKES: list[tuple[str, Arguments, tuple[str, ...], Arguments | None]] = [
     (
         "a callback alone",
         {"callbacks": STOPPING, "eval_dataset": "others"},
-        ("callbacks=<transformers", "Put it in one: [EarlyStoppingCallback(...)]"),
+        ("callbacks=<transformers", "Put it in one: callbacks=[EarlyStoppingCallback(...)]"),
         {"callbacks": [STOPPING], "eval_dataset": "others"},
     ),
     (
@@ -497,6 +497,11 @@ QUIET: Arguments = {"show_progress_bar": False}
 load, from_id_rows = RetrievalDataset.load, RetrievalDataset.from_id_rows
 
 
+def with_text_for_negatives(rows: Dataset) -> Dataset:
+    texts = [",".join(ids or ()) for ids in rows["negatives"]]
+    return rows.remove_columns("negatives").add_column("negatives", texts)
+
+
 def with_paths(paths: list[str]) -> Dataset:
     return Dataset.from_dict({"id": ["a", "b"], "query": ["x", "y"], "image": paths})
 
@@ -654,9 +659,30 @@ OTHER_CALLS: list[tuple[str, Call, tuple[str, ...], Call | None]] = [
     ),
     (
         "data: negatives in a text",
-        lambda it: from_id_rows(it["same"].remove_columns("negatives").add_column("negatives", ["a,b"] * 7)),
-        ("'negatives' holds string", "rows.map(lambda row: {'negatives': (row['negatives'] or '').split(',')})"),
-        None,
+        lambda it: from_id_rows(with_text_for_negatives(it["same"])),
+        (
+            "'negatives' holds string",
+            "rows.map(lambda row: {'negatives': row['negatives'].split(',') if row['negatives'] else []})",
+        ),
+        lambda it: from_id_rows(
+            with_text_for_negatives(it["same"]).map(
+                lambda row: {"negatives": row["negatives"].split(",") if row["negatives"] else []}
+            )
+        ),
+    ),
+    (
+        "data: negatives under another name",
+        lambda it: from_id_rows(it["same"].rename_column("negatives", "hard_negatives")),
+        ("no column 'negatives'", "Pass negatives_column='hard_negatives'"),
+        lambda it: from_id_rows(
+            it["same"].rename_column("negatives", "hard_negatives"), negatives_column="hard_negatives"
+        ),
+    ),
+    (
+        "data: tables in another order",
+        lambda it: RetrievalDataset.from_beir(it["data"].queries, it["data"].corpus, it["data"].qrels),
+        ("The corpus has none of the columns 'document_id'", "from_beir(corpus, queries, qrels)"),
+        lambda it: RetrievalDataset.from_beir(it["data"].corpus, it["data"].queries, it["data"].qrels),
     ),
     (
         "data: a misspelled column",
@@ -715,10 +741,10 @@ def test_a_split_that_leaves_little_says_what_was_asked_for(things: Things) -> N
         ({"num_negatives": 50}, ("The corpus has 24 different documents: pass num_negatives=4",), {"num_negatives": 4}),
         (
             {"relative_margin": 0.95},
-            ("relative_margin=0.95 leave", "relative_margin=0.05, the default", "relative_margin=None"),
+            ("no more under relative_margin=0.95: pass", "relative_margin=0.05, the default", "relative_margin=None"),
             {},
         ),
-        ({"max_score": -2}, ("max_score=-2 leave", "max_score=None"), {}),
+        ({"max_score": -2}, ("no more under max_score=-2: pass", "max_score=None"), {}),
     ],
 )
 def test_mining_too_little_says_what_to_loosen(

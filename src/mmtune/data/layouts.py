@@ -85,9 +85,10 @@ def build_from_id_rows(
     if negatives_name in rows.column_names:
         _warn_of_unused(alike, f"column {negatives_name!r}")
     elif negatives_name is not None:
+        own = f"negatives_column={alike[0]!r}, or " if alike else ""
         raise DatasetError(
             f"The table of rows has no column {negatives_name!r} for the negatives; it has {rows.column_names}. "
-            "Name the column, or pass negatives_column=None where the rows list no negatives."
+            f"Pass {own}negatives_column=None where the rows list no negatives."
         )
     ids = id_column(rows, id_name)
     advice = "Each row needs an id of its own: drop the repeated rows, or name another id column."
@@ -342,7 +343,7 @@ def _find_column(table: Dataset, spellings: Sequence[str], what: str) -> str:
             return name
     raise DatasetError(
         f"The {what} has none of the columns {listed(spellings)}; it has {table.column_names}. "
-        "Rename the column that holds it."
+        "Rename the column that holds it; the order is from_beir(corpus, queries, qrels)."
     )
 
 

@@ -140,7 +140,7 @@ def require_columns(dataset: Dataset, names: Sequence[str], what: str) -> None:
     """
     missing = [name for name in names if name not in dataset.column_names]
     if missing:
-        alike = nearest_name(missing[0], dataset.column_names)
+        alike = nearest_name(missing[0], dataset.column_names, cutoff=0.6)
         hint = f" Did you mean {alike!r}?" if alike else ""
         raise DatasetError(
             f"{what} has no column {missing[0]!r}; it has {dataset.column_names}. "
@@ -195,7 +195,7 @@ def id_lists(dataset: Dataset, name: str) -> tuple[np.ndarray, pa.Array]:
         raise DatasetError(
             f"Column {name!r} holds {values.type}, expected lists of ids. It is among {dataset.column_names}; "
             "name another column, or turn its values into lists, e.g. rows.map(lambda row: "
-            f"{{{name!r}: (row[{name!r}] or '').split(',')}})."
+            f"{{{name!r}: row[{name!r}].split(',') if row[{name!r}] else []}})."
         )
     rows, items = flat_lists(values)
     return rows, as_id_strings(items, name)

@@ -310,7 +310,7 @@ def _warn_of_short_lists(lengths: np.ndarray, relevance: Relevance, rule: Mining
     elif limits:
         loosest = limits[0].partition("=")[0]
         usual = " or relative_margin=0.05, the default," if (rule.relative_margin or 0) > 0.05 else ""
-        why = f"{' and '.join(limits)} leave no more: pass{usual or ''} {loosest}=None for no such bound"
+        why = f"There are no more under {' and '.join(limits)}: pass{usual} {loosest}=None for no such bound"
     else:
         why = "No more of the corpus is not relevant: pass a lower num_negatives"
     examples = ", ".join(f"{relevance.query_ids[int(row)].as_py()!r} ({lengths[row]})" for row in short[:3])

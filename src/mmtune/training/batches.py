@@ -146,7 +146,7 @@ class ConflictFreeBatchSampler(DefaultBatchSampler):
         """Why rows are left over, and what to do."""
         shape, plan = self._shape, self._planned
         if len(plan.left_over) < shape.group_size and not shape.keeps_short:
-            return f"a step takes {shape.num_processes} full batches of {shape.batch_size} rows"
+            return f"a step takes {shape.num_processes} full batches of {shape.batch_size} rows, and these fill none"
         _, rows, counts = np.unique(self._rows.positives, return_index=True, return_counts=True)
         busiest = column(self._dataset, "document_id")[int(rows[counts.argmax()])].as_py()
         shared = f"document {busiest!r} is the positive of {counts.max()} rows"

@@ -120,7 +120,9 @@ def _check_callbacks(callbacks: Any) -> None:
         found = f"callbacks holds {wrong[0]!r}" if wrong and is_series else f"callbacks={callbacks!r}"
         name = getattr(callbacks, "__name__", type(callbacks).__name__)
         remedy = (
-            "Pass e.g. callbacks=[transformers.EarlyStoppingCallback(3)]" if wrong else f"Put it in one: [{name}(...)]"
+            "Pass e.g. callbacks=[transformers.EarlyStoppingCallback(3)]"
+            if wrong
+            else f"Put it in one: callbacks=[{name}(...)]"
         )
         raise ConfigError(f"{found}: expected callbacks of transformers in a list. {remedy}.")
 

@@ -66,6 +66,7 @@ class Range:
 
 _ANY = Range(-math.inf)
 _POSITIVE, _COUNT, _SHARE = Range(is_open=True), Range(1), Range(most=1, otherwise=0.1)
+_INTERVAL = Range(is_open=True, otherwise=0.1)  # steps, or a share of them below 1
 _NO_STEPS = (
     "Leave it out to train for num_train_epochs. To measure without training, call build_evaluator(dataset)(model), or "
     "build_reranking_evaluator(dataset)(model) for a reranker."
@@ -88,9 +89,9 @@ RANGES: Mapping[str, Range] = {
     "per_device_eval_batch_size": _COUNT,
     "gradient_accumulation_steps": _COUNT,
     "eval_accumulation_steps": _COUNT,
-    "eval_steps": _POSITIVE,
-    "save_steps": _POSITIVE,
-    "logging_steps": _POSITIVE,
+    "eval_steps": _INTERVAL,
+    "save_steps": _INTERVAL,
+    "logging_steps": _INTERVAL,
     "eval_delay": Range(),
     "save_total_limit": _COUNT,
     "torch_empty_cache_steps": _COUNT,
