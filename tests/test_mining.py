@@ -627,7 +627,7 @@ def test_scores_of_the_reranker_are_cached(text_encoder_path, tmp_path):
         ({"max_score": float("nan")}, "max_score=nan: expected a finite number"),
         ({"batch_size": 0}, "batch_size=0: expected a whole number of 1 or more"),
         ({"documents": "image"}, "needs a column 'image'"),
-        ({"reranker": "my-reranker"}, "Expected a reranker, .*got str"),
+        ({"reranker": "my-reranker"}, r"reranker='my-reranker' is no reranker.*build_reranker\('my-reranker'\)"),
     ],
     ids=str,
 )
@@ -642,7 +642,9 @@ def test_wrong_arguments(options, message):
 def test_a_model_of_another_kind_is_refused(text_encoder_path):
     dataset = text_dataset(vectors(9, 1), ["1"], [(0, 0)])
     for model in ("my-model", SparseEncoder(modules=[torch.nn.Identity()])):
-        with pytest.raises(ConfigError, match="Expected a retriever, a SentenceTransformer or a MultiVectorEncoder"):
+        with pytest.raises(
+            ConfigError, match=r"is no retriever. Expected a SentenceTransformer or a MultiVectorEncoder"
+        ):
             mine_hard_negatives(dataset, model, documents="text")
 
 

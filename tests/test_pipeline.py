@@ -221,9 +221,15 @@ def test_wrong_arguments_are_refused_before_encoding(clip, data, monkeypatch, op
 
 
 def test_models_of_the_wrong_kind(clip, data) -> None:
-    with pytest.raises(ConfigError, match=r"Expected a retriever.*got StubReranker"):
+    with pytest.raises(
+        ConfigError,
+        match=r"retriever=StubReranker\(\) is no retriever.*evaluate_pipeline\(retriever, reranker, dataset\)",
+    ):
         evaluate_pipeline(StubReranker(), StubReranker(), data)
-    with pytest.raises(ConfigError, match=r"Expected a reranker.*got SentenceTransformer"):
+    with pytest.raises(
+        ConfigError,
+        match=r"reranker=a SentenceTransformer is no reranker.*evaluate_pipeline\(retriever, reranker, dataset\)",
+    ):
         evaluate_pipeline(clip, clip, data)
 
 
@@ -246,5 +252,5 @@ def test_models_are_taken_as_checkpoints(
 def test_a_checkpoint_is_loaded_after_everything_else_was_checked(clip, data) -> None:
     with pytest.raises(ConfigError, match="depths holds 1000"):
         evaluate_pipeline("no/such/model", StubReranker(), data, depths=[1000])
-    with pytest.raises(ConfigError, match="Expected a reranker"):
+    with pytest.raises(ConfigError, match="is no reranker"):
         evaluate_pipeline("no/such/model", clip, data)

@@ -467,7 +467,7 @@ def test_the_host_s_trainer_keeps_the_best_by_it(text_encoder_path: str, tmp_pat
         ({"at_k": 0}, "at_k=0"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"documents": "image"}, "needs a column 'image'"),
-        ({"retriever": "clip"}, "Expected a retriever, a SentenceTransformer or a MultiVectorEncoder, got str"),
+        ({"retriever": "clip"}, r"retriever='clip' is no retriever.*load_model\('clip'\)"),
         ({"always_rerank_positives": False}, "always_rerank_positives=False without a retriever"),
     ],
 )
@@ -483,7 +483,7 @@ def test_no_sets_at_all() -> None:
 
 def test_models_that_are_no_rerankers(clip: SentenceTransformer) -> None:
     evaluator = build(texts_dataset(judged(), 40))
-    with pytest.raises(ConfigError, match=r"Expected a reranker, a sentence_transformers\.CrossEncoder, got Sentence"):
+    with pytest.raises(ConfigError, match=r"model=a SentenceTransformer is no reranker.*build_evaluator"):
         evaluator(clip)
     stub = StubReranker(by_hash)
     stub.num_labels = 3

@@ -3,12 +3,14 @@
 NumPy's numbers are numbers everywhere, and booleans are none: ``True`` would pass as 1.
 """
 
+import contextlib
 import difflib
 import math
 import numbers
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from mmtune.errors import ConfigError
 
@@ -31,15 +33,19 @@ def require_whole(name: str, value: object, *, at_least: int = 1, or_else: str =
         16
         >>> require_whole("batch_size", True)
         Traceback (most recent call last):
-        mmtune.errors.ConfigError: batch_size=True: expected a whole number of 1 or more.
+        mmtune.errors.ConfigError: batch_size=True: expected a whole number of 1 or more. Pass e.g. batch_size=1.
     """
-    if not is_whole(value) or value < at_least:  # type: ignore[operator] - a number, as is_whole has found
+
+    def fits(number: Any) -> bool:
+        return is_whole(number) and number >= at_least
+
+    if not fits(value):
         expected = " or ".join(filter(None, (or_else, f"a whole number of {at_least} or more")))
-        raise ConfigError(f"{name}={value!r}: expected {expected}.")
+        raise ConfigError(f"{name}={value!r}: expected {expected}. {advise_number(name, value, fits, at_least)}")
     return int(value)  # type: ignore[call-overload]
 
 
-def require_wholes(name: str, values: object, *, at_least: int = 1, or_else: str = "") -> list[int]:
+def require_wholes(name: str, values: object, *, at_least: int = 1, or_else: str = "", example: str = "") -> list[int]:
     """``values`` as a list of Python integers, in their order.
 
     Args:
@@ -47,6 +53,7 @@ def require_wholes(name: str, values: object, *, at_least: int = 1, or_else: str
         values: What was given.
         at_least: The smallest value that can be.
         or_else: What else the argument takes, for the message, e.g. ``"'auto'"``.
+        example: Values to show in the message; ``""`` is the number that was given alone.
 
     Raises:
         ConfigError: It is no series, or holds something that ``require_whole`` refuses.
@@ -56,12 +63,16 @@ def require_wholes(name: str, values: object, *, at_least: int = 1, or_else: str
         [256, 64]
     """
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        expected = " or ".join(filter(None, (or_else, "whole numbers in a list or tuple, e.g. (10,)")))
-        raise ConfigError(f"{name}={values!r}: expected {expected}.")
+        expected = " or ".join(filter(None, (or_else, "whole numbers in a list or tuple")))
+        shown = example or f"[{int(values) if is_whole(values) else 10}]"  # type: ignore[call-overload] - as above
+        raise ConfigError(f"{name}={values!r}: expected {expected}. Pass e.g. {name}={shown}.")
     given = list(values)
     for value in given:
         if not is_whole(value) or value < at_least:
-            raise ConfigError(f"{name} holds {value!r}: expected whole numbers of {at_least} or more.")
+            raise ConfigError(
+                f"{name} holds {value!r}: expected whole numbers of {at_least} or more. Pass e.g. "
+                f"{name}={example or '[10]'}."
+            )
     return [int(value) for value in given]
 
 
@@ -73,29 +84,79 @@ def require_number(name: str, value: object, *, or_else: str = "") -> float:
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         expected = " or ".join(filter(None, (or_else, "a finite number")))
-        raise ConfigError(f"{name}={value!r}: expected {expected}.")
+        raise ConfigError(f"{name}={value!r}: expected {expected}. {advise_number(name, value, lambda _: True, 0.1)}")
     return float(value)
 
 
-def require_flag(name: str, value: object) -> None:
+def advise_number(name: str, value: object, fits: Callable[[Any], bool], otherwise: float | str) -> str:
+    """The next step after a number that can't be, as a sentence for a message.
+
+    Args:
+        name: Of the argument.
+        value: What was given.
+        fits: Whether the argument takes a number.
+        otherwise: What to pass where no number near ``value`` fits, or the whole sentence.
+
+    Example:
+        >>> advise_number("seed", 4.2, is_whole, 42)
+        'Pass e.g. seed=4.'
+        >>> advise_number("learning_rate", "1e-5", lambda number: number > 0, 2e-5)
+        'Pass e.g. learning_rate=1e-05, without quotes.'
+    """
+    meant = float("nan")
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, (str, numbers.Real)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            meant = float(value)
+    near = (meant, abs(meant), round(meant), abs(round(meant))) if math.isfinite(meant) else ()
+    found = next(filter(fits, near), otherwise)
+    if isinstance(found, str):
+        return found
+    return f"Pass e.g. {name}={found!r}{', without quotes' if isinstance(value, str) else ''}."
+
+
+def advise_flag(name: str, value: object) -> str:
+    """The next step after something that is neither ``True`` nor ``False``, as a sentence for a message."""
+    meant = str(value).strip().lower() not in ("no", "n", "off", "false", "0", "0.0", "none", "never", "")
+    return f"Pass {name}={meant}{', without quotes' if isinstance(value, str) else ''}."
+
+
+def require_flag(name: str, value: object, *, or_else: str = "") -> None:
     """Make sure that ``value`` is ``True`` or ``False``: a text such as ``"no"`` would count as true.
+
+    Args:
+        name: Of the argument, for the message.
+        value: What was given.
+        or_else: What else the argument takes, for the message, e.g. ``"'auto'"``.
 
     Raises:
         ConfigError: It is neither.
     """
     if not isinstance(value, bool):
-        raise ConfigError(f"{name}={value!r}: expected True or False.")
+        expected = " or ".join(filter(None, ("True", "False", or_else)))
+        raise ConfigError(f"{name}={value!r}: expected {expected}. {advise_flag(name, value)}")
+
+
+_MOST_SHOWN = 10
+"""The choices that a message lists in full."""
 
 
 def require_one_of(name: str, value: object, known: Iterable[str]) -> None:
     """Make sure that ``value`` is one of the choices.
 
     Raises:
-        ConfigError: It is none; the message lists them.
+        ConfigError: It is none; the message lists them, or the nearest and a few where they are many.
     """
     choices = list(known)
-    if not isinstance(value, str) or value not in choices:
-        raise ConfigError(f"{name}={value!r} is unknown. Expected one of {', '.join(map(repr, choices))}.")
+    if isinstance(value, str) and value in choices:
+        return
+    begun = [choice for choice in choices if isinstance(value, str) and value and choice.startswith(value)]
+    nearest = (begun or [nearest_name(value, choices, cutoff=0.6)])[0]
+    hint = f" Did you mean {nearest!r}?" if nearest else ""
+    shown = choices if len(choices) <= _MOST_SHOWN else choices[: _MOST_SHOWN // 2]
+    more = f" and {len(choices) - len(shown)} more" if len(choices) > len(shown) else ""
+    raise ConfigError(f"{name}={value!r} is unknown. Expected one of {listed(shown)}{more}.{hint}")
 
 
 def require_type(name: str, value: object, types: type | tuple[type, ...], *, expected: str) -> None:
@@ -131,14 +192,21 @@ def require_mapping(name: str, value: object, *, expected: str, of: type = objec
         raise ConfigError(f"{name}={value!r:.80} is no {kind}. Expected {expected}.")
 
 
-def require_path(name: str, value: object, *, what: str = "a folder") -> None:
+def require_path(name: str, value: object, *, what: str = "a folder", advice: str = "") -> None:
     """Make sure that ``value`` is a text or a path.
+
+    Args:
+        name: Of the argument, for the message.
+        value: What was given.
+        what: What lies there, for the message.
+        advice: The next step, for the message; ``""`` shows a path.
 
     Raises:
         ConfigError: It is something else, or empty.
     """
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
-        raise ConfigError(f"{name}={value!r:.80}: expected the path of {what}, as a text or a Path.")
+        advice = advice or f"Pass e.g. {name}='my-folder'."
+        raise ConfigError(f"{name}={shown(value)}: expected the path of {what}, as a text or a Path. {advice}")
 
 
 def require_seed(name: str, value: object) -> int:
@@ -147,8 +215,13 @@ def require_seed(name: str, value: object) -> int:
     Raises:
         ConfigError: It is no whole number from 0 to 2**32 - 1, or a boolean.
     """
-    if not is_whole(value) or not 0 <= value < 2**32:  # type: ignore[operator] - a number, as is_whole has found
-        raise ConfigError(f"{name}={value!r:.80}: expected a whole number from 0 to 2**32 - 1.")
+
+    def fits(number: Any) -> bool:
+        return is_whole(number) and 0 <= number < 2**32
+
+    if not fits(value):
+        advice = advise_number(name, value, fits, 42)
+        raise ConfigError(f"{name}={value!r:.80}: expected a whole number from 0 to 2**32 - 1. {advice}")
     return int(value)  # type: ignore[call-overload]
 
 
@@ -206,6 +279,17 @@ def nearest_name(name: object, known: Iterable[str], *, cutoff: float = 0.4) -> 
 def is_whole(value: object) -> bool:
     """Whether a value is a whole number, NumPy's too; a boolean is none."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def shown(value: object) -> str:
+    """A value for a message: as it is where that is short, else its type, as of a model or a dataset.
+
+    Example:
+        >>> shown(5), shown("x" * 100)
+        ('5', 'a str')
+    """
+    text = repr(value)
+    return text if len(text) <= 80 and "\n" not in text else f"a {type(value).__name__}"
 
 
 def listed(names: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from functools import partial
 from types import MethodType
 from typing import Any, TypeVar
 
+import huggingface_hub
 import numpy as np
 from datasets import Dataset
 from datasets.utils._dill import pklregister
@@ -222,6 +223,16 @@ def unread_weights(model: Any) -> list[str]:
     # what lies on a disk or in another process has a stand-in: on the device "meta", or empty
     here = [(name, weight) for name, weight in model.named_parameters() if weight.numel() and not weight.is_meta]
     return [name for name, weight in here if not hasattr(weight, "_is_hf_initialized")]
+
+
+def describe_offline() -> str:
+    """What to say beside a name that was not found, where the Hub was not asked; else ``""``.
+
+    The variable is documented, the place where it was read is not. A public ``is_offline_mode`` in all versions of
+    huggingface_hub that are allowed would replace it.
+    """
+    is_offline = huggingface_hub.constants.HF_HUB_OFFLINE
+    return " HF_HUB_OFFLINE=1 is set, so nothing is downloaded: unset it to ask the Hub." if is_offline else ""
 
 
 def forget_adapter(model: Any) -> None:

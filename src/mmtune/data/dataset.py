@@ -461,7 +461,10 @@ class RetrievalDataset:
         if is_whole(n_or_ids) or isinstance(n_or_ids, bool):
             rows = np.arange(min(require_whole("n_or_ids", n_or_ids), len(self)))
         elif isinstance(n_or_ids, (str, bytes)) or not isinstance(n_or_ids, Iterable):
-            raise ConfigError(f"n_or_ids={n_or_ids!r:.80}: expected a number of queries, or a list of their ids.")
+            raise ConfigError(
+                f"n_or_ids={n_or_ids!r:.80}: expected a number of queries, or a list of their ids. Pass e.g. "
+                f"[{self.relevance.query_ids[0].as_py()!r}]."
+            )
         else:
             rows = self.relevance.find_queries(n_or_ids)
         return self.from_tables(self.relevance.subset(rows, np.arange(len(self.corpus))))
@@ -515,6 +518,11 @@ class RetrievalDataset:
         Warns:
             UserWarning: Fewer queries are left to train on than to evaluate.
         """
+        if isinstance(eval_queries, float) and 0 < eval_queries < 1:
+            raise ConfigError(
+                f"eval_queries={eval_queries!r}: expected a number of queries, and no share of them. Of these "
+                f"{len(self)} that share is eval_queries={max(1, round(eval_queries * len(self)))}."
+            )
         eval_queries = require_whole("eval_queries", eval_queries)
         seed = require_seed("seed", seed)
         train, evaluation = split_tables(self.relevance, eval_queries, seed=seed, group_column=group_column)

@@ -124,9 +124,11 @@ def document_columns(corpus: Dataset, documents: DocumentKind) -> list[str]:
     columns = [str(name) for name in documents.split("+")]
     missing = [name for name in columns if name not in corpus.column_names]
     if missing:
+        known = next((kind for kind in ("image", "text") if kind in corpus.column_names), None)
+        remedy = f", or pass documents={known!r}" if known else ""
         raise ConfigError(
             f"documents={documents!r} needs a column {missing[0]!r} in the corpus, which has {corpus.column_names}. "
-            "Add the column, or ask for what the corpus has."
+            f"Add the column{remedy}."
         )
     return columns
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import datasets
 from datasets import Dataset, DatasetDict, get_dataset_config_names, load_dataset, load_from_disk
 
-from mmtune.arguments import require_path
+from mmtune.arguments import nearest_name, require_path
 from mmtune.data.images import EncodedImages
 from mmtune.data.layouts import build_from_beir, build_from_known_layout
-from mmtune.data.tables import BuildNotes, Tables
+from mmtune.data.tables import BuildNotes, Tables, advise_on
 from mmtune.errors import ConfigError, DatasetError
+from mmtune.host import describe_offline
 
 _MANIFEST = "mmtune_dataset.json"
 _FORMAT_VERSION = 1
@@ -68,7 +69,9 @@ def load_tables(
         DatasetError: There is nothing, it can't be read, it has several splits and none was named, its columns are
             no known layout, or it names files elsewhere.
     """
-    require_path("name_or_path", name_or_path, what="a dataset, or its name on the Hub")
+    rows = "" if isinstance(name_or_path, (str, Dataset)) else f" {advise_on(name_or_path)}"
+    loaded = f"What is loaded already goes to RetrievalDataset.from_id_rows(rows) or from_columns(rows).{rows}"
+    require_path("name_or_path", name_or_path, what="a dataset, or its name on the Hub", advice=loaded)
     path = Path(name_or_path)
     is_local = _exists(os.fspath(name_or_path))
     tables = _read_tables(path, is_local, config, split, revision)
@@ -91,10 +94,12 @@ def _exists(name: str) -> bool:
         raise DatasetError(f"{name!r:.200} can't be the path of a dataset: {error}.") from None
     if not _HUB_NAME.fullmatch(name) or path.suffix.lower() in _FILES:
         near = path.parent if path.parent.is_dir() else Path()
-        found = sorted(entry.name for entry in near.iterdir())[:10]
+        entries = sorted(entry.name for entry in near.iterdir())
+        alike = nearest_name(path.name, entries, cutoff=0.6)
+        hint = f" Did you mean {str(near / alike)!r}?" if alike else ""
         raise DatasetError(
-            f"The path {name!r} does not exist. {str(near.resolve())!r} holds {found}. Expected a folder written by "
-            "save(), a parquet file or a folder of them, or the name of a dataset on the Hub."
+            f"The path {name!r} does not exist. {str(near.resolve())!r} holds {entries[:10]}. Expected a folder "
+            f"written by save(), a parquet file or a folder of them, or the name of a dataset on the Hub.{hint}"
         )
     return False
 
@@ -120,7 +125,8 @@ def _read_tables(path: Path, is_local: bool, config: str | None, split: str | No
     except Exception as error:  # the Hub client and the readers raise many kinds; the name is what the user can mend
         raise DatasetError(
             f"{str(path)!r} could not be loaded: {type(error).__name__}: {error}. Expected a folder written by "
-            "save(), a parquet file or a folder of them, or the name of a dataset on the Hub."
+            "save(), a parquet file or a folder of them, or the name of a dataset on the Hub. Check the spelling, the "
+            f"connection, and for a private data set run `hf auth login`.{describe_offline()}"
         ) from error
     return build_from_known_layout(loaded) if isinstance(loaded, Dataset) else build_from_beir(**loaded)
 
@@ -178,8 +184,11 @@ def _pick_split(loaded: DatasetDict, name: str, split: str | None) -> Dataset:
     if split is None and len(loaded) == 1:
         return next(iter(loaded.values()))
     if split not in loaded:
+        nearest = (split and nearest_name(split, loaded)) or next(iter(loaded))
+        part = f", and take a part of it with select_queries, for {split!r}" if "[" in (split or "") else ""
         raise DatasetError(
-            f"{name!r} has the splits {list(loaded)}, and split={split!r} was asked for. Name one of them."
+            f"{name!r} has the splits {list(loaded)}, and split={split!r} was asked for. Name one of them, e.g. "
+            f"split={nearest!r}{part}."
         )
     return loaded[split]
 
@@ -246,6 +255,12 @@ _PDF_ADVICE = (
 
 def _advise_on(path: Path) -> str:
     """What to do with what a folder holds instead of parquet."""
+    for model in (path, path / "final"):
+        if (model / "modules.json").is_file() or (model / "config.json").is_file():
+            what = "This is a model" if model == path else "This is the folder of a run, with its model"
+            return (
+                f" {what}: pass {str(model)!r} to load_model, or to build_reranker, and load the data from elsewhere."
+            )
     kinds = {file.suffix.lower() for file in path.rglob("*") if file.is_file()}
     if ".pdf" in kinds:
         return f" These are PDFs. {_PDF_ADVICE}"

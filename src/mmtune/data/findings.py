@@ -89,7 +89,7 @@ GOOD_TO_KNOW = {
     ),
     "unjudged_copies": (
         "copies of a relevant page that are not judged themselves",
-        "Training and build_evaluator count copies as one page; the host's own evaluator counts these as wrong.",
+        "Training and build_evaluator count copies as one page; InformationRetrievalEvaluator counts these as wrong.",
     ),
     "repeated_texts": (
         "query texts that stand under several query ids",

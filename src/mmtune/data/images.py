@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import re
 import stat
 import warnings
 from collections.abc import Mapping
@@ -183,9 +184,15 @@ def require_file(path: str, document_id: str) -> None:
     except (OSError, ValueError) as error:
         problem = str(error)
     if problem:
+        remedy = "Restore the file, or leave the document out."
+        if re.match(r"\w+://", path):
+            problem = "it is a URL, and pages are read from files or bytes"
+            remedy = f"Download it first, e.g. with urllib.request.urlretrieve({path!r:.200}, 'page.png')."
+        elif not Path(path).is_absolute():
+            problem += f", looked for from the working directory {str(Path.cwd())!r}"
+            remedy = "Write absolute paths into the column, or run from the folder that they begin in."
         raise ImageDecodeError(
-            f"Document {document_id!r} can't be decoded as an image (file {path!r}): {problem}. Restore the file, or "
-            "leave the document out."
+            f"Document {document_id!r} can't be decoded as an image (file {path!r}): {problem}. {remedy}"
         )
 
 

@@ -1,5 +1,6 @@
 """What every function takes as a dataset, and what two datasets share."""
 
+import numbers
 import os
 import re
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, IterableDataset
 
-from mmtune.arguments import require_name
+from mmtune.arguments import require_name, shown
 from mmtune.data import layouts
 from mmtune.data.arrow import positions
 from mmtune.data.dataset import RetrievalDataset
@@ -112,8 +113,12 @@ DatasetLike: TypeAlias = RetrievalDataset | Dataset | str | os.PathLike[str]
 """What every function takes as a dataset: built, rows in a known layout, or what ``RetrievalDataset.load`` takes."""
 
 
-def as_retrieval_dataset(dataset: DatasetLike) -> RetrievalDataset:
+def as_retrieval_dataset(dataset: DatasetLike, name: str = "dataset") -> RetrievalDataset:
     """``dataset`` itself, or what its layout builds.
+
+    Args:
+        dataset: What was given.
+        name: Of the argument, for the message.
 
     Raises:
         DatasetError: The layout is unknown, or the data can't be read.
@@ -123,13 +128,29 @@ def as_retrieval_dataset(dataset: DatasetLike) -> RetrievalDataset:
     if isinstance(dataset, (str, os.PathLike)):
         return RetrievalDataset.load(dataset)
     if not isinstance(dataset, (Dataset, DatasetDict, IterableDataset)):
-        if type(dataset).__module__.partition(".")[0] in ("pandas", "polars"):
-            raise DatasetError(f"Expected a dataset, got a {type(dataset).__name__}. {advise_on(dataset)}")
         raise DatasetError(
-            f"{dataset!r:.80} is no dataset. Expected a RetrievalDataset, a datasets.Dataset in a known layout, the "
-            "path or Hub name of one, or a mapping of names to these."
+            f"{name}={shown(dataset)} is no dataset. Expected a RetrievalDataset, a datasets.Dataset in a known "
+            f"layout, or the path or Hub name of one. {_advise_on(dataset, name)}"
         )
     return RetrievalDataset.from_tables(layouts.build_from_known_layout(dataset))
+
+
+def _advise_on(value: object, name: str) -> str:
+    """How to come to a dataset from a value that is none, as a sentence for a message."""
+    if isinstance(value, (list, tuple)) and value and all(isinstance(each, RetrievalDataset) for each in value):
+        if isinstance(value, tuple) and len(value) == 2:
+            return "split gives two: write train, evaluation = dataset.split(...), and pass one of them."
+        return f"Join them: {name}=RetrievalDataset.concatenate([...])."
+    if isinstance(value, Mapping) and value:
+        return f"Only finetune and the evaluators take several by name: pass one, e.g. that of {next(iter(value))!r}."
+    if isinstance(value, numbers.Real):
+        return (
+            "To hold out a number of queries, split first: train, evaluation = "
+            "RetrievalDataset.load('pages.parquet').split(100)."
+        )
+    if hasattr(value, "encode") or hasattr(value, "predict"):
+        return f"It is a model; pass the data as {name}."
+    return advise_on(value)
 
 
 DatasetsLike: TypeAlias = DatasetLike | Mapping[str, DatasetLike]
@@ -153,8 +174,12 @@ def datasets_by_name(given: DatasetsLike) -> dict[str, DatasetLike]:
     for name in given:
         require_name("the name of a dataset", name)
     if not all(_NAME.fullmatch(name) for name in given):
+        wrong = next(name for name in given if not _NAME.fullmatch(name))
+        other = (
+            wrong.replace("_", "-") if _NAME.fullmatch(wrong.replace("_", "-")) else f"set-{wrong}".replace("_", "-")
+        )
         raise ConfigError(
-            f"The datasets are named {list(given)}. Names become part of metric "
-            "keys: they are texts without '_', other than 'mean' and dimensions such as '64d'."
+            f"The datasets are named {list(given)}. Names become part of metric keys: they are texts without '_', "
+            f"other than 'mean' and dimensions such as '64d'. Name it {other!r} in place of {wrong!r}."
         )
     return dict(given)

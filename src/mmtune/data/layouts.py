@@ -63,7 +63,8 @@ def build_from_known_layout(rows: Dataset) -> Tables:
         f"The columns {rows.column_names} are no layout that is known. Known are: "
         "'id', 'query', 'image' and optionally 'negatives' (from_id_rows); "
         "'query', 'image' and optionally 'negative_0', 'negative_1', ... (from_columns). "
-        "Rename the columns, or call one of these builders with the names of yours."
+        "Rename the columns, or call one of these builders with the names of yours, e.g. "
+        "RetrievalDataset.from_id_rows(rows, id_column=..., query_column=..., image_column=...)."
     )
 
 
@@ -84,9 +85,10 @@ def build_from_id_rows(
     if negatives_name in rows.column_names:
         _warn_of_unused(alike, f"column {negatives_name!r}")
     elif negatives_name is not None:
+        own = f"negatives_column={alike[0]!r}, or " if alike else ""
         raise DatasetError(
             f"The table of rows has no column {negatives_name!r} for the negatives; it has {rows.column_names}. "
-            "Name the column, or pass negatives_column=None where the rows list no negatives."
+            f"Pass {own}negatives_column=None where the rows list no negatives."
         )
     ids = id_column(rows, id_name)
     advice = "Each row needs an id of its own: drop the repeated rows, or name another id column."
@@ -103,7 +105,8 @@ def build_from_id_rows(
     if len(empty):
         raise DatasetError(
             f"{len(empty)} rows have no image: column {image_name!r} is null there, e.g. in the row with id "
-            f"{ids[int(empty[0])].as_py()!r}. Every row is a page; leave such rows out, and their ids too."
+            f"{ids[int(empty[0])].as_py()!r}. Every row is a page. Leave such rows out with "
+            f"rows.filter(lambda row: row[{image_name!r}] is not None), and their ids with on_missing='drop'."
         )
     return check_tables(
         with_columns(_name_pages(pages, image_name), {"document_id": ids}),
@@ -340,7 +343,7 @@ def _find_column(table: Dataset, spellings: Sequence[str], what: str) -> str:
             return name
     raise DatasetError(
         f"The {what} has none of the columns {listed(spellings)}; it has {table.column_names}. "
-        "Rename the column that holds it."
+        "Rename the column that holds it; the order is from_beir(corpus, queries, qrels)."
     )
 
 

@@ -27,7 +27,7 @@ def split_tables(
     chosen = draw_evaluation_queries(relevance, eval_queries, seed=seed, groups=groups)
     rest = np.setdiff1d(np.arange(len(relevance.query_ids)), chosen)
     if len(rest) < len(chosen):
-        _warn_of_few(relevance, groups, len(rest), len(chosen))
+        _warn_of_few(relevance, groups, len(rest), len(chosen), eval_queries)
     answers = relevance.judged_document[np.isin(relevance.judged_query, chosen)]
     needed = np.union1d(answers, relevance.listed_negatives.take(chosen).values)
     others = np.flatnonzero(~np.isin(relevance.page, relevance.page[answers]))
@@ -70,14 +70,14 @@ def draw_evaluation_queries(
     return np.flatnonzero(np.isin(set_of_query, chosen))
 
 
-def _warn_of_few(relevance: Relevance, groups: pa.Array | None, left: int, taken: int) -> None:
+def _warn_of_few(relevance: Relevance, groups: pa.Array | None, left: int, taken: int, eval_queries: int) -> None:
     """Warn that most queries went to evaluation, and say how many would leave the most to training."""
     sizes = np.bincount(_find_tied_sets(relevance, groups))
     enough = max((left + taken) // 5, int(sizes.min()))
     remedy = f"eval_queries={enough} would do" if 2 * enough <= left + taken else "add data"
     warnings.warn(
-        f"{left} queries are left to train on, and {taken} are for evaluation. Training needs the larger part: "
-        f"{remedy}.",
+        f"{left} queries are left to train on, and {taken} are for evaluation: eval_queries={eval_queries} of "
+        f"{left + taken}. Training needs the larger part: {remedy}.",
         stacklevel=4,
     )
 

@@ -1,5 +1,6 @@
 """The four tables behind a ``RetrievalDataset``: their columns, and the checks every builder ends in."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -8,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Value
 
-from mmtune.arguments import listed
+from mmtune.arguments import listed, nearest_name
 from mmtune.data.arrow import (
     as_id_strings,
     column,
@@ -107,6 +108,8 @@ def check_tables(
 def advise_on(value: object) -> str:
     """How a table is made of a value that is none; for messages."""
     package = type(value).__module__.partition(".")[0]
+    if isinstance(value, (str, os.PathLike)):
+        return f"For a path call RetrievalDataset.load({os.fspath(value)!r:.80})."
     if package in ("pandas", "polars"):
         return f"Pass datasets.Dataset.from_{package}(frame)."
     maker = "from_list(rows)" if isinstance(value, (list, tuple)) else "from_dict(columns)"
@@ -137,9 +140,11 @@ def require_columns(dataset: Dataset, names: Sequence[str], what: str) -> None:
     """
     missing = [name for name in names if name not in dataset.column_names]
     if missing:
+        alike = nearest_name(missing[0], dataset.column_names, cutoff=0.6)
+        hint = f" Did you mean {alike!r}?" if alike else ""
         raise DatasetError(
             f"{what} has no column {missing[0]!r}; it has {dataset.column_names}. "
-            f"Expected: {listed(names)}. Rename a column, or name it in the call."
+            f"Expected: {listed(names)}. Rename a column, or name it in the call.{hint}"
         )
 
 
@@ -189,7 +194,8 @@ def id_lists(dataset: Dataset, name: str) -> tuple[np.ndarray, pa.Array]:
     if not is_lists(values.type):
         raise DatasetError(
             f"Column {name!r} holds {values.type}, expected lists of ids. It is among {dataset.column_names}; "
-            "name another column, or turn its values into lists."
+            "name another column, or turn its values into lists, e.g. rows.map(lambda row: "
+            f"{{{name!r}: row[{name!r}].split(',') if row[{name!r}] else []}})."
         )
     rows, items = flat_lists(values)
     return rows, as_id_strings(items, name)

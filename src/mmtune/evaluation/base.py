@@ -1,14 +1,17 @@
 """What every retrieval evaluator shares: documents read as they are encoded, graded nDCG, ties without names."""
 
 import math
+import os
 from collections.abc import Generator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+from sentence_transformers import CrossEncoder
 from sentence_transformers.base import BaseModel
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from tqdm.auto import tqdm
 
+from mmtune.arguments import shown
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
 from mmtune.errors import ConfigError
@@ -113,16 +116,21 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
             ConfigError: It is another of the host's kinds, or embeds nothing.
         """
         if not all(hasattr(model, name) for name in ("encode_query", "encode_document", "similarity")):
-            raise ConfigError(
-                f"Expected a {self.model_class.__name__}, got {type(model).__name__}. Load a checkpoint with "
-                "load_model, and pass what it gives."
-            )
+            raise ConfigError(f"model={shown(model)} is no {self.model_class.__name__}. {self._advise_on(model)}")
         if isinstance(model, BaseModel) and not isinstance(model, self.model_class):
             raise ConfigError(
                 f"This evaluator scores a {self.model_class.__name__}, and the model is a {type(model).__name__}. "
                 "Build one for it with build_evaluator(dataset, model=model)."
             )
         return model
+
+    @staticmethod
+    def _advise_on(model: object) -> str:
+        if isinstance(model, (str, os.PathLike)):
+            return f"Pass evaluator(load_model({os.fspath(model)!r:.80}))."
+        if isinstance(model, CrossEncoder):
+            return "For a reranker call build_reranking_evaluator(dataset)(model)."
+        return "Load a checkpoint with load_model, and pass what it gives."
 
     def encode_queries(self, model: Retriever) -> Embeddings:
         """The embeddings of all queries, in the order of ``queries_ids``; the first call warns of texts too long."""

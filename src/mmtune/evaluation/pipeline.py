@@ -25,6 +25,7 @@ from mmtune.models.opening import LoadOptions
 from mmtune.models.rerankers import build_reranker
 
 _DEPTHS = (5, 10, 20, 50)
+_CALL = "evaluate_pipeline(retriever, reranker, dataset)"
 _LOST_SHOWN = 10
 
 
@@ -205,9 +206,9 @@ def evaluate_pipeline(
     """
     # Weights are loaded after everything else has been checked.
     if not isinstance(retriever, (str, os.PathLike)):
-        require_retriever(retriever)
+        require_retriever(retriever, "retriever", _CALL)
     if not isinstance(reranker, (str, os.PathLike)):
-        require_reranker(reranker)
+        require_reranker(reranker, "reranker", f"The call is {_CALL}.")
     k = require_whole("ndcg_at_k", ndcg_at_k)
     size = require_whole("batch_size", batch_size)
     data = as_retrieval_dataset(dataset)

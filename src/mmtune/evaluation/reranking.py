@@ -41,12 +41,15 @@ class RerankingEvaluator(BaseEvaluator):
         show_progress_bar: Whether to show a bar over the pairs.
 
     Attributes:
+        model_class: The kind of model that it scores.
         lists: The candidates, each with ``asking_id`` and ``candidate_ids``.
         batch_size: Pairs a forward pass; what is set here holds from the next call on.
         write_csv: Whether a call with an output folder adds a line to a CSV file there, as the host's evaluators do.
         per_query: After a call, ``{metric key: {id of what asks: value}}``.
         top_ids: After a call, ``{id of what asks: [candidate id, ...]}``, best first; ties stand as in ``lists``.
     """
+
+    model_class = CrossEncoder
 
     def __init__(
         self,
@@ -182,7 +185,7 @@ def build_reranking_evaluator(
     size = require_whole("batch_size", batch_size)
     options: dict[str, Any] = {"batch_size": size, "show_progress_bar": show_progress_bar}
     if retriever is not None:
-        require_retriever(retriever)
+        require_retriever(retriever, "retriever", "build_reranking_evaluator(dataset, retriever=model)")
     elif not always_rerank_positives:
         raise ConfigError(
             "always_rerank_positives=False without a retriever: the candidates of a dataset always hold what is "

@@ -173,7 +173,11 @@ def build_evaluator(
     options: dict[str, Any] = {"ndcg_at_k": depths, "batch_size": size, "show_progress_bar": show_progress_bar}
 
     if model is not None:
-        require_retriever(model)
+        require_retriever(
+            model,
+            "model",
+            "build_evaluator(dataset, model=retriever); build_reranking_evaluator(dataset) is for rerankers",
+        )
     if isinstance(model, MultiVectorEncoder):
         if dims:
             raise ConfigError(

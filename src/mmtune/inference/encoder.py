@@ -1,6 +1,7 @@
 """Embeddings of the texts and documents of a dataset, a portion at a time, decoded while the model works."""
 
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,7 @@ from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from tqdm.auto import tqdm
 
+from mmtune.arguments import shown
 from mmtune.data.documents import DocumentKind, DocumentReader, as_host_input, document_columns
 from mmtune.data.identity import document_digests, text_digest
 from mmtune.data.relevance import Direction
@@ -21,6 +23,7 @@ from mmtune.errors import ConfigError, DatasetError
 from mmtune.host import let_read_typed_texts
 from mmtune.inference.preprocessing import prepare_pages, reading_pages
 from mmtune.inference.store import Embeddings, EmbeddingStore, Pair
+from mmtune.models.loading import check_documents
 from mmtune.models.routes import find_router
 
 logger = logging.getLogger(__name__)
@@ -38,16 +41,23 @@ _SHARD_SIZE = 512
 """Items whose embeddings are held, compared and stored together; a store serves any batch size."""
 
 
-def require_retriever(model: object) -> None:
+def require_retriever(model: object, name: str, call: str) -> None:
     """Make sure that ``model`` embeds queries and documents apart.
+
+    Args:
+        model: What was given.
+        name: Of the argument, for the message.
+        call: How the function is called, for the message.
 
     Raises:
         ConfigError: It is of another kind.
     """
     if not isinstance(model, get_args(Retriever)):
+        remedy = (
+            f"Pass {name}=load_model({model!r:.80})" if isinstance(model, (str, os.PathLike)) else f"The call is {call}"
+        )
         raise ConfigError(
-            f"Expected a retriever, a SentenceTransformer or a MultiVectorEncoder, got {type(model).__name__}. Load "
-            "one with load_model."
+            f"{name}={shown(model)} is no retriever. Expected a SentenceTransformer or a MultiVectorEncoder. {remedy}."
         )
 
 
@@ -142,6 +152,7 @@ def encode(
         at_once: Items a portion; ``None`` is ``batch_size``. The host sorts a portion by length.
 
     Raises:
+        ConfigError: The model embeds no documents of this kind, or no texts.
         DatasetError: The model can't read an item, or gives no finite numbers for it; the message names it.
         ImageDecodeError: A page is no readable image; the message names the document.
     """
@@ -158,6 +169,8 @@ def encode(
             try:
                 embeddings: Any = embed(inputs, **options)
             except ValueError as error:
+                if isinstance(model, get_args(Retriever)):
+                    check_documents(model, reader.kind)
                 at, reason = find_unreadable(lambda each: embed([each], **options), inputs, error)
                 raise DatasetError(f"The model can't read the {task} {portion[at]!r}: {reason} {HOW_TO_FIT}") from error
             _require_finite(embeddings, task, portion)

@@ -79,7 +79,7 @@ class MiningRule:
             raise ConfigError(
                 f"range_min={self.range_min} and range_max={self.range_max} leave room for "
                 f"{max(self.range_max - self.range_min, 0)} documents, and num_negatives={self.num_negatives}. "
-                "Raise range_max, or lower the others."
+                f"Pass range_max={self.range_min + self.num_negatives} or more, or lower the others."
             )
 
     @property
@@ -229,9 +229,9 @@ def mine_hard_negatives(
         ['query_id', 'document_ids']
     """
     rule = MiningRule(num_negatives, relative_margin, absolute_margin, range_min, range_max, max_score)
-    require_retriever(model)
+    require_retriever(model, "model", "mine_hard_negatives(dataset, model): the dataset comes first")
     if reranker is not None:
-        require_reranker(reranker)
+        require_reranker(reranker, "reranker")
     size = require_whole("batch_size", batch_size)
     if cache_folder is not None:
         require_path("cache_folder", cache_folder)
@@ -270,7 +270,7 @@ def mine_hard_negatives(
         ranking = ranking.rescore(scorer, scores)
 
     mined = ranking.choose_negatives(rule).take(relevance.text)
-    _warn_of_short_lists(mined.lengths, relevance, rule)
+    _warn_of_short_lists(mined.lengths, relevance, rule, len(pages))
     return _with_negatives(data, IntLists(mined.offsets, pages[mined.values]))
 
 
@@ -299,16 +299,26 @@ def _with_negatives(data: RetrievalDataset, mined: IntLists) -> RetrievalDataset
     return RetrievalDataset.from_tables(replace(tables, negatives=negatives, notes=notes))
 
 
-def _warn_of_short_lists(lengths: np.ndarray, relevance: Relevance, rule: MiningRule) -> None:
+def _warn_of_short_lists(lengths: np.ndarray, relevance: Relevance, rule: MiningRule, num_pages: int) -> None:
     short = np.flatnonzero(lengths < rule.num_negatives)
     if not len(short):
         return
+    names = ("relative_margin", "absolute_margin", "max_score", "range_max")
+    limits = [f"{name}={getattr(rule, name)}" for name in names if getattr(rule, name) is not None]
+    if rule.num_negatives >= num_pages:
+        why = f"The corpus has {num_pages} different documents: pass num_negatives={min(4, max(num_pages - 1, 1))}"
+    elif limits:
+        loosest = limits[0].partition("=")[0]
+        usual = " or relative_margin=0.05, the default," if (rule.relative_margin or 0) > 0.05 else ""
+        why = f"There are no more under {' and '.join(limits)}: pass{usual} {loosest}=None for no such bound"
+    else:
+        why = "No more of the corpus is not relevant: pass a lower num_negatives"
     examples = ", ".join(f"{relevance.query_ids[int(row)].as_py()!r} ({lengths[row]})" for row in short[:3])
     logger.warning(
-        "%d of %d queries have fewer than %d mined negatives, e.g. %s. The margins, max_score and the depth of the "
-        "ranking leave no more: loosen them, or raise range_max. Training fills such rows at random.",
+        "%d of %d queries have fewer than %d mined negatives, e.g. %s. %s. Training fills such rows at random.",
         len(short),
         len(lengths),
         rule.num_negatives,
         examples,
+        why,
     )

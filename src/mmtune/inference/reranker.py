@@ -1,5 +1,6 @@
 """What a reranker scores pairs, the same way wherever they are scored: in evaluation, mining and teaching."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from sentence_transformers import CrossEncoder
 from tqdm.auto import tqdm
 
+from mmtune.arguments import shown
 from mmtune.data.documents import as_host_input
 from mmtune.data.judgements import CandidateList
 from mmtune.data.relevance import Direction
@@ -21,16 +23,22 @@ from mmtune.models.precision import scoring_in_float32
 _PAIRS_A_FILE = 1024
 
 
-def require_reranker(model: object) -> None:
+def require_reranker(model: object, name: str = "model", advice: str = "") -> None:
     """Make sure that ``model`` gives one score to a pair.
+
+    Args:
+        model: What was given.
+        name: Of the argument, for the message.
+        advice: What else to do, for the message.
 
     Raises:
         ConfigError: It is another kind of model, or gives several.
     """
     if not isinstance(model, CrossEncoder):
+        path = f"{model!r:.80}" if isinstance(model, (str, os.PathLike)) else "path"
         raise ConfigError(
-            f"Expected a reranker, a sentence_transformers.CrossEncoder, got {type(model).__name__}. An embedding "
-            "model is no reranker; build_reranker makes one."
+            f"{name}={shown(model)} is no reranker. Expected a CrossEncoder. Pass build_reranker({path}), where the "
+            f"path is that of a language model that reads images, or of a reranker.{advice and ' '}{advice}"
         )
     if model.num_labels != 1:
         raise ConfigError(
@@ -63,7 +71,7 @@ class PairScorer:
     activation: torch.nn.Module | None = None
 
     def __post_init__(self) -> None:
-        require_reranker(self.model)
+        require_reranker(self.model, advice="For an embedding model there is build_evaluator(dataset).")
 
     def score_pairs(
         self, pairs: Sequence[Pair], contents: Sequence[str] | None = None, store: ScoreStore | None = None

@@ -152,7 +152,7 @@ def score_rows(
         ImageDecodeError: A page can't be decoded; the message names the document.
     """
     view = _require_view(rows)
-    require_reranker(teacher)
+    require_reranker(teacher, "teacher")
     size = require_whole("batch_size", batch_size)
     if folder is not None:
         require_path("folder", folder)

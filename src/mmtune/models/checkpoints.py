@@ -14,7 +14,7 @@ import transformers
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from PIL import Image
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from transformers import (
     MODEL_MAPPING,
@@ -27,7 +27,7 @@ from transformers import (
 
 from mmtune.arguments import nearest_name
 from mmtune.errors import ConfigError, MissingExtraError, MmtuneError
-from mmtune.host import WithoutWeights
+from mmtune.host import WithoutWeights, describe_offline
 from mmtune.models.kinds import HostModel
 
 MARKERS = ("modules.json", "config.json", "adapter_config.json")
@@ -223,7 +223,7 @@ def _find_on_hub(name: str, hub: dict[str, Any]) -> str:
         f"{name!r} was not found: {_nearest_folder(Path(name))}, and the Hub and its cache did not give it either. "
         f"{reason} Expected the folder of a checkpoint or the name of a model on the Hub, such as "
         f"'Qwen/Qwen3-VL-Embedding-2B'. Check the spelling and the connection, and for a private or gated model run "
-        f"`hf auth login`."
+        f"`hf auth login`.{describe_offline()}"
     ) from failure
 
 
@@ -261,7 +261,7 @@ def read_encoders(
             encoders = [_fresh_encoder(files, model_class)]
         for encoder in encoders:
             _require_words(files, encoder)
-    require_modality(files, encoders, modality)
+    require_modality(files, encoders, modality, model_class=model_class)
     return encoders
 
 
@@ -370,8 +370,20 @@ def reading(name: str) -> Iterator[None]:
         ) from error
 
 
-def require_modality(files: CheckpointFiles, encoders: list[Encoder], modality: str) -> None:
+def require_modality(
+    files: CheckpointFiles,
+    encoders: list[Encoder],
+    modality: str,
+    *,
+    model_class: type[HostModel] = SentenceTransformer,
+) -> None:
     """Make sure that one of a checkpoint's encoders takes a modality by itself.
+
+    Args:
+        files: The checkpoint.
+        encoders: Its encoders.
+        modality: What one of them must take.
+        model_class: What is to be made of it, for the message.
 
     Raises:
         ConfigError: None does; the message has the reason.
@@ -389,10 +401,15 @@ def require_modality(files: CheckpointFiles, encoders: list[Encoder], modality: 
     modalities = ", ".join(sorted(frozenset().union(*(encoder.modalities or () for encoder in encoders))))
     expected = {
         "image": "a checkpoint with an image processor, such as Qwen3-VL, CLIP or SigLIP. Pass one of those, or join "
-        "this one with an image encoder by compose_router",
+        "this one with an image encoder by compose_router(text, image)",
         "text": "a checkpoint with a tokenizer, such as MiniLM. Pass one, or join this one with a text encoder by "
-        "compose_router",
+        "compose_router(text, image)",
     }
+    if model_class is CrossEncoder:
+        expected["image"] = (
+            "a language model that reads images, such as Qwen/Qwen3-VL-2B-Instruct, or a ready reranker. Pass one; a "
+            'reranker of texts goes with documents="text"'
+        )
     raise ConfigError(f"{files.name!r} embeds no {modality}s, only {modalities}{kind}. Expected {expected[modality]}.")
 
 

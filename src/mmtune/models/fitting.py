@@ -42,7 +42,7 @@ def fit_pooling(model: SentenceTransformer) -> None:
         if isinstance(pooling, Pooling) and pooling.pooling_mode == "mean" and is_causal(encoder, model.device):
             pooling.pooling_mode = "lasttoken"
             name = encoder.config.name_or_path
-            logger.warning("%r is causal: its embedding is the last token, where the host takes the mean.", name)
+            logger.warning("%r is causal: its embedding is the last token, and not the mean.", name)
 
 
 def fit_padding(model: nn.Module, device: torch.device) -> None:
@@ -149,14 +149,14 @@ def check_prompts(model: SentenceTransformer) -> None:
             prompted = model.preprocess([SAMPLES["text"]], prompt=prompt)["input_ids"]
         except Exception as error:  # a template raises what it likes, under jinja2's name
             raise ConfigError(
-                f"The prompt {name!r} ({prompt!r}) can't be used: {first_line(error)} The host makes a system message "
-                f"of it, and the model's chat template takes none. Pass processor_kwargs={{'chat_template': ...}} with "
-                f"one that does, or remove the prompt."
+                f"The prompt {name!r} ({prompt!r}) can't be used: {first_line(error)} It becomes a system message, and "
+                f"the model's chat template takes none. Pass processor_kwargs={{'chat_template': ...}} with one that "
+                f"does, or remove the prompt."
             ) from error
         if torch.equal(prompted, plain):
             warnings.warn(
                 f"The prompt {name!r} ({prompt!r}) has no effect: the model's chat template leaves out system "
-                f"messages, which the host makes of prompts. Pass processor_kwargs={{'chat_template': ...}} with one "
+                f"messages, which prompts become. Pass processor_kwargs={{'chat_template': ...}} with one "
                 f"that renders them, or remove the prompt.",
                 UserWarning,
                 stacklevel=4,

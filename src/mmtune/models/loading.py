@@ -220,5 +220,6 @@ def _require(model: HostModel, modality: Any, what: str) -> None:
     reason = f": it takes {' and '.join(sorted(together[0]))} only together" if together else ""
     raise ConfigError(
         f"The model can't embed {what}. Its modalities are {', '.join(map(_plus, model.modalities))}{reason}. Pass a "
-        f"model that also embeds {_plus(modality)}, or join it with an encoder that does in a Router."
+        f"model that also embeds {_plus(modality)}, or join it with an encoder that does by compose_router(text, "
+        "image)."
     )

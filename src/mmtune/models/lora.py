@@ -58,8 +58,8 @@ def check_lora(lora: LoraChoice) -> None:
         )
     if lora is not True and (lora.is_prompt_learning or lora.is_adaption_prompt):
         raise ConfigError(
-            f"lora={type(lora).__name__}(...) adds tokens to the input and no weights to layers, which the host can't "
-            f"save. Expected a config such as peft.LoraConfig. Pass that, or True."
+            f"lora={type(lora).__name__}(...) adds tokens to the input and no weights to layers, so that it can't be "
+            f"saved. Expected a config such as peft.LoraConfig. Pass that, or True."
         )
     if lora is not True:
         _check_config(lora)

@@ -27,6 +27,7 @@ from mmtune.arguments import (
     require_path,
     require_type,
     require_whole,
+    shown,
 )
 from mmtune.errors import ConfigError
 from mmtune.host import flash_attention_loads, supports_flash_attention, unread_weights
@@ -209,7 +210,7 @@ _HOST_CHECKS: Mapping[str, Callable[[str, Any], object]] = MappingProxyType(
         "model_kwargs": partial(require_mapping, expected="arguments of a model of transformers"),
         "processor_kwargs": partial(require_mapping, expected="arguments of a processor of transformers"),
         "config_kwargs": partial(require_mapping, expected="arguments of a config of transformers"),
-        "model_card_data": partial(require_type, types=CardData, expected="the host's data of a model card"),
+        "model_card_data": partial(require_type, types=CardData, expected="model_card_data of Sentence Transformers"),
         "backend": partial(require_one_of, known=("torch", "onnx", "openvino")),
         "truncate_dim": require_whole,
         "num_labels": require_whole,
@@ -264,8 +265,8 @@ def open_checkpoint(name_or_path: str | Path, options: LoadOptions | None = None
     """
     if not isinstance(name_or_path, str | os.PathLike) or not os.fspath(name_or_path).strip():
         raise ConfigError(
-            f"name_or_path={name_or_path!r:.200} names no checkpoint. Expected a folder or a name on the Hub. Pass "
-            f"one; a model that is already built needs no load_model."
+            f"name_or_path={shown(name_or_path)} names no checkpoint. Expected a folder or a Hub name. Pass one; "
+            f"a model that is built already is used as it is, as in finetune(model, dataset)."
         )
     name = os.fsdecode(name_or_path)
     options = options or LoadOptions()

@@ -60,7 +60,7 @@ class RouterPreset:
 _PRESETS = (
     RouterPreset(
         name="minilm-siglip2",
-        purpose="English queries on figures, photos and simple pages; the pair of the host's multimodal guide",
+        purpose="English queries on figures, photos and simple pages; the pair of the multimodal guide",
         text="sentence-transformers/all-MiniLM-L6-v2",
         image="google/siglip2-base-patch16-224",
         dimension=768,

@@ -165,7 +165,9 @@ def compose_router(
     frozen = (freeze,) if isinstance(freeze, str) else part_names(freeze)
     unknown = [side for side in frozen if side not in ("text", "image")]
     if unknown:
-        raise ConfigError(f"freeze names {unknown[0]!r}. A Router has the sides 'text' and 'image'. Name these.")
+        raise ConfigError(
+            f"freeze names {unknown[0]!r}. A Router has the sides 'text' and 'image'. Pass e.g. freeze='image'."
+        )
     require_one_of("route_by", route_by, ("modality", "task"))
     dimension = require_dimension(dimension, "an embedding")
     prompts = {} if text_prompts is None else text_prompts
@@ -198,7 +200,13 @@ def _check_source(modality: str, source: Side) -> None:
     """Look at what a side is, before any weights are read."""
     if isinstance(source, str | os.PathLike):
         files = open_checkpoint(os.fspath(source))
-        read_encoders(files, modality)
+        try:
+            read_encoders(files, modality)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{error} It was given as {modality}= of compose_router(text, image): swap the two if they are in the "
+                "other order."
+            ) from error
         if files.modules and files.modules[0]["type"].endswith((".Router", ".Asym")):
             raise _nested_router(modality)
         return
@@ -208,7 +216,7 @@ def _check_source(modality: str, source: Side) -> None:
     if is_other or not modules or not all(isinstance(module, nn.Module) for module in modules):
         raise ConfigError(
             f"{modality}={source!r:.80} is no encoder. Expected a checkpoint's name or folder, a SentenceTransformer, "
-            f"or a list of host modules such as [Transformer(...), Pooling(...)]. Pass one of these."
+            f"or a list of modules such as [Transformer(...), Pooling(...)]. Pass one of these."
         )
     if any(isinstance(module, Router) for module in modules):
         raise _nested_router(modality)

@@ -92,9 +92,9 @@ def require_reloadable(model: HostModel) -> None:
         half = [weight.dtype for weight in modules.parameters() if weight.dtype in half_types]
         if weights and half:
             raise ConfigError(
-                f"The route {name!r} has layers after its encoder and is in {str(half[0]).removeprefix('torch.')}: the "
-                "host loads such a Router with layers in float32, which then fails (sentence-transformers 6.2). Load "
-                'or compose it with dtype="float32"; training computes in bfloat16 on a GPU all the same.'
+                f"The route {name!r} has layers after its encoder and is in {str(half[0]).removeprefix('torch.')}: "
+                "Sentence Transformers loads such a Router with layers in float32, which then fails (6.2). Load or "
+                'compose it with dtype="float32"; training computes in bfloat16 on a GPU all the same.'
             )
 
 

@@ -146,15 +146,21 @@ class ConflictFreeBatchSampler(DefaultBatchSampler):
         """Why rows are left over, and what to do."""
         shape, plan = self._shape, self._planned
         if len(plan.left_over) < shape.group_size and not shape.keeps_short:
-            return f"a step takes {shape.num_processes} full batches of {shape.batch_size} rows"
+            return f"a step takes {shape.num_processes} full batches of {shape.batch_size} rows, and these fill none"
         _, rows, counts = np.unique(self._rows.positives, return_index=True, return_counts=True)
         busiest = column(self._dataset, "document_id")[int(rows[counts.argmax()])].as_py()
         shared = f"document {busiest!r} is the positive of {counts.max()} rows"
+        smaller = max(1, min(shape.batch_size // 2, len(self._rows) // 3))
+        remedy = f"Pass a smaller batch size, e.g. per_device_train_batch_size={smaller}"
         num_steps = len(plan.batches) // shape.num_processes
         if counts.max() > num_steps:
-            return f"{shared}, which exclude each other, in {num_steps} steps. Pass a smaller batch size"
+            return f"{shared}, which exclude each other, in {num_steps} steps. {remedy}"
         size = f", so that batches take {plan.batch_size} rows" if plan.batch_size < shape.batch_size else ""
-        return f"they conflict with too many rows, e.g. {shared}{size}. Pass a smaller batch size or fewer negatives"
+        example = f", e.g. {shared}" if counts.max() > 1 else ""
+        return (
+            "two rows share no batch where a page of one, a negative too, answers the query of the other, and so many "
+            f"do{example}{size}. {remedy}, or fewer negatives"
+        )
 
 
 class ShuffledBatchSampler(DefaultBatchSampler):

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from sentence_transformers.base.training_args import BaseTrainingArguments
 from torch import nn
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
-from mmtune.arguments import require_flag, require_one_of, require_path, require_seed
+from mmtune.arguments import require_flag, require_one_of, require_path, require_seed, shown
 from mmtune.errors import ConfigError
 from mmtune.models.parts import part_names
 from mmtune.models.pixels import PixelLimits
@@ -21,7 +21,7 @@ from mmtune.training.batches import ConflictFreeBatchSampler
 from mmtune.training.call import Finetuning
 from mmtune.training.host_arguments import check_built_values, check_host_values, hint_for
 from mmtune.training.losses import check_loss
-from mmtune.training.trainers import Kind
+from mmtune.training.trainers import Kind, is_for_rerankers
 
 _HALF = (torch.bfloat16, torch.float16)
 _RATE_FOR_HALF_PRECISION = 1e-5
@@ -44,14 +44,14 @@ def check_training_arguments(
         MissingExtraError: A value needs a package that is not installed.
     """
     known = [field.name for field in dataclasses.fields(kind.arguments_class) if field.init]
-    for name in given:
+    for name, value in given.items():
         if name not in known:
             raise ConfigError(
-                f"{name!r} is neither an argument of this function nor a training argument of the host. "
-                f"{hint_for(name, own, kind.arguments_class)}"
+                f"{name!r} is neither an argument of this function nor a training argument of Sentence Transformers. "
+                f"{hint_for(name, value, own, kind)}"
             )
     if given.get("resume_from_checkpoint") is not None:
-        raise ConfigError("resume_from_checkpoint is for the host's trainer. Pass resume=True.")
+        raise ConfigError("resume_from_checkpoint is for the trainer of Sentence Transformers. Pass resume=True.")
     if args is not None and not isinstance(args, kind.arguments_class):
         raise ConfigError(f"args is a {type(args).__name__}, expected {kind.arguments_class.__name__}.")
     if args is not None and given:
@@ -80,27 +80,43 @@ def check_choices(call: Finetuning) -> None:
             f"dry_run=True plans a run from its start, and resume={call.resume!r}. Leave one of them out."
         )
     if call.resume != "auto":
-        require_flag("resume", call.resume)
+        require_flag("resume", call.resume, or_else="'auto'")
     require_one_of("keep", call.keep, ("best", "last"))
     if call.keep == "last" and call.args is not None and call.args.load_best_model_at_end:
         raise ConfigError("keep='last' and args.load_best_model_at_end=True contradict each other. Set one of them.")
     require_seed("seed", call.seed)
     folder = call.output_dir
     if folder is not None and not (isinstance(folder, (str, os.PathLike)) and str(folder).strip()):
-        raise ConfigError(f"output_dir={folder!r}: expected the path of a folder as a text or a Path, or None.")
+        raise ConfigError(
+            f"output_dir={folder!r}: expected the path of a folder as a text or a Path, or None, which is "
+            "./mmtune-output. Pass e.g. output_dir='my-run'."
+        )
     if folder is not None and "\0" in str(folder):
         raise ConfigError(f"output_dir={str(folder)!r} holds a null character, and no path can. Name another folder.")
     PixelLimits(max_pixels=call.max_pixels)
     if call.page_store is not None:
         require_path("page_store", call.page_store)
     part_names(call.freeze)
-    check_loss(call.loss)
+    check_loss(call.loss, call.kind)
     _check_callbacks(call.callbacks)
     if call.evaluator is not None and (isinstance(call.evaluator, type) or not callable(call.evaluator)):
         raise ConfigError(
-            f"evaluator={call.evaluator!r}: expected an evaluator of the host, built, e.g. "
+            f"evaluator={shown(call.evaluator)}: expected an evaluator of Sentence Transformers, built, e.g. "
             "build_evaluator(dataset), or None. To measure on a dataset, pass it as eval_dataset."
         )
+    _check_evaluator(call.evaluator, call.kind)
+
+
+def _check_evaluator(evaluator: Any, kind: Kind) -> None:
+    """Make sure that an evaluator measures what is trained: retrievers or rerankers."""
+    for part in getattr(evaluator, "evaluators", [evaluator]):
+        trains_reranker = is_for_rerankers(kind.model_class)
+        if is_for_rerankers(part) not in (None, trains_reranker):
+            builder = "build_reranking_evaluator" if trains_reranker else "build_evaluator"
+            raise ConfigError(
+                f"evaluator is a {type(part).__name__}, which can't measure a {kind.model_class.__name__}. Pass "
+                f"evaluator={builder}(dataset), or the dataset as eval_dataset."
+            )
 
 
 def _check_callbacks(callbacks: Any) -> None:
@@ -108,13 +124,37 @@ def _check_callbacks(callbacks: Any) -> None:
     wrong = [each for each in (callbacks if is_series else [callbacks]) if not _is_callback(each)]
     if wrong or not is_series:
         found = f"callbacks holds {wrong[0]!r}" if wrong and is_series else f"callbacks={callbacks!r}"
-        raise ConfigError(
-            f"{found}: expected callbacks of transformers in a list, e.g. callbacks=[EarlyStoppingCallback(3)]."
+        name = getattr(callbacks, "__name__", type(callbacks).__name__)
+        remedy = (
+            "Pass e.g. callbacks=[transformers.EarlyStoppingCallback(3)]"
+            if wrong
+            else f"Put it in one: callbacks=[{name}(...)]"
         )
+        raise ConfigError(f"{found}: expected callbacks of transformers in a list. {remedy}.")
 
 
 def _is_callback(value: Any) -> bool:
     return isinstance(value, TrainerCallback) or (isinstance(value, type) and issubclass(value, TrainerCallback))
+
+
+def check_early_stopping(args: BaseTrainingArguments, callbacks: Iterable[Any]) -> None:
+    """Make sure that there is something to stop by, before weights load.
+
+    Raises:
+        ConfigError: A callback stops early, and nothing is measured, or no metric is named.
+    """
+    if not any(isinstance(each, EarlyStoppingCallback) or each is EarlyStoppingCallback for each in callbacks):
+        return
+    if args.eval_strategy == "no":
+        raise ConfigError(
+            "EarlyStoppingCallback needs something to measure, and nothing is measured in this run. Pass "
+            'eval_dataset=..., and no eval_strategy="no", or leave the callback out.'
+        )
+    if not args.metric_for_best_model:
+        raise ConfigError(
+            "EarlyStoppingCallback needs a metric, and args.metric_for_best_model is None. Set it and "
+            "load_best_model_at_end in args, e.g. to 'vdr_cosine_ndcg@10' and True."
+        )
 
 
 def check_host_arguments(args: BaseTrainingArguments, *, evaluates: bool, in_batch_negatives: bool) -> None:
@@ -128,7 +168,9 @@ def check_host_arguments(args: BaseTrainingArguments, *, evaluates: bool, in_bat
     """
     if args.eval_strategy != "no" and not evaluates:
         strategy = getattr(args.eval_strategy, "value", args.eval_strategy)
-        raise ConfigError(f"eval_strategy={strategy!r} needs an evaluation set. Pass eval_dataset.")
+        raise ConfigError(
+            f"eval_strategy={strategy!r} needs something to measure. Pass eval_dataset=..., or leave eval_strategy out."
+        )
     try:
         pickle.dumps(args.batch_sampler)
     except (pickle.PicklingError, AttributeError, TypeError) as error:

@@ -13,7 +13,7 @@ from sentence_transformers.base.training_args import BaseTrainingArguments
 from torch import nn
 from transformers import TrainerCallback
 
-from mmtune.arguments import require_whole, require_wholes
+from mmtune.arguments import nearest_name, require_whole, require_wholes, shown
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
 from mmtune.errors import ConfigError
@@ -32,6 +32,8 @@ from mmtune.training.run import run
 from mmtune.training.trainers import EMBEDDING, LATE_INTERACTION, Kind
 
 logger = logging.getLogger(__name__)
+
+_DIMS = "[256, 128], the dimension of the model itself first"
 
 
 def finetune(
@@ -177,10 +179,12 @@ def kind_of(model: object) -> Kind:
     if isinstance(model, MultiVectorEncoder):
         return LATE_INTERACTION
     if isinstance(model, CrossEncoder):
-        raise ConfigError("finetune trains what finds pages, and got a CrossEncoder. Use finetune_reranker for it.")
+        raise ConfigError(
+            "model=a CrossEncoder: finetune trains what finds pages. Use finetune_reranker(model, ...) for it."
+        )
     raise ConfigError(
-        "Expected a SentenceTransformer, a MultiVectorEncoder, a checkpoint's folder or its name, got "
-        f"{type(model).__name__}."
+        f"model={shown(model)}: expected a SentenceTransformer, a MultiVectorEncoder, or a folder or name of one. "
+        "Pass e.g. model='Qwen/Qwen3-VL-Embedding-2B'."
     )
 
 
@@ -211,9 +215,10 @@ def prompts_by_side(given: Any, train: TrainingSets) -> dict[str, str | None]:
         columns = dict(value) if isinstance(value, Mapping) and name in train.by_name else columns
         for column, text in columns.items():
             if column not in train.columns:
+                nearest = nearest_name(column, train.columns) or train.columns[0]
                 raise ConfigError(
                     f"prompts has a text for {column!r}, and the rows have the columns {train.columns}. Name one of "
-                    "these."
+                    f"these, e.g. prompts={{{nearest!r}: {text!r:.80}}}."
                 )
             if not isinstance(text, str):
                 raise ConfigError(f"prompts has {text!r} for {column!r}: expected a text.")
@@ -242,7 +247,7 @@ class EmbeddingFinetuning(Finetuning):
         require_whole("num_negatives", self.num_negatives, at_least=0)
         dims = self.matryoshka_dims
         if dims is not None and not (isinstance(dims, str) and dims == "auto"):
-            if not require_wholes("matryoshka_dims", dims, or_else="'auto', None"):
+            if not require_wholes("matryoshka_dims", dims, or_else="'auto', None", example=_DIMS):
                 raise ConfigError("matryoshka_dims is empty. Name a dimension, or pass None for the full size only.")
             if not self.kind.truncates:
                 raise ConfigError(

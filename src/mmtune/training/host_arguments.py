@@ -4,6 +4,7 @@ The types come from the fields of the host's class, the ranges from the table he
 """
 
 import dataclasses
+import inspect
 import math
 import numbers
 import os
@@ -13,7 +14,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,9 +23,10 @@ from sentence_transformers.base.sampler import DefaultBatchSampler, MultiDataset
 from sentence_transformers.base.training_args import BaseTrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
-from mmtune.arguments import is_whole, nearest_name, require_one_of
+from mmtune.arguments import advise_flag, advise_number, is_whole, nearest_name, require_one_of
 from mmtune.errors import ConfigError, MissingExtraError
 from mmtune.host import tracker_names
+from mmtune.training.trainers import Kind
 
 MAX_SEED = 2**32 - 1
 """The largest seed that NumPy takes, which the host seeds too."""
@@ -39,12 +41,14 @@ class Range:
         most: The largest.
         is_open: Whether ``least`` itself is out.
         besides: A number outside that means something, such as -1 for "not set".
+        otherwise: What a message tells to pass where nothing near the value fits; a text is the whole sentence.
     """
 
     least: float = 0
     most: float = math.inf
     is_open: bool = False
     besides: float | None = None
+    otherwise: float | str = 1
 
     def holds(self, value: float) -> bool:
         """Whether ``value`` is one of them; no NaN and no infinity is."""
@@ -61,28 +65,33 @@ class Range:
 
 
 _ANY = Range(-math.inf)
-_POSITIVE, _COUNT, _SHARE = Range(is_open=True), Range(1), Range(most=1)
+_POSITIVE, _COUNT, _SHARE = Range(is_open=True), Range(1), Range(most=1, otherwise=0.1)
+_INTERVAL = Range(is_open=True, otherwise=0.1)  # steps, or a share of them below 1
+_NO_STEPS = (
+    "Leave it out to train for num_train_epochs. To measure without training, call build_evaluator(dataset)(model), or "
+    "build_reranking_evaluator(dataset)(model) for a reranker."
+)
 
 RANGES: Mapping[str, Range] = {
-    "learning_rate": Range(),
+    "learning_rate": Range(otherwise=2e-5),
     "num_train_epochs": _POSITIVE,
-    "max_steps": Range(1, besides=-1),
+    "max_steps": Range(1, besides=-1, otherwise=_NO_STEPS),
     "warmup_steps": Range(),
     "warmup_ratio": _SHARE,
     "weight_decay": Range(),
     "max_grad_norm": Range(),
-    "adam_beta1": _SHARE,
-    "adam_beta2": _SHARE,
-    "adam_epsilon": _POSITIVE,
+    "adam_beta1": Range(most=1, otherwise=0.9),
+    "adam_beta2": Range(most=1, otherwise=0.999),
+    "adam_epsilon": Range(is_open=True, otherwise=1e-8),
     "label_smoothing_factor": _SHARE,
     "neftune_noise_alpha": Range(),
     "per_device_train_batch_size": _COUNT,
     "per_device_eval_batch_size": _COUNT,
     "gradient_accumulation_steps": _COUNT,
     "eval_accumulation_steps": _COUNT,
-    "eval_steps": _POSITIVE,
-    "save_steps": _POSITIVE,
-    "logging_steps": _POSITIVE,
+    "eval_steps": _INTERVAL,
+    "save_steps": _INTERVAL,
+    "logging_steps": _INTERVAL,
     "eval_delay": Range(),
     "save_total_limit": _COUNT,
     "torch_empty_cache_steps": _COUNT,
@@ -90,8 +99,8 @@ RANGES: Mapping[str, Range] = {
     "dataloader_prefetch_factor": _COUNT,
     "ddp_timeout": _COUNT,
     "ddp_bucket_cap_mb": _COUNT,
-    "seed": Range(most=MAX_SEED),
-    "data_seed": Range(most=MAX_SEED),
+    "seed": Range(most=MAX_SEED, otherwise=42),
+    "data_seed": Range(most=MAX_SEED, otherwise=42),
 }
 
 _LEFT_TO_HOST = ("fsdp", "debug", "parallelism_config", "accelerator_config", "trackio_static_space_id")
@@ -107,8 +116,18 @@ _PACKAGE_OF_OPTIMIZER: Mapping[str, tuple[str, str]] = {
     r"adamw_torch_(4|8)bit": ("torchao", "torchao"),
     r"adamw_anyprecision": ("torchdistx", "torchdistx"),
     r"stable_adamw": ("optimi", "torch-optimi"),
+    r"adamw_torch_npu_fused": ("torch_npu", "torch-npu"),
+    r"adamw_torch_xla": ("torch_xla", "torch-xla"),
 }
 """What an optimizer of transformers needs: the module to look for, and the package that has it."""
+
+_PACKAGE_OF_TRACKER: Mapping[str, str] = {
+    "azure_ml": "azureml-core",
+    "comet_ml": "comet-ml",
+    "dagshub": "dagshub mlflow",
+    "flyte": "flytekit",
+}
+"""What a tracker of transformers needs, where the package has another name."""
 
 
 def check_host_values(arguments_class: type[BaseTrainingArguments], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,15 +193,29 @@ def _require_type(name: str, value: Any, alternatives: list[Any]) -> Any:
         return value
     if not any(each in (bool, int, float, *matching) for each in plain):
         return value  # an object of another package, which the host knows
-    raise ConfigError(f"{name}={value!r}: expected {_describe(name, plain, enums)}.")
+    raise _refusal(name, value, plain, enums)
 
 
 def _require_in_range(name: str, value: Any, *, is_count: bool) -> Any:
-    bounds = RANGES.get(name, _ANY)
-    is_number = is_whole(value) if is_count else isinstance(value, numbers.Real)
-    if not is_number or not bounds.holds(float(value)):
-        raise ConfigError(f"{name}={value!r}: expected {_describe(name, [int if is_count else float], [])}.")
+    if not _fits(name, value, is_count=is_count):
+        raise _refusal(name, value, [int if is_count else float], [])
     return int(value) if is_whole(value) else float(value)
+
+
+def _fits(name: str, value: Any, *, is_count: bool) -> bool:
+    is_number = is_whole(value) if is_count else isinstance(value, numbers.Real)
+    return is_number and RANGES.get(name, _ANY).holds(float(value))
+
+
+def _refusal(name: str, value: Any, plain: list[Any], enums: list[Any]) -> ConfigError:
+    """The error of a value that can't be: what was expected, and a value that can be where it is a number or a flag."""
+    advice = ""
+    if int in plain or float in plain:
+        fits = partial(_fits, name, is_count=float not in plain)
+        advice = " " + advise_number(name, value, fits, RANGES.get(name, _ANY).otherwise)
+    elif bool in plain:
+        advice = " " + advise_flag(name, value)
+    return ConfigError(f"{name}={value!r}: expected {_describe(name, plain, enums)}.{advice}")
 
 
 def _describe(name: str, plain: Iterable[Any], enums: list[Any]) -> str:
@@ -223,7 +256,12 @@ def _check_rates(name: str, mapping: Any) -> None:
                 r"parameter names, e.g. {r'projection\.': 1e-4}."
             ) from error
         if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not Range().holds(float(rate)):
-            raise ConfigError(f"{name}[{pattern!r}]={rate!r}: expected a learning rate, a number of 0 or more.")
+            raise ConfigError(
+                f"{name}[{pattern!r}]={rate!r}: expected a learning rate, a number of 0 or more, e.g. 1e-4."
+            )
+
+
+_WITHOUT_TRACKER = 'Or pass report_to="none" to report to nothing.'
 
 
 def _check_trackers(name: str, given: Any) -> None:
@@ -231,11 +269,15 @@ def _check_trackers(name: str, given: Any) -> None:
     known = ["all", "none", *tracker_names()]
     for tracker in [given] if isinstance(given, str) else given:
         require_one_of(name, tracker, known)
-        if tracker not in ("all", "none", *get_available_reporting_integrations()):
-            raise MissingExtraError(
-                f"{name}={given!r} needs a package that is not installed. Install what the host names for {tracker!r}, "
-                'or pass report_to="none".'
-            )
+        if tracker in ("all", "none", *get_available_reporting_integrations()):
+            continue
+        wrong = f"{name}={given!r} needs"
+        if tracker == "kubeflow":
+            raise ConfigError(f"{wrong} a job of Kubeflow, which sets KUBEFLOW_TRAINER_SERVER_URL. {_WITHOUT_TRACKER}")
+        package = _PACKAGE_OF_TRACKER.get(tracker, tracker)
+        raise MissingExtraError(
+            f"{wrong} {package}, which is not installed. Run: pip install {package}. {_WITHOUT_TRACKER}"
+        )
 
 
 def _check_optimizer(name: str, given: Any) -> None:
@@ -289,8 +331,8 @@ _MEANT: Mapping[str, str] = {
         "report_to": "wandb tensorboard logger tracker",
         "disable_tqdm": "show_progress_bar progress_bar progress verbose quiet",
         "hub_model_id": "repo_id hub_id repo",
-        "use_cpu": "device cpu no_cuda",
-        "callbacks": "callback early_stopping patience early_stopping_patience",
+        "use_cpu": "cpu no_cuda",
+        "callbacks": "callback",
         "evaluator": "evaluators metrics compute_metrics",
         "eval_dataset": "eval eval_data eval_set test_dataset test_data val_dataset val_data validation_dataset "
         "evaluation_dataset",
@@ -316,19 +358,47 @@ _MEANT: Mapping[str, str] = {
 """What people type for an argument that has another name."""
 
 
-def hint_for(name: str, own: Iterable[str], arguments_class: type[BaseTrainingArguments]) -> str:
-    """What was probably meant by the name of an argument that there is not, as a sentence.
+_ADVICE: Mapping[str, str] = {
+    name: advice
+    for names, advice in {
+        "max_length max_seq_length max_seq_len": "The length belongs to the model: model = {load}(path); "
+        "model.max_seq_length = 77, up to what the model reads, and pass that model.",
+        "early_stopping early_stopping_patience patience": "Pass eval_dataset=... and "
+        "callbacks=[transformers.EarlyStoppingCallback(3)], which ends the run when 3 measurements in a row bring "
+        "nothing.",
+        "device": "The training takes the first GPU that it sees: start it with CUDA_VISIBLE_DEVICES=1 in the "
+        "environment for another one, or pass use_cpu=True to train on the CPU.",
+        "mini_batch_size": "It is an argument of finetune, for its cached loss. A reranker takes less memory with "
+        "per_device_train_batch_size=4, gradient_accumulation_steps=8.",
+        "matryoshka_dims": "It is an argument of finetune: a reranker gives scores, and no embeddings to shorten. "
+        "Leave it out.",
+        "directions num_candidates": "It is an argument of finetune_reranker. Leave it out.",
+    }.items()
+    for name in names.split()
+}
+"""What to do in place of an argument that there is not, and that no other one stands for."""
+
+
+def hint_for(name: str, value: object, own: Iterable[str], kind: Kind) -> str:
+    """What was probably meant by the name of an argument that there is not, as a sentence or two.
 
     Args:
         name: What was typed.
+        value: What was given to it.
         own: The arguments of the function itself.
-        arguments_class: The host's, whose fields are arguments too.
+        kind: The kind of model, whose training arguments are arguments too.
     """
-    if name in ("max_length", "max_seq_length", "max_seq_len"):
-        return "It belongs to the model: set model.max_seq_length, and pass that model."
-    known = {*own, *(field.name for field in dataclasses.fields(arguments_class) if field.init)}
-    meant = _MEANT.get(name.lower())
+    typed, load = name.lower(), kind.load.__name__
+    if typed in _ADVICE:
+        return _ADVICE[typed].format(load=load)
+    if name in inspect.signature(kind.load).parameters:
+        return f"It belongs to the model: model = {load}(path, {name}={value!r:.80}), and pass that model."
+    known = {*own, *(field.name for field in dataclasses.fields(kind.arguments_class) if field.init)}
+    meant = _MEANT.get(typed)
     meant = meant if meant in known else nearest_name(name, known - {"local_rank"}, cutoff=0.6)
     if meant:
         return f"Did you mean {meant!r}?"
-    return f"Training arguments are the fields of {arguments_class.__name__}, e.g. learning_rate, num_train_epochs."
+    return (
+        "Leave it out. Training arguments are e.g. learning_rate and num_train_epochs; "
+        f"help(sentence_transformers.{kind.arguments_class.__name__}) lists them all."
+    )

@@ -83,7 +83,7 @@ def training_sets(given: DatasetsLike, *, num_negatives: int, documents: Documen
         if isinstance(part, Dataset) and set(ID_COLUMNS) <= set(part.column_names):
             by_name[name] = _trace_rows(part, documents, num_negatives)
         else:
-            data = as_retrieval_dataset(part)
+            data = as_retrieval_dataset(part, _argument("train_dataset", name))
             _check_number(num_negatives, data, name)
             data = _require_parts(data, documents)
             by_name[name] = TrainingSet(data, data.training_rows(num_negatives, documents=documents, seed=seed))
@@ -103,7 +103,7 @@ def reranking_sets(
     options: dict[str, Any] = {"documents": documents, "seed": seed}
     by_name = {}
     for name, part in datasets_by_name(given).items():
-        data = as_retrieval_dataset(part)
+        data = as_retrieval_dataset(part, _argument("train_dataset", name))
         _check_number(num_negatives, data, name)
         data = _require_parts(data, documents)
         for direction in directions:
@@ -124,19 +124,25 @@ def reranking_sets(
 
 def _check_number(num_negatives: int, data: RetrievalDataset, name: str) -> None:
     """Make sure that there are as many documents or queries to be negatives, before lists of them are laid out."""
-    available = max(len(data.corpus), len(data)) - 1
-    if num_negatives > max(available, 1):
+    most = max(len(data.corpus) - 1, len(data) - 1, 1)
+    if num_negatives > most:
         of_set = f" {name!r}" if name else ""
         raise ConfigError(
             f"num_negatives={num_negatives}, and the training data{of_set} have {len(data.corpus)} documents for "
-            f"{len(data)} queries. Pass {available} or less; the guide trains with 1 to 4."
+            f"{len(data)} queries: {most} at most. Pass 1 to {min(4, most)}, as the recipe does."
         )
 
 
 def evaluation_sets(given: DatasetsLike | None, documents: DocumentKind) -> dict[str, RetrievalDataset]:
     """The evaluation data by name; empty for ``None``, and a single set has the name ``""``."""
     parts = {} if given is None else datasets_by_name(given)
-    return {name: _require_parts(as_retrieval_dataset(part), documents) for name, part in parts.items()}
+    built = {name: as_retrieval_dataset(part, _argument("eval_dataset", name)) for name, part in parts.items()}
+    return {name: _require_parts(data, documents) for name, data in built.items()}
+
+
+def _argument(argument: str, name: str) -> str:
+    """What a set was passed as, for a message."""
+    return f"{argument}[{name!r}]" if name else argument
 
 
 def refuse_overlap(train: TrainingSets, evaluation: Mapping[str, RetrievalDataset]) -> None:
@@ -152,8 +158,9 @@ def refuse_overlap(train: TrainingSets, evaluation: Mapping[str, RetrievalDatase
                 examples = ", ".join(one if one == other else f"{one} (there {other})" for one, other in shared[:5])
                 raise DatasetError(
                     f"{len(shared)} documents are relevant in training and in evaluation: {examples}. Scores on pages "
-                    "that were trained on say nothing about new ones. Make both sides with RetrievalDataset.split, or "
-                    "pass allow_overlap=True."
+                    "that were trained on say nothing about new ones. Make both sides with RetrievalDataset.split, "
+                    f"e.g. train, evaluation = dataset.split({max(1, len(part.data) // 5)}), or pass "
+                    "allow_overlap=True."
                 )
 
 

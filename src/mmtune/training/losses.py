@@ -1,6 +1,7 @@
 """The loss of one call: the caller's or the recipe's, its dimensions, and the rows that it reads."""
 
 import functools
+import importlib
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from mmtune.errors import ConfigError, MmtuneError
 from mmtune.evaluation.base import Retriever
 from mmtune.models.kinds import HostModel
 from mmtune.training.inputs import Form
-from mmtune.training.trainers import Kind
+from mmtune.training.trainers import Kind, is_for_rerankers
 
 Loss: TypeAlias = nn.Module | Callable[[Any], nn.Module]
 """A host loss, built or as a callable that takes the model."""
@@ -34,28 +35,40 @@ _UNFIT = {
 }
 
 
-def check_loss(loss: object) -> None:
+def check_loss(loss: Any, kind: Kind) -> None:
     """Make sure that ``loss`` can be one, from its type and its signature: it is not built yet.
 
     Args:
         loss: As the two calls take it; ``None`` for that of the recipe.
+        kind: The kind of model that it is to train.
 
     Raises:
-        ConfigError: It is neither a loss nor a callable that takes the model, or an empty mapping.
+        ConfigError: It is neither a loss nor a callable that takes the model, an empty mapping, or a loss of rerankers
+            for another model, or the other way round.
     """
     if isinstance(loss, Mapping) and loss:
         for part in loss.values():
-            check_loss(part)
+            check_loss(part, kind)
         return
-    if loss is None or isinstance(loss, nn.Module):
+    if loss is None:
         return
-    if not callable(loss) or isinstance(loss, Mapping):
+    known = f"{kind.model_class.__module__.rpartition('.')[0]}.losses"
+    target: Any = loss.func if isinstance(loss, functools.partial) else loss
+    is_loss = issubclass(target, nn.Module) if isinstance(target, type) else isinstance(target, nn.Module)
+    if not (is_loss or (callable(target) and not isinstance(target, (type, Mapping)))):
         raise ConfigError(
-            f"loss={loss!r} is no loss. Pass a host loss, built or as a callable that takes the model, e.g. "
-            "loss=lambda model: MyLoss(model), or leave it out."
+            f"loss={loss!r} is no loss. Pass one of {known}, built, as a class or as a callable that takes the model, "
+            "e.g. loss=lambda model: MyLoss(model), or leave it out."
         )
-    if isinstance(loss, type) and not issubclass(loss, nn.Module):
-        raise ConfigError(f"loss={loss!r} is no loss. Pass a host loss, or a callable that takes the model.")
+    if is_loss and is_for_rerankers(target) not in (None, is_for_rerankers(kind.model_class)):
+        name = getattr(target, "__name__", type(target).__name__)
+        same = f", which has a {name} too" if hasattr(importlib.import_module(known), name) else ""
+        raise ConfigError(
+            f"loss={name} of {target.__module__} can't train a {kind.model_class.__name__}. Import one from "
+            f"{known}{same}, or leave it out."
+        )
+    if isinstance(loss, nn.Module):
+        return
     try:
         inspect.signature(loss).bind(object())
     except TypeError as error:
@@ -85,7 +98,7 @@ def build_loss(loss: Loss, model: HostModel) -> nn.Module:
         ) from error
     if not isinstance(built, nn.Module):
         raise ConfigError(
-            f"The callable {name} gave {built!r} in place of a loss. Expected one of the host's, or a torch.nn.Module. "
+            f"The callable {name} gave {built!r} in place of a loss. Expected a torch.nn.Module. "
             "Return it from the callable."
         )
     if getattr(built, "model", model) is not model:
@@ -206,7 +219,7 @@ def find_form(loss: Loss | None) -> Form | None:
     """
     if not (loss is None or callable(loss)):
         raise ConfigError(
-            f"loss={loss!r} is no loss. Pass a host loss, built or as a callable that takes the model, e.g. LambdaLoss."
+            f"loss={loss!r} is no loss. Pass one of sentence_transformers.cross_encoder.losses, e.g. LambdaLoss."
         )
     target = loss.func if isinstance(loss, functools.partial) else loss
     if not (target is None or isinstance(target, (type, nn.Module))):

@@ -118,6 +118,7 @@ def training_arguments(
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     chosen = recipe | given
+    _check_schedule(_schedule_run(1, evaluates, given) | given)
     try:
         steps = chosen.get("max_steps", -1)
         if steps <= 0:
@@ -131,7 +132,8 @@ def training_arguments(
         return kind.arguments_class(**chosen)
     except Exception as error:  # the host and its libraries refuse values in every way
         raise ConfigError(
-            f"The host refuses these training arguments: {error} Change or leave out what it names."
+            f"Sentence Transformers refuses these training arguments: {str(error).rstrip('. ')}. Change or leave out "
+            "what it names."
         ) from error
 
 
@@ -153,6 +155,26 @@ def _schedule_run(steps: int, evaluates: bool, given: Mapping[str, Any]) -> dict
         "metric_for_best_model": METRIC_OF_RECIPE,
         "greater_is_better": True,
     }
+
+
+def _check_schedule(chosen: Mapping[str, Any]) -> None:
+    """Make sure that the best checkpoint is among those that are measured.
+
+    Raises:
+        ConfigError: Measuring and saving go by different clocks, or nothing is measured.
+    """
+    names = ("eval_strategy", "save_strategy")
+    evaluated, saved = (str(getattr(chosen.get(name, "no"), "value", chosen.get(name, "no"))) for name in names)
+    if not chosen.get("load_best_model_at_end") or saved in (evaluated, "best"):
+        return
+    if evaluated == "no":
+        raise ConfigError(
+            "load_best_model_at_end=True needs something to measure. Pass eval_dataset=..., or leave it out."
+        )
+    raise ConfigError(
+        f"eval_strategy={evaluated!r} and save_strategy={saved!r} differ, and the best checkpoint is one that was "
+        f"measured. Pass save_strategy={evaluated!r}, or keep='last' for the last weights."
+    )
 
 
 def _count_processes(given: Mapping[str, Any]) -> int:

@@ -12,7 +12,7 @@ from sentence_transformers.base.training_args import BaseTrainingArguments
 from torch import nn
 from transformers import TrainerCallback
 
-from mmtune.arguments import require_whole
+from mmtune.arguments import listed, require_whole, shown
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
 from mmtune.data.judgements import Judgements
@@ -157,8 +157,9 @@ def _require_reranker(model: object, documents: str) -> None:
         check_checkpoint(os.fspath(model), model_class=CrossEncoder, modalities=(modality,))
     elif not isinstance(model, CrossEncoder):
         raise ConfigError(
-            f"Expected a CrossEncoder, a checkpoint's folder or its name, got {type(model).__name__}. "
-            "build_reranker makes one from a model that reads text and images together."
+            f"model={shown(model)}: expected a CrossEncoder, a checkpoint's folder or its name. Pass e.g. "
+            "build_reranker('Qwen/Qwen3-VL-2B-Instruct'), which makes one from a model that reads text and images "
+            "together."
         )
     elif model.num_labels != 1:
         raise ConfigError(
@@ -213,7 +214,9 @@ class RerankerFinetuning(Finetuning):
         prompts: Any = args.prompts
         if prompts is not None and not isinstance(prompts, str):
             named = [name for name in train.by_name if name]
-            expected = f"a text, or a mapping of the training sets {named} to texts" if named else "a text"
+            example = f"{{{named[0]!r}: 'Find the page.'}}" if named else "'Find the page.'"
+            sets = f"texts by training set ({listed(named)})" if named else "with several directions texts by these"
+            expected = f"a text, or {sets}. Pass e.g. prompts={example}"
             if not isinstance(prompts, dict) or not all(isinstance(prompt, str) for prompt in prompts.values()):
                 raise ConfigError(f"prompts={prompts!r}: expected {expected}.")
             unknown = [name for name in prompts if name not in named]

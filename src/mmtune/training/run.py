@@ -40,6 +40,7 @@ from mmtune.training import recipe
 from mmtune.training.call import Finetuning
 from mmtune.training.checks import (
     check_choices,
+    check_early_stopping,
     check_host_arguments,
     check_metric,
     check_resumed,
@@ -209,6 +210,7 @@ def _fit_arguments(
         **{**kept, **call.training_arguments},
     )
     check_host_arguments(args, **facts)
+    check_early_stopping(args, call.callbacks)
     call.check_data(train, evaluation, args)
     if call.dry_run:  # nothing is written, published or reported
         args = copy.copy(args)

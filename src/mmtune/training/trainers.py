@@ -439,3 +439,15 @@ RERANKING = Kind(
     accumulation_steps=4,
     learning_rate=5e-6,
 )
+
+
+def is_for_rerankers(value: object) -> bool | None:
+    """Whether a loss, an evaluator or a model, or a class of these, is for rerankers; ``None`` where it does not tell.
+
+    The host has a package for each kind of model, and its classes, or what is derived from them, say where they are.
+    """
+    own = value if isinstance(value, type) else type(value)
+    bases = getattr(own, "model_class", own).__mro__
+    packages = (base.__module__.split(".")[:2] for base in bases)
+    package = next((names[1] for names in packages if names[0] == "sentence_transformers" and names[1:]), "base")
+    return None if package == "base" else package == "cross_encoder"
