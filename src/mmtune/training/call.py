@@ -17,6 +17,7 @@ from mmtune.models.kinds import HostModel
 from mmtune.models.lora import LoraChoice
 from mmtune.training.inputs import DatasetsLike, Form, TrainingSets
 from mmtune.training.losses import Loss
+from mmtune.training.records import RunRecord
 from mmtune.training.trainers import Kind
 
 
@@ -69,8 +70,10 @@ class Finetuning(ABC):
         """Make sure that the data go with the arguments, before weights load."""
 
     @abstractmethod
-    def build_loss(self, model: Any, batch_size: int) -> nn.Module | dict[str, nn.Module]:
-        """The loss for the model."""
+    def build_loss(
+        self, model: Any, args: BaseTrainingArguments, train: TrainingSets, began: RunRecord | None
+    ) -> nn.Module | dict[str, nn.Module]:
+        """The loss for the model; a run that goes on keeps how it began."""
 
     @abstractmethod
     def build_evaluator(

@@ -27,6 +27,8 @@ from mmtune.training.call import Finetuning
 from mmtune.training.checks import check_contrast, check_full_batch
 from mmtune.training.inputs import DatasetsLike, Form, TrainingSets, training_sets
 from mmtune.training.losses import Loss, build_loss, choose_dims, in_batch_loss, use_full_size
+from mmtune.training.mini_batches import MINI_BATCHES, MiniBatches, choose_mini_batches
+from mmtune.training.records import RunRecord
 from mmtune.training.result import FinetuneResult
 from mmtune.training.run import run
 from mmtune.training.trainers import EMBEDDING, LATE_INTERACTION, Kind
@@ -84,7 +86,8 @@ def finetune(
             of 2048, 1536, 1024, 512, 256, 128 and 64 below it; ``None`` trains the full size only, as late interaction
             always does.
         mini_batch_size: Rows in one forward pass of the cached loss; changes memory and speed, not the result.
-            ``"auto"`` goes by the size of the model.
+            ``"auto"`` finds the largest that fits a GPU, without caching where the whole batch does; on a CPU it goes
+            by the size of the model. A step that runs out of memory later is done again with half of it.
         loss: A host loss in place of the cached one, built or as a callable that takes the model; with several
             datasets also one for each by name. ``matryoshka_dims`` then only says what is evaluated, and ``"auto"``
             is what that loss trains.
@@ -292,20 +295,20 @@ class EmbeddingFinetuning(Finetuning):
                     "mine_hard_negatives(train_dataset, model) finds some."
                 )
 
-    def build_loss(self, model: Retriever, batch_size: int) -> nn.Module | dict[str, nn.Module]:
+    def build_loss(
+        self, model: Retriever, args: BaseTrainingArguments, train: TrainingSets, began: RunRecord | None
+    ) -> nn.Module | dict[str, nn.Module]:
         """The caller's loss, or one for each dataset, else that of the recipe; the model gives its full size again."""
         use_full_size(model)
         if isinstance(self.loss, Mapping):
             return {name: build_loss(part, model) for name, part in self.loss.items()}
         if self.loss is not None:
             return build_loss(self.loss, model)
-        return in_batch_loss(
-            model,
-            self.kind,
-            matryoshka_dims=self.matryoshka_dims,
-            mini_batch_size=self.mini_batch_size,
-            batch_size=batch_size,
-        )
+        if self.mini_batch_size == "auto":
+            found = choose_mini_batches(model, args, train, began.settings.get(MINI_BATCHES) if began else None)
+        else:
+            found = MiniBatches(int(self.mini_batch_size), is_cached=True, reason="given")
+        return in_batch_loss(model, self.kind, matryoshka_dims=self.matryoshka_dims, mini_batches=found)
 
     def build_evaluator(
         self, evaluation: Mapping[str, RetrievalDataset], model: Retriever, loss: object, args: BaseTrainingArguments

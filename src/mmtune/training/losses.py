@@ -20,6 +20,7 @@ from mmtune.errors import ConfigError, MmtuneError
 from mmtune.evaluation.base import Retriever
 from mmtune.models.kinds import HostModel
 from mmtune.training.inputs import Form
+from mmtune.training.mini_batches import MiniBatches
 from mmtune.training.trainers import Kind, is_for_rerankers
 
 Loss: TypeAlias = nn.Module | Callable[[Any], nn.Module]
@@ -114,13 +115,12 @@ def in_batch_loss(
     kind: Kind,
     *,
     matryoshka_dims: Literal["auto"] | Sequence[int] | None,
-    mini_batch_size: Literal["auto"] | int,
-    batch_size: int,
+    mini_batches: MiniBatches,
 ) -> nn.Module:
     """The recipe's loss of models that find pages: in-batch negatives at every dimension.
 
-    Gradients are cached (Gao et al., 2021), so that memory grows with ``mini_batch_size`` alone: by the size of the
-    model for ``"auto"``. Each of the dimensions is trained (Kusupati et al., 2022), where there are any.
+    Gradients are cached (Gao et al., 2021), so that memory grows with the mini-batch alone, unless the whole batch fits
+    at once. Each of the dimensions is trained (Kusupati et al., 2022), where there are any.
 
     Raises:
         ConfigError: See ``choose_dims``.
@@ -136,16 +136,14 @@ def in_batch_loss(
             stacklevel=5,
         )
         similarity = {}
-    if mini_batch_size == "auto":
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        fitting = 1 if parameters > 1_000_000_000 else 8 if parameters > 150_000_000 else 32
-        mini_batch_size = min(fitting, batch_size)
     if isinstance(model, SentenceTransformer) and has_static_embedding_input(model):
         # its texts lie end to end, and the host can't cut them into mini-batches (sentence-transformers 6.2)
         loss: nn.Module = MultipleNegativesRankingLoss(model, **similarity)
     else:
         assert kind.cached_loss is not None
-        loss = kind.cached_loss(model, mini_batch_size=int(mini_batch_size), **similarity)
+        assert kind.plain_loss is not None
+        cached = {"mini_batch_size": mini_batches.size} if mini_batches.is_cached else {}
+        loss = (kind.cached_loss if mini_batches.is_cached else kind.plain_loss)(model, **cached, **similarity)
     if not dims or isinstance(model, MultiVectorEncoder):
         return loss
     return MatryoshkaLoss(model, loss, matryoshka_dims=list(dims))

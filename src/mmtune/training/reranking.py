@@ -26,6 +26,7 @@ from mmtune.training.call import Finetuning
 from mmtune.training.checks import check_contrast, check_full_batch
 from mmtune.training.inputs import DatasetsLike, Form, TrainingSets, reranking_sets
 from mmtune.training.losses import Loss, check_negatives, find_form, reranking_loss
+from mmtune.training.records import RunRecord
 from mmtune.training.result import FinetuneResult
 from mmtune.training.run import run
 from mmtune.training.trainers import RERANKING
@@ -241,7 +242,9 @@ class RerankerFinetuning(Finetuning):
             for direction in self.directions:
                 self._fit_candidates(data, direction)  # raises where there is nothing to rank
 
-    def build_loss(self, model: CrossEncoder, batch_size: int) -> nn.Module:
+    def build_loss(
+        self, model: CrossEncoder, args: BaseTrainingArguments, train: TrainingSets, began: RunRecord | None
+    ) -> nn.Module:
         """The caller's loss or that of the recipe."""
         loss = reranking_loss(self.loss, model, self.num_negatives)
         check_negatives(self.form_of(loss), self.num_negatives)

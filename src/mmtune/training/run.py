@@ -50,6 +50,7 @@ from mmtune.training.checks import (
 from mmtune.training.evaluators import GivenEvaluator
 from mmtune.training.inputs import TrainingSets, check_pages, evaluation_sets, refuse_overlap, warn_of_leaks
 from mmtune.training.interruption import Interrupted, SavesWhenAsked
+from mmtune.training.mini_batches import MINI_BATCHES, describe_mini_batches
 from mmtune.training.output import (
     START,
     check_output_dir,
@@ -138,7 +139,8 @@ def _run_in(folder: Path, call: Finetuning) -> FinetuneResult | Plan:
         began_with["structure of the model"] = describe_structure(model)
         if began:
             require_same(folder, began.settings, began_with)
-        loss = call.build_loss(model, args.per_device_train_batch_size)
+        loss = call.build_loss(model, args, train, began)
+        began_with[MINI_BATCHES] = describe_mini_batches(loss, args.per_device_train_batch_size)
         if call.form_of(loss) != train.form:  # a callable has only now told what it makes
             train = call.read_rows(call.form_of(loss))
             args = _fit_arguments(call, folder, train, evaluation)

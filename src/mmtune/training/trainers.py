@@ -31,9 +31,16 @@ from sentence_transformers.base.trainer import BaseTrainer
 from sentence_transformers.base.training_args import BaseTrainingArguments
 from sentence_transformers.cross_encoder.data_collator import CrossEncoderDataCollator
 from sentence_transformers.multi_vector_encoder.data_collator import MultiVectorEncoderDataCollator
-from sentence_transformers.multi_vector_encoder.losses import CachedMultiVectorMultipleNegativesRankingLoss
+from sentence_transformers.multi_vector_encoder.losses import (
+    CachedMultiVectorMultipleNegativesRankingLoss,
+    MultiVectorMultipleNegativesRankingLoss,
+)
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
-from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss,
+    MatryoshkaLoss,
+    MultipleNegativesRankingLoss,
+)
 from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
 from torch import nn
 from torch.utils.data import DataLoader
@@ -236,13 +243,46 @@ class PageTrainer(OwnCheckpoints, BaseTrainer):
         Raises:
             ConfigError: The loss is no number; the message names the queries of the step.
         """
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        try:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            self._halve_mini_batches(error)
+            return self.training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss).all():
             raise ConfigError(
                 f"The training diverges: the loss of step {self.state.global_step + 1} is {float(loss.mean())}"
                 f"{self._describe_step()}. {_AGAINST_DIVERGENCE}"
             )
         return loss
+
+    def _halve_mini_batches(self, error: torch.OutOfMemoryError) -> None:
+        """Let a step that ran out of memory be done again with mini-batches of half the size.
+
+        Only where the step is all that its gradients come from: else those of earlier batches would be lost, or other
+        processes wait for this one.
+
+        Raises:
+            ConfigError: It can't be.
+        """
+        losses = list(self.loss.values()) if isinstance(self.loss, dict) else [self.loss]
+        inner: list[Any] = [loss.loss if isinstance(loss, MatryoshkaLoss) else loss for loss in losses]
+        size = min((getattr(loss, "mini_batch_size", None) or 1 for loss in inner), default=1)
+        alone = self.args.world_size == 1 and self.args.gradient_accumulation_steps == 1
+        if size < 2 or not alone:
+            raise ConfigError(
+                f"Step {self.state.global_step + 1} ran out of memory with mini-batches of {size}: {error} Pass a "
+                "smaller mini_batch_size, per_device_train_batch_size or max_pixels, or lora=True, and resume='auto'."
+            ) from error
+        for loss in inner:
+            loss.mini_batch_size = size // 2
+        self.model.zero_grad(set_to_none=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        warnings.warn(
+            f"Step {self.state.global_step + 1} ran out of memory and is done again, with mini-batches of {size // 2} "
+            f"in place of {size}.",
+            stacklevel=2,
+        )
 
     def check_weights(self) -> None:
         """Make sure that the weights are numbers.
@@ -396,6 +436,7 @@ class Kind:
         load: Makes a model from a folder or a name on the Hub.
         cached_loss: In-batch negatives with cached gradients; takes the model and ``mini_batch_size``. ``None`` for
             rerankers, which compare what they read in one pass.
+        plain_loss: The same without cached gradients.
         truncates: Whether embeddings can be cut to fewer dimensions (Matryoshka).
         batch_size: Rows a device at most, in the recipe.
         accumulation_steps: Batches whose gradients make one step at most, in the recipe.
@@ -407,6 +448,7 @@ class Kind:
     model_class: type[HostModel]
     load: Callable[..., HostModel]
     cached_loss: Callable[..., nn.Module] | None = None
+    plain_loss: Callable[..., nn.Module] | None = None
     truncates: bool = False
     batch_size: int = 64
     accumulation_steps: int = 1
@@ -419,6 +461,7 @@ EMBEDDING = Kind(
     model_class=SentenceTransformer,
     load=load_model,
     cached_loss=CachedMultipleNegativesRankingLoss,
+    plain_loss=MultipleNegativesRankingLoss,
     truncates=True,
 )
 
@@ -428,6 +471,7 @@ LATE_INTERACTION = Kind(
     model_class=MultiVectorEncoder,
     load=build_late_interaction,
     cached_loss=CachedMultiVectorMultipleNegativesRankingLoss,
+    plain_loss=MultiVectorMultipleNegativesRankingLoss,
 )
 
 RERANKING = Kind(
