@@ -2,13 +2,20 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from torch import distributed
+from transformers import TrainerControl
 
 from conftest import TORCHVISION_WORKS
+from mmtune.training.interruption import Interrupted, SavesWhenAsked
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -191,3 +198,23 @@ def test_resuming_within_an_epoch_gives_the_same_weights(tmp_path: Path) -> None
         (half / "run" / name).rmdir()
     resumed = torchrun(half, eval_strategy="no", save_steps=9, resume=True)
     assert [result[:2] for result in resumed] == [result[:2] for result in whole]
+
+
+def test_a_signal_that_comes_while_processes_agree_is_not_lost(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, control = SavesWhenAsked(), TrainerControl()
+    args: Any = SimpleNamespace(world_size=2, device=torch.device("cpu"), output_dir=str(tmp_path))
+    state: Any = SimpleNamespace(is_world_process_zero=True, global_step=3, max_steps=4)
+
+    def reduce_slowly(tensor: torch.Tensor, op: object) -> None:
+        if not asked.asked_by:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "all_reduce", reduce_slowly)
+    with asked.listening():
+        asked.on_step_end(args, state, control)
+        assert not control.should_save, "the other process knows nothing of it yet"
+        asked.on_step_end(args, state, control)
+        assert control.should_save
+        with pytest.raises(Interrupted, match=str(signal.SIGTERM.value)):
+            asked.on_save(args, state, control)

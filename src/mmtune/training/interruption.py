@@ -64,25 +64,25 @@ class SavesWhenAsked(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Asks for a checkpoint, in all processes after the same step."""
-        self._agree(args)
-        if self.asked_by is not None:
+        if self._agree(args) is not None:
             control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ends the run; what was due in this step has been done."""
-        if args.world_size > 1:
-            self._agree(args)
-        if self.asked_by is None:
+        asked_by = self._agree(args)
+        if asked_by is None:
             return
         if state.is_world_process_zero:
             sys.stderr.write(
-                f"{self.asked_by.name}: saved {args.output_dir}/checkpoint-{state.global_step} of {state.max_steps} "
+                f"{asked_by.name}: saved {args.output_dir}/checkpoint-{state.global_step} of {state.max_steps} "
                 "steps. The same call with resume=True goes on from there.\n"
             )
-        raise Interrupted(self.asked_by)
+        raise Interrupted(asked_by)
 
-    def _agree(self, args: TrainingArguments) -> None:
-        if args.world_size > 1 and distributed.is_initialized():
-            asked = torch.tensor([self.asked_by or 0], device=args.device)
-            distributed.all_reduce(asked, op=distributed.ReduceOp.MAX)
-            self.asked_by = signal.Signals(int(asked)) if int(asked) else None
+    def _agree(self, args: TrainingArguments) -> signal.Signals | None:
+        """What any process was asked by, alike in all of them; what comes in meanwhile waits for the next time."""
+        if args.world_size == 1 or not distributed.is_initialized():
+            return self.asked_by
+        asked = torch.tensor([self.asked_by or 0], device=args.device)
+        distributed.all_reduce(asked, op=distributed.ReduceOp.MAX)
+        return signal.Signals(int(asked)) if int(asked) else None
