@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from mmtune.errors import ConfigError
-from mmtune.training.records import RECORD, checkpoints_of, find_last_checkpoint, why_unusable
+from mmtune.training.records import RECORD, checkpoint_step, checkpoints_of, find_last_checkpoint, why_unusable
 
 try:
     import fcntl
@@ -60,7 +60,7 @@ def check_output_dir(
         inputs: The model and the data that the run reads; only those given by path count.
 
     Returns:
-        The checkpoint to go on from; ``None`` to start from the beginning.
+        The checkpoint to go on from; ``None`` to start from the beginning, and with ``"auto"`` for a run at its end.
 
     Raises:
         ConfigError: The folder holds a run and neither ``overwrite`` nor ``resume`` is set, both are, there is nothing
@@ -68,10 +68,16 @@ def check_output_dir(
     """
     if overwrite and resume:
         raise ConfigError(f"overwrite=True deletes the run that resume={resume!r} would go on with. Set one of them.")
+    if resume == "auto" and is_finished(folder):
+        return None
     run = find_run(folder)
-    if resume is True or (resume and checkpoints_of(folder)):
+    if run and resume == "auto" and all(map(_is_cut_off, run)):
+        warnings.warn(
+            f"The run in {str(folder)!r} was cut off while it wrote its first checkpoint. It starts anew.", stacklevel=5
+        )
+    elif resume is True or (resume and checkpoints_of(folder)):
         return find_last_checkpoint(folder)
-    if run and not overwrite:
+    elif run and not overwrite:
         raise ConfigError(
             f"output_dir={str(folder)!r} holds a run already ({', '.join(path.name for path in run[:4])}). "
             "Name another folder, or pass resume=True to go on with that run or overwrite=True to replace it."
@@ -214,6 +220,11 @@ def read_metrics(folder: Path) -> dict[str, Any] | None:
 
 def _delete(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _is_cut_off(path: Path) -> bool:
+    """Whether a part of a run is of no use by itself: a checkpoint in the middle of which the run was killed."""
+    return path.name == START or not (checkpoint_step(path) is None or (path / "trainer_state.json").is_file())
 
 
 def find_run(folder: Path) -> list[Path]:
