@@ -1,10 +1,12 @@
 """Ctrl-C and SIGTERM: a run saves at the end of its step, and says how to go on."""
 
+import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -30,6 +32,12 @@ class Interrupted(BaseException):
 def _end_of(asked_by: signal.Signals) -> BaseException:
     """What a process that is asked to end ends with by custom: status 143, or KeyboardInterrupt, which gives 130."""
     return KeyboardInterrupt() if asked_by == signal.SIGINT else SystemExit(128 + asked_by)
+
+
+def _leave_group(then: Callable[[int], None] | None, worker_id: int) -> None:
+    os.setpgrp()
+    if then is not None:
+        then(worker_id)
 
 
 class SavesWhenAsked(TrainerCallback):
@@ -61,6 +69,18 @@ class SavesWhenAsked(TrainerCallback):
             raise _end_of(signal.Signals(number))
         self.asked_by = signal.Signals(number)
         sys.stderr.write(f"{self.asked_by.name}: the run ends after this step. Once more ends it at once.\n")
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Takes the workers of the data loader out of the group that a terminal and torchrun signal as a whole.
+
+        SIGTERM ends a worker, and torch ends the run with it, in the middle of a step (2.13).
+        """
+        loader = kwargs["train_dataloader"]
+        loader = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper would keep the function to itself
+        if loader.num_workers and hasattr(os, "setpgrp"):
+            loader.worker_init_fn = partial(_leave_group, loader.worker_init_fn)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Asks for a checkpoint, in all processes after the same step."""
