@@ -39,6 +39,8 @@ from mmtune.testing import generated_pages, tiny_clip, tiny_llava, tiny_qwen3_vl
 from mmtune.training.records import RunRecord, why_unusable
 
 RANKS = (0, 1)
+LONGEST_S = 120
+"""Of a run, which is over in seconds: two processes that do not agree wait for one another for ever."""
 CALLS = {"logit_score": finetune_reranker, "dense": finetune_reranker}
 LOSSES: dict[str, Any] = {
     kind: {"loss": MultipleNegativesRankingLoss} for kind in ("clip", "siglip", "llava", "qwen3_vl", "router")
@@ -112,6 +114,7 @@ def in_two_processes(call: Callable[[], Any]) -> list[tuple[int, Any]]:
 
 def _call_and_exit(call: Callable[[], Any], writing: int) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores Ctrl-C
+    signal.alarm(LONGEST_S)
     status: Any = 1
     try:
         os.write(writing, repr(call()).encode())
