@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -22,7 +23,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from comparing import assert_same_weights
 from mmtune import ConfigError, FinetuneResult, RetrievalDataset, finetune
 from mmtune.testing import generated_pages, tiny_clip
-from mmtune.training.output import only_run, set_aside
+from mmtune.training.output import only_run, recover, set_aside
 from mmtune.training.records import find_last_checkpoint, require_same
 from mmtune.training.trainers import EmbeddingTrainer
 
@@ -136,6 +137,16 @@ def test_what_a_killed_call_had_set_aside_comes_back(folder: Path, moved: str) -
     with only_run(folder):
         pass
     assert contents(folder) == before
+
+
+def test_other_processes_wait_until_the_first_has_put_it_back(folder: Path, monkeypatch) -> None:
+    set_aside(folder)
+    monkeypatch.setenv("RANK", "1")
+    first = threading.Timer(0.5, recover, [folder])
+    first.start()
+    with only_run(folder):
+        assert find_last_checkpoint(folder).name == "checkpoint-4"
+    first.join()
 
 
 def test_what_a_killed_call_had_replaced_does_not_come_back(folder: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import socket
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ START = "start"
 """The untrained model, for as long as it may be the best."""
 _LOCK = ".run-lock"
 _SETTING_ASIDE, _SET_ASIDE, _DELETING = ".replacing-run", ".replaced-run", ".deleted-run"
+_PATIENCE_S = 30.0
 _held: set[Path] = set()
 
 
@@ -97,12 +99,13 @@ def only_run(folder: Path) -> Iterator[None]:
     """Keep other runs out of the folder, and tidy up after one that was killed while it replaced another.
 
     The system gives the lock back when the process ends, however it ends. With several processes the first holds it for
-    all.
+    all, and the others wait until it has tidied up.
 
     Raises:
         ConfigError: Another run uses the folder.
     """
     if int(os.environ.get("RANK", "0")):
+        _wait_while_first_recovers(folder)
         yield
         return
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -115,6 +118,13 @@ def only_run(folder: Path) -> Iterator[None]:
         for path in made:  # a call that was refused leaves no empty folders
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
+
+
+def _wait_while_first_recovers(folder: Path) -> None:
+    # not for ever: what lies aside may be of the call that is under way, when this process comes late to it
+    latest = time.monotonic() + _PATIENCE_S
+    while any((folder / name).exists() for name in (_SETTING_ASIDE, _SET_ASIDE)) and time.monotonic() < latest:
+        time.sleep(0.05)
 
 
 @contextmanager
