@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -23,7 +24,7 @@ from comparing import assert_same_weights
 from mmtune import ConfigError, FinetuneResult, RetrievalDataset, finetune
 from mmtune.testing import generated_pages, tiny_clip
 from mmtune.training import run
-from mmtune.training.output import only_run, set_aside
+from mmtune.training.output import only_run, recover, set_aside
 from mmtune.training.records import find_last_checkpoint, require_same
 from mmtune.training.trainers import EmbeddingTrainer
 
@@ -137,6 +138,16 @@ def test_what_a_killed_call_had_set_aside_comes_back(folder: Path, moved: str) -
     with only_run(folder):
         pass
     assert contents(folder) == before
+
+
+def test_other_processes_wait_until_the_first_has_put_it_back(folder: Path, monkeypatch) -> None:
+    set_aside(folder)
+    monkeypatch.setenv("RANK", "1")
+    first = threading.Timer(0.5, recover, [folder])
+    first.start()
+    with only_run(folder):
+        assert find_last_checkpoint(folder).name == "checkpoint-4"
+    first.join()
 
 
 def test_what_a_killed_call_had_replaced_does_not_come_back(folder: Path) -> None:
@@ -345,8 +356,9 @@ def test_a_damaged_checkpoint_is_passed_over(name: str, act: Callable[[Path], No
 
 def test_a_run_ends_the_same_after_its_newest_checkpoint_was_damaged(data, clip_path, finished, folder: Path) -> None:
     cut(folder / "checkpoint-4" / "optimizer.pt")
-    with pytest.warns(UserWarning, match=r"passed over: optimizer.pt is damaged"):
+    with pytest.warns(UserWarning, match=r"passed over: optimizer.pt is damaged") as warned:
         finetune(clip_path, *data, output_dir=folder, resume=True, **OPTIONS)
+    assert warned[0].filename == __file__
     assert_same_weights(weights(folder / "final"), weights(finished.output_dir / "final"))
 
 
@@ -409,6 +421,37 @@ def test_a_finished_run_is_returned(data, clip_path: str, finished: FinetuneResu
     assert contents(folder) == before
     with pytest.raises(ConfigError, match=r"learning_rate: 0\.001 then, 0\.01 now"):
         finetune(clip_path, *data, output_dir=folder, resume="auto", **{**OPTIONS, "learning_rate": 0.01})
+
+
+def test_a_finished_run_without_checkpoints_is_returned(data, clip_path: str, folder: Path) -> None:
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    assert finetune(clip_path, *data, output_dir=folder, resume="auto", **OPTIONS).trainer is None
+
+
+def test_a_run_that_was_cut_off_in_its_first_checkpoint_starts_again(data, clip_path, finished, tmp_path) -> None:
+    shutil.copytree(finished.output_dir / "checkpoint-2", tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
+    with pytest.raises(ConfigError, match="no checkpoint to go on from"):
+        finetune(clip_path, *data, output_dir=tmp_path, resume=True, **OPTIONS)
+    with pytest.warns(UserWarning, match="cut off while it wrote its first checkpoint") as warned:
+        again = finetune(clip_path, *data, output_dir=tmp_path, resume="auto", **OPTIONS)
+    assert warned[0].filename == __file__
+    assert again.after == finished.after
+    assert_same_weights(weights(tmp_path / "checkpoint-4"), weights(finished.output_dir / "checkpoint-4"))
+
+
+@pytest.mark.parametrize("left", ["final", "metrics.json", "damaged checkpoint"])
+def test_what_is_not_of_a_kill_is_not_written_over(left: str, data, clip_path: str, folder: Path) -> None:
+    for path in [path for path in folder.iterdir() if path.name != left]:
+        if path.name == "checkpoint-2" and left == "damaged checkpoint":
+            cut(path / "model.safetensors")
+        else:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    before = contents(folder)
+    with pytest.raises(ConfigError, match=r"holds a run already|no checkpoint to go on from"):
+        finetune(clip_path, *data, output_dir=folder, resume="auto", **OPTIONS)
+    assert contents(folder) == before
 
 
 def test_a_full_disk_is_said(data, clip_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

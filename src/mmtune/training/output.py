@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import socket
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from mmtune.errors import ConfigError
-from mmtune.training.records import RECORD, checkpoints_of, find_last_checkpoint, why_unusable
+from mmtune.training.records import RECORD, checkpoint_step, checkpoints_of, find_last_checkpoint, why_unusable
 
 try:
     import fcntl
@@ -27,6 +28,7 @@ START = "start"
 """The untrained model, for as long as it may be the best."""
 _LOCK = ".run-lock"
 _SETTING_ASIDE, _SET_ASIDE, _DELETING = ".replacing-run", ".replaced-run", ".deleted-run"
+_PATIENCE_S = 30.0
 _held: set[Path] = set()
 
 
@@ -60,7 +62,7 @@ def check_output_dir(
         inputs: The model and the data that the run reads; only those given by path count.
 
     Returns:
-        The checkpoint to go on from; ``None`` to start from the beginning.
+        The checkpoint to go on from; ``None`` to start from the beginning, and with ``"auto"`` for a run at its end.
 
     Raises:
         ConfigError: The folder holds a run and neither ``overwrite`` nor ``resume`` is set, both are, there is nothing
@@ -68,10 +70,16 @@ def check_output_dir(
     """
     if overwrite and resume:
         raise ConfigError(f"overwrite=True deletes the run that resume={resume!r} would go on with. Set one of them.")
+    if resume == "auto" and is_finished(folder):
+        return None
     run = find_run(folder)
-    if resume is True or (resume and checkpoints_of(folder)):
+    if run and resume == "auto" and all(map(_is_cut_off, run)):
+        warnings.warn(
+            f"The run in {str(folder)!r} was cut off while it wrote its first checkpoint. It starts anew.", stacklevel=5
+        )
+    elif resume is True or (resume and checkpoints_of(folder)):
         return find_last_checkpoint(folder)
-    if run and not overwrite:
+    elif run and not overwrite:
         raise ConfigError(
             f"output_dir={str(folder)!r} holds a run already ({', '.join(path.name for path in run[:4])}). "
             "Name another folder, or pass resume=True to go on with that run or overwrite=True to replace it."
@@ -96,12 +104,13 @@ def only_run(folder: Path) -> Iterator[None]:
     """Keep other runs out of the folder, and tidy up after one that was killed while it replaced another.
 
     The system gives the lock back when the process ends, however it ends. With several processes the first holds it for
-    all.
+    all, and the others wait until it has tidied up.
 
     Raises:
         ConfigError: Another run uses the folder.
     """
     if not is_first_process():
+        _wait_while_first_recovers(folder)
         yield
         return
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -114,6 +123,13 @@ def only_run(folder: Path) -> Iterator[None]:
         for path in made:  # a call that was refused leaves no empty folders
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
+
+
+def _wait_while_first_recovers(folder: Path) -> None:
+    # not for ever: what lies aside may be of the call that is under way, when this process comes late to it
+    latest = time.monotonic() + _PATIENCE_S
+    while any((folder / name).exists() for name in (_SETTING_ASIDE, _SET_ASIDE)) and time.monotonic() < latest:
+        time.sleep(0.05)
 
 
 @contextmanager
@@ -219,6 +235,11 @@ def read_metrics(folder: Path) -> dict[str, Any] | None:
 
 def _delete(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _is_cut_off(path: Path) -> bool:
+    """Whether a part of a run is of no use by itself: a checkpoint in the middle of which the run was killed."""
+    return path.name == START or not (checkpoint_step(path) is None or (path / "trainer_state.json").is_file())
 
 
 def find_run(folder: Path) -> list[Path]:

@@ -121,7 +121,7 @@ def find_last_checkpoint(folder: Path) -> Path:
         reason = why_unusable(checkpoint)
         if reason is None:
             if reasons:
-                warnings.warn(f"{'; '.join(reasons)}. The run goes on from {checkpoint.name}.", stacklevel=5)
+                warnings.warn(f"{'; '.join(reasons)}. The run goes on from {checkpoint.name}.", stacklevel=6)
             return checkpoint
         reasons.append(f"{checkpoint.name} is passed over: {reason}")
     found = f" ({'; '.join(reasons)})" if reasons else ""
