@@ -554,9 +554,12 @@ def test_small_steps_on_half_precision_weights_warn(text_reranker_path: str, tmp
         ({"prompts": {"text_to_image": "?"}}, "prompts has a text for 'text_to_image', which is no training set"),
         (
             {"prompts": {"image": "?"}, "directions": BOTH},
-            r"'image', which is no .*\['text_to_image', 'image_to_text'\]",
+            r"'image', which is no .*\('text_to_image', 'image_to_text'\)",
         ),
-        ({"prompts": {"text_to_image": {"query": "?"}}, "directions": BOTH}, "expected a text, or a mapping"),
+        (
+            {"prompts": {"text_to_image": {"query": "?"}}, "directions": BOTH},
+            "expected a text, or texts by training set",
+        ),
         ({"prompts": 5}, "prompts=5: expected a text"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import transformers
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.cross_encoder import losses as reranking_losses
 from sentence_transformers.sentence_transformer import losses as embedding_losses
@@ -274,6 +274,16 @@ MISTAKES: list[tuple[str, Arguments, tuple[str, ...], Arguments | None]] = [
         {},
     ),
     (
+        "all splits",
+        {"train_dataset": "splits"},
+        (
+            "train_dataset=a DatasetDict is no dataset",
+            "It has the splits ['train', 'test']",
+            "train_dataset=rows['train']",
+        ),
+        {},
+    ),
+    (
         "rows in a list",
         {"eval_dataset": "list"},
         ("eval_dataset=a list is no dataset", "datasets.Dataset.from_list(rows)"),
@@ -324,7 +334,7 @@ MISTAKES: list[tuple[str, Arguments, tuple[str, ...], Arguments | None]] = [
     (
         "too few rows",
         {"dataloader_drop_last": True, "per_device_train_batch_size": 32},
-        ("32", "to 6 or less"),
+        ("32", "to 6 or less, e.g. 2"),
         {"dataloader_drop_last": True, "per_device_train_batch_size": 6},
     ),
     (
@@ -448,6 +458,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "others": others,
         "data": data,
         "split": data.split(6),
+        "splits": DatasetDict(train=rows, test=others),
         "list": list(others),
         "from list": Dataset.from_list(list(others)),
         "retrieval": build_evaluator(others, show_progress_bar=False),
@@ -580,6 +591,12 @@ OTHER_CALLS: list[tuple[str, Call, tuple[str, ...], Call | None]] = [
         lambda it: evaluate_pipeline(it["retriever"], it["reranker"], it["data"], depths=[2], **QUIET),
     ),
     (
+        "pipeline: swapped paths",
+        lambda it: evaluate_pipeline(it["llava"], it["clip"], it["data"]),
+        ("can't judge a pair", "reranker= of evaluate_pipeline(retriever, reranker, dataset)"),
+        lambda it: evaluate_pipeline(it["clip"], it["llava"], it["data"], depths=[2], **QUIET),
+    ),
+    (
         "pipeline: several by name",
         lambda it: evaluate_pipeline(it["retriever"], it["reranker"], {"a": it["data"]}),  # type: ignore[arg-type]
         ("dataset=a dict is no dataset", "pass one, e.g. that of 'a'"),
@@ -695,6 +712,12 @@ OTHER_CALLS: list[tuple[str, Call, tuple[str, ...], Call | None]] = [
         lambda it: it["data"].split(0.2),
         ("eval_queries=0.2", "Of these 20", "eval_queries=4"),
         lambda it: it["data"].split(eval_queries=4),
+    ),
+    (
+        "data: groups by no column",
+        lambda it: it["data"].split(4, group_column="languages"),
+        ("group_column='languages': the corpus has no column", "Did you mean 'language'?"),
+        None,
     ),
     (
         "data: an id alone",

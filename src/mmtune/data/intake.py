@@ -127,7 +127,7 @@ def as_retrieval_dataset(dataset: DatasetLike, name: str = "dataset") -> Retriev
         return dataset
     if isinstance(dataset, (str, os.PathLike)):
         return RetrievalDataset.load(dataset)
-    if not isinstance(dataset, (Dataset, DatasetDict, IterableDataset)):
+    if not isinstance(dataset, (Dataset, IterableDataset)):
         raise DatasetError(
             f"{name}={shown(dataset)} is no dataset. Expected a RetrievalDataset, a datasets.Dataset in a known "
             f"layout, or the path or Hub name of one. {_advise_on(dataset, name)}"
@@ -141,6 +141,8 @@ def _advise_on(value: object, name: str) -> str:
         if isinstance(value, tuple) and len(value) == 2:
             return "split gives two: write train, evaluation = dataset.split(...), and pass one of them."
         return f"Join them: {name}=RetrievalDataset.concatenate([...])."
+    if isinstance(value, DatasetDict):
+        return f"It has the splits {list(value)}: pick one, e.g. {name}=rows[{next(iter(value), 'train')!r}]."
     if isinstance(value, Mapping) and value:
         return f"Only finetune and the evaluators take several by name: pass one, e.g. that of {next(iter(value))!r}."
     if isinstance(value, numbers.Real):

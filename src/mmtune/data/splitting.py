@@ -20,7 +20,7 @@ def split_tables(
     """The tables for training and for evaluation; see ``RetrievalDataset.split``."""
     corpus, groups = relevance.tables.corpus, None
     if group_column is not None:
-        require_columns(corpus, (group_column,), "The corpus")
+        require_columns(corpus, (group_column,), f"group_column={group_column!r}: the corpus")
         groups = column(corpus, group_column)
         if pa.types.is_nested(groups.type):
             raise DatasetError(f"Column {group_column!r} holds {groups.type}, expected one value a document.")

@@ -250,7 +250,10 @@ def _open_retriever(model: Retriever | str | os.PathLike[str], documents: Docume
 def _open_reranker(model: CrossEncoder | str | os.PathLike[str]) -> CrossEncoder:
     if not isinstance(model, (str, os.PathLike)):
         return model
-    reranker = build_reranker(os.fspath(model))
+    try:
+        reranker = build_reranker(os.fspath(model))
+    except ConfigError as error:
+        raise ConfigError(f"{error} It was given as reranker= of {_CALL}.") from error
     require_reranker(reranker)
     return reranker
 

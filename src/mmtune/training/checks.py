@@ -203,8 +203,8 @@ def check_full_batch(args: BaseTrainingArguments, rows_by_set: Mapping[str, int]
         of_set = f" of {name!r}" if name else ""
         raise ConfigError(
             f"dataloader_drop_last leaves out short batches, and the {rows} training rows{of_set} don't fill one of "
-            f"{args.train_batch_size}: there would be no step. Lower per_device_train_batch_size to {rows} or less, or "
-            "leave dataloader_drop_last out."
+            f"{args.train_batch_size}: there would be no step. Lower per_device_train_batch_size to {rows} or less, "
+            f"e.g. {max(1, rows // 3)}, or leave dataloader_drop_last out."
         )
 
 

@@ -131,9 +131,9 @@ def training_arguments(
         chosen.pop("warmup_ratio", None)
         return kind.arguments_class(**chosen)
     except Exception as error:  # the host and its libraries refuse values in every way
+        named = ", ".join(f"{name}={value!r:.40}" for name, value in given.items()) or "these training arguments"
         raise ConfigError(
-            f"Sentence Transformers refuses these training arguments: {str(error).rstrip('. ')}. Change or leave out "
-            "what it names."
+            f"Sentence Transformers refuses {named}: {str(error).rstrip('. ')}. Change or leave out what it names."
         ) from error
 
 
