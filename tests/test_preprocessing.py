@@ -5,6 +5,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MultipleNegativesRankingLoss,
 )
+from transformers import TrainingArguments
 
 import families
 from comparing import assert_same_weights
@@ -35,10 +37,11 @@ from mmtune.data.documents import DocumentReader
 from mmtune.data.pages import Page
 from mmtune.inference import preprocessing
 from mmtune.inference.page_store import FolderPageStore, MemoryPageStore, open_page_store
-from mmtune.inference.preprocessing import enough_for, prepare_pages, probe, reading_pages
+from mmtune.inference.preprocessing import enough_for, page_bytes, prepare_pages, probe, reading_pages
 from mmtune.models.adapters import encoders_of
 from mmtune.models.pixels import image_processor_of
 from mmtune.testing import generated_pages, tiny_clip, tiny_llava, tiny_qwen3_vl, tiny_siglip
+from mmtune.training import recipe
 
 MB = 1 << 20
 AS_BYTES: dict[str, Callable[[Path], str]] = {
@@ -449,3 +452,19 @@ def test_a_deleted_folder_is_made_again(clip_path: str, data, tmp_path: Path) ->
     with reading_pages(model, store):
         model.encode(pages_of(data)[1])
     assert len(list((tmp_path / "pages").rglob("*.safetensors"))) == 6
+
+
+@pytest.mark.parametrize(
+    ("free", "workers", "expected"), [(64 * MB, 4, 4), (3 * MB, 4, 2), (MB // 2, 4, 0), (0, 4, 0), (MB, 0, 0)]
+)
+def test_workers_hand_over_no_more_than_fits(free, workers, expected, clip_path, tmp_path, monkeypatch, caplog) -> None:
+    model = load_model(clip_path, device="cpu")
+    assert page_bytes(encoders_of(model)[0]) == 3 * 64 * 64
+    args: Any = TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=16, dataloader_num_workers=workers, use_cpu=True
+    )
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+    # two pages a row, sixteen rows, two batches a worker
+    assert 0.8 * MB > 2 * 16 * 2 * 3 * 64 * 64
+    assert recipe.fit_workers(args, model, ["query", "image", "negative_0"]) == expected
+    assert ("--shm-size" in caplog.text) == (expected < workers)

@@ -26,6 +26,7 @@ from mmtune.testing import generated_pages
 from mmtune.training import recipe
 from mmtune.training.batches import StepwiseRoundRobinBatchSampler
 from mmtune.training.losses import in_batch_loss
+from mmtune.training.mini_batches import MiniBatches
 from mmtune.training.trainers import EMBEDDING, RERANKING
 
 QUIET = {"disable_tqdm": True, "max_steps": 1, "learning_rate": 1e-3}
@@ -130,7 +131,7 @@ def test_a_model_of_dot_products_trains_with_them(
 
 
 def test_dot_products_of_length_one_are_cosines_and_sizes_need_cosines(model: SentenceTransformer) -> None:
-    options: dict[str, Any] = {"mini_batch_size": 2, "batch_size": 2}
+    options: dict[str, Any] = {"mini_batches": MiniBatches(2, is_cached=True, reason="")}
     model.similarity_fn_name = "dot"
     with pytest.warns(UserWarning, match="trains with cosine similarity, and the model compares by dot"):
         loss: Any = in_batch_loss(model, EMBEDDING, matryoshka_dims=[64], **options)

@@ -296,6 +296,17 @@ def prepare_pages(model: Any, inputs: Inputs) -> Inputs:
     return inputs
 
 
+def page_bytes(encoder: Transformer) -> int:
+    """The most bytes that a page of an encoder takes in a batch; 0 where it reads none, or nothing limits its size."""
+    if image_processor_of(encoder) is None:
+        return 0
+    processing = _probed(encoder)
+    size = input_size_of(processing.processor, processing.options)
+    pixels = 0 if size is None else size if isinstance(size, int) else size[0] * size[1]
+    in_time = getattr(processing.processor, "temporal_patch_size", 1)
+    return 3 * pixels * (1 if processing.table is not None else 4 * in_time)
+
+
 def processings_of(model: Any) -> list[PageProcessing]:
     """How the image processors of a model read pages, those that give bytes; empty outside of ``reading_pages``."""
     found = [_preprocessing_of(encoder) for encoder in encoders_of(model)] if isinstance(model, nn.Module) else []

@@ -2,9 +2,11 @@
 
 import copy
 import json
+import logging
 import math
 import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +20,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mmtune.errors import ConfigError
-from mmtune.models.adapters import has_lora
+from mmtune.inference.preprocessing import page_bytes
+from mmtune.models.adapters import encoders_of, has_lora
 from mmtune.models.kinds import HostModel
 from mmtune.models.routes import find_router, router_mapping
 from mmtune.training.batches import (
@@ -29,6 +32,8 @@ from mmtune.training.batches import (
 )
 from mmtune.training.records import RunRecord
 from mmtune.training.trainers import Kind
+
+logger = logging.getLogger(__name__)
 
 Arguments = TypeVar("Arguments", bound=BaseTrainingArguments)
 
@@ -43,6 +48,9 @@ FRESH_RATE = 10
 """How much faster layers learn that start from random numbers."""
 FRESH_LATE_INTERACTION_CLIP = 30.0
 _TURNS = "multi_dataset_batch_sampler"
+_READY = 2
+"""Batches that a worker of torch's data loader has ready."""
+_SHARE_OF_SHARED = 0.5
 _SCHEDULE_ARGUMENTS = ("eval_strategy", "eval_steps", "save_strategy", "save_steps")
 
 
@@ -193,8 +201,44 @@ def _count_workers() -> int:
     """Worker processes that decode pages while a GPU computes; on a CPU they would take its cores from training."""
     if not torch.cuda.is_available():
         return 0
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(4, (os.cpu_count() or 1) // (2 * local))
+    return min(4, (os.cpu_count() or 1) // (2 * _local_processes()))
+
+
+def _local_processes() -> int:
+    """Processes of this training on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def fit_workers(args: BaseTrainingArguments, model: HostModel, columns: Sequence[str]) -> int:
+    """As many of the workers as keep their batches within half of the shared memory, through which they hand them over.
+
+    Each has two batches ready. A container has 64 MB of it unless it is told otherwise, and a worker that finds none
+    left is killed.
+
+    Args:
+        args: The recipe's arguments.
+        model: The model, whose image processor says how large a page is.
+        columns: Of the rows; all but the query may be pages.
+    """
+    workers, shared = args.dataloader_num_workers, Path("/dev/shm")
+    page = max((page_bytes(encoder) for encoder in encoders_of(model)), default=0)
+    if not workers or not page or not shared.is_dir():
+        return workers
+    batch = args.per_device_train_batch_size * max(1, len(columns) - 1) * page
+    ready = args.dataloader_prefetch_factor or _READY
+    fitting = int(_SHARE_OF_SHARED * shutil.disk_usage(shared).free / (ready * batch * _local_processes()))
+    if fitting < workers:
+        logger.warning(
+            "%d workers in place of %d: a batch takes up to %.0f MB, %d wait in each worker, and %s has %.0f MB. Give "
+            "a container more with --shm-size, or pass dataloader_num_workers.",
+            fitting,
+            workers,
+            batch / 1e6,
+            ready,
+            shared,
+            shutil.disk_usage(shared).free / 1e6,
+        )
+    return min(workers, fitting)
 
 
 def choose_rates(

@@ -158,6 +158,8 @@ def _run_in(folder: Path, call: Finetuning) -> FinetuneResult | Plan:
             rates=rates,
             saved_steps=recipe.steps_of_fractions(args, checkpoint),
         )
+        if not call.args and "dataloader_num_workers" not in call.training_arguments:
+            args.dataloader_num_workers = recipe.fit_workers(args, model, train.columns)
         warn_of_rounding(model, args.learning_rate)
         follows_tenths = not call.args and not recipe.follows_own_schedule(call.training_arguments)
         trainer = call.kind.trainer_class(
