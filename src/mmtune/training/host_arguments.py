@@ -281,7 +281,7 @@ _MEANT: Mapping[str, str] = {
         "optim": "optimizer optimiser",
         "lr_scheduler_type": "scheduler lr_scheduler schedule",
         "dataloader_num_workers": "num_workers workers n_workers",
-        "bf16": "precision mixed_precision dtype torch_dtype amp",
+        "bf16": "precision mixed_precision amp",
         "eval_strategy": "evaluation_strategy",
         "eval_steps": "evaluation_steps eval_every",
         "save_steps": "save_every checkpoint_steps",
@@ -326,6 +326,8 @@ def hint_for(name: str, own: Iterable[str], arguments_class: type[BaseTrainingAr
     """
     if name in ("max_length", "max_seq_length", "max_seq_len"):
         return "It belongs to the model: set model.max_seq_length, and pass that model."
+    if name in ("dtype", "torch_dtype"):
+        return f"It belongs to the model: load it with {name.removeprefix('torch_')}=..., and pass that model."
     known = {*own, *(field.name for field in dataclasses.fields(arguments_class) if field.init)}
     meant = _MEANT.get(name.lower())
     meant = meant if meant in known else nearest_name(name, known - {"local_rank"}, cutoff=0.6)
