@@ -26,7 +26,7 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest --numprocesses auto --dist loadfil
 # The oldest versions of the declared ranges, in an environment of their own. torchvision is not in it: the tests of
 # Qwen3-VL are skipped.
 OLDEST := .venv-oldest
-OLDEST_TESTS := $(addprefix tests/test_,testing.py dataset.py evaluation.py rerankers.py routers.py)
+OLDEST_TESTS := $(addprefix tests/test_,testing.py dataset.py evaluation.py precision.py rerankers.py routers.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-oldest slow check format docs build clean

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.timeout(600)
 SCRIPT = """
 import os, sys
 from pathlib import Path
-from mmtune import RetrievalDataset, compose_router, finetune
+from mmtune import RetrievalDataset, compose_router, finetune, load_model
 from mmtune.testing import generated_pages, tiny_clip, tiny_siglip, tiny_text_encoder
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
@@ -40,6 +40,9 @@ def save_noted(model, path, **given):
 SentenceTransformer.save_pretrained = save_noted
 base = folder / f"base-{rank}"
 model = tiny_clip(base / "clip")
+if options.pop("half", None):
+    load_model(model, dtype="bfloat16", device="cpu").save_pretrained(str(base / "half"))
+    model = base / "half"
 if kind := options.pop("router", None):
     text = tiny_text_encoder(base / "text", hidden_size=32)
     model = compose_router(text, tiny_siglip(base / "image"), device="cpu")
@@ -157,6 +160,13 @@ def assert_kinds_train(folder: Path, kinds: list[tuple[str, bool | None]]) -> No
         assert after != before, f"{kind} did not train"
         assert after == other[kind][1], f"the processes trained {kind} apart"
         assert restored, f"{kind} has layers that the run left frozen"
+
+
+@pytest.mark.slow
+def test_weights_that_are_measured_in_another_type_are_still_shared(tmp_path: Path) -> None:
+    """Gradients go by the parameters that the processes began with: to measure must not replace them for good."""
+    one, other = torchrun(tmp_path, half=True, keep="last")
+    assert one[:2] == other[:2]
 
 
 def test_models_with_weights_that_nothing_reaches_train_in_two_processes(tmp_path: Path) -> None:

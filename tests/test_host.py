@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.base import trainer as host_trainer
@@ -119,3 +120,13 @@ def test_adapters_are_found_and_taken_out(clip_path: str) -> None:
     host.take_out_adapters(model, merge=True)
     assert not host.adapter_layers(model)
     assert set(model.state_dict()) == names
+
+
+def test_accelerate_wraps_forward_and_is_looked_behind() -> None:
+    assert "_original_forward" in inspect.getsource(Accelerator.prepare_model)
+    model = torch.nn.Linear(2, 2)
+    plain = model(torch.ones(2))
+    model._original_forward, model.forward = model.forward, lambda values: "wrapped"
+    with host.without_autocast(model):
+        assert torch.equal(model(torch.ones(2)), plain)
+    assert model(torch.ones(2)) == "wrapped"

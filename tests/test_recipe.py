@@ -4,7 +4,6 @@ import itertools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -299,12 +298,6 @@ def test_several_gpus_of_one_process_share_a_step(monkeypatch: pytest.MonkeyPatc
     assert batch() == 40
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert (batch(), batch(use_cpu=True)) == (10, 40)
-
-
-@pytest.mark.parametrize(("given", "dtype"), [({"bf16": True}, "auto"), ({"bf16": False}, "float32"), ({}, "float32")])
-def test_weights_fit_the_precision(given: dict[str, Any], dtype: str) -> None:
-    args: Any = SimpleNamespace(**{"bf16": False, "fp16": not given, **given})
-    assert recipe.dtype_to_load(args) == dtype
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ is called, so that the data layer, which has no models, can use what it needs.
 import inspect
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import MethodType
 from typing import Any, TypeVar
@@ -110,10 +111,15 @@ class WithoutWeights:
 
     def _load_model(self, name: str, task: str, config: Any, *args: Any, **kwargs: Any) -> Any:
         import torch
-        from transformers import AutoModel
+        from transformers import AutoModel, AutoModelForMultimodalLM, AutoModelForSequenceClassification
 
+        by_task = {
+            "any-to-any": AutoModelForMultimodalLM,
+            "sequence-classification": AutoModelForSequenceClassification,
+        }
         with torch.device("meta"):
-            return AutoModel.from_config(config, trust_remote_code=kwargs.get("trust_remote_code", False))
+            model_class: Any = by_task.get(task, AutoModel)
+            return model_class.from_config(config, trust_remote_code=kwargs.get("trust_remote_code", False))
 
 
 class OwnCheckpoints:
@@ -127,13 +133,17 @@ class OwnCheckpoints:
 
     def read_checkpoint(self, folder: str) -> None:
         """Loads the weights of a checkpoint into the model that is trained, as the host does, on the CPU."""
+        import torch
         from sentence_transformers.base.modules import Module
         from sentence_transformers.util import fullname
 
         model = uncompiled(self.model)  # type: ignore[attr-defined] - of the trainer beside this class
         classes = {fullname(part): type(part) for part in model.modules() if isinstance(part, Module)}
+        # the host brings all weights to one type, in which those of a wider one would be rounded
+        types = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}
+        exact = {"model_kwargs": {"dtype": torch.float32}} if len(types) > 1 else {}
         loaded = type(model)._load_with_module_classes(
-            folder, classes, device="cpu", trust_remote_code=model.trust_remote_code
+            folder, classes, device="cpu", trust_remote_code=model.trust_remote_code, **exact
         )
         model.load_state_dict(loaded.state_dict())
 
@@ -281,6 +291,21 @@ def weights_beside_adapters(model: Any) -> dict[str, Any]:
     """
     wrappers = re.compile(r"\.(base_layer|original_module|token_adapter)(?=\.)")
     return {wrappers.sub("", name): weight for name, weight in model.state_dict(keep_vars=True).items()}
+
+
+@contextmanager
+def without_autocast(model: Any) -> Iterator[None]:
+    """A model that accelerate has prepared, computing as it was built, for as long as the block runs.
+
+    accelerate puts autocast around ``forward`` as an attribute of the model, and evaluation would go through it. Its
+    own way back (``unwrap_model(keep_fp32_wrapper=False)``) is for good. A context for it would replace this one.
+    """
+    wrapped = vars(model).pop("forward", None) if "_original_forward" in vars(model) else None
+    try:
+        yield
+    finally:
+        if wrapped is not None:
+            model.forward = wrapped
 
 
 def uncompiled(model: Any) -> Any:

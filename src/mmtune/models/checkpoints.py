@@ -14,6 +14,7 @@ import transformers
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from PIL import Image
+from safetensors import safe_open
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from transformers import (
@@ -127,6 +128,25 @@ class CheckpointFiles:
         names = (config or {}).get("architectures")
         return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
+    @property
+    def has_router(self) -> bool:
+        """Whether it begins with the host's Router."""
+        return bool(self.modules) and is_router_type(self.modules[0]["type"])
+
+    @property
+    def classifies(self) -> bool:
+        """Whether it is a transformers model for sequence classification."""
+        return any(architecture.endswith("ForSequenceClassification") for architecture in self.architectures)
+
+    @cached_property
+    def dtype(self) -> torch.dtype | None:
+        """The type in which the host loads the one encoder of a checkpoint; ``None`` for a Router, or an adapter."""
+        config = None if self.has_router else self.config(self.modules[0]["path"] if self.modules else "")
+        if config is None:
+            return None
+        named = getattr(config, "dtype", None) or _first_dtype(self.weight_files())
+        return named if isinstance(named, torch.dtype) else getattr(torch, str(named), None)
+
     def weight_files(self) -> list[Path]:
         """Where the weights lie on this machine, as safetensors or as torch saves them; empty where there are none."""
         with reading(self.name):
@@ -155,6 +175,33 @@ class CheckpointFiles:
 
 class Blueprint(WithoutWeights, Transformer):
     """The host's encoder without weights: its processor, and the modalities that the host finds in it."""
+
+
+def lay_out(files: CheckpointFiles, model_class: type[HostModel]) -> Blueprint:
+    """The first encoder of a checkpoint as the host would build it, without weights.
+
+    Args:
+        files: The checkpoint.
+        model_class: What it is loaded as: a language model that becomes a reranker keeps its output layer.
+    """
+    code = {"trust_remote_code": files.config_kwargs.get("trust_remote_code", False)}
+    processor_kwargs = {**files.hub, **files.processor_kwargs}
+    config_kwargs = {**files.hub, **files.config_kwargs}
+    if files.modules:
+        hub = {"cache_folder" if name == "cache_dir" else name: value for name, value in files.hub.items()}
+        subfolder = files.modules[0]["path"]
+        own = {"processor_kwargs": processor_kwargs, "config_kwargs": config_kwargs}
+        return Blueprint.load(files.name, subfolder=subfolder, **hub, **code, **own)
+    task: Any = "feature-extraction"
+    if issubclass(model_class, CrossEncoder):
+        task = "sequence-classification" if files.classifies else "any-to-any"
+    return Blueprint(
+        files.name,
+        transformer_task=task,
+        model_kwargs=code,
+        processor_kwargs=processor_kwargs,
+        config_kwargs=config_kwargs,
+    )
 
 
 def find_checkpoint(name: str, *, hub: Mapping[str, Any] | None = None, **kwargs: Mapping[str, Any]) -> CheckpointFiles:
@@ -280,7 +327,7 @@ def _require_words(files: CheckpointFiles, encoder: Encoder) -> None:
 def _saved_encoders(files: CheckpointFiles, module_type: str, subfolder: str) -> list[Encoder]:
     """The encoders of a module that the host saved: itself, or those that begin the routes of a Router."""
     class_name = module_type.rpartition(".")[2] if module_type.startswith("sentence_transformers.") else ""
-    if class_name in ("Router", "Asym"):
+    if is_router_type(module_type):
         router = files.read_json("router_config.json", subfolder) or files.read_json("config.json", subfolder)
         first_modules = dict.fromkeys(modules[0] for modules in router["structure"].values())
         return [
@@ -304,16 +351,26 @@ def _saved_encoders(files: CheckpointFiles, module_type: str, subfolder: str) ->
     return [encoder]
 
 
+def is_router_type(module_type: str) -> bool:
+    """Whether the ``type`` of a module in ``modules.json`` is the host's Router, by its new or its old name."""
+    return module_type.startswith("sentence_transformers.") and module_type.endswith((".Router", ".Asym"))
+
+
+def _first_dtype(paths: list[Path]) -> torch.dtype | None:
+    """The type of the first weight of a checkpoint in safetensors."""
+    names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+    for path in (path for path in paths if path.suffix == ".safetensors"):
+        with safe_open(path, framework="pt") as tensors:
+            types = (names.get(tensors.get_slice(name).get_dtype()) for name in tensors.keys())  # noqa: SIM118
+            return next(filter(None, types), None)
+    return None
+
+
 def _fresh_encoder(files: CheckpointFiles, model_class: type[HostModel]) -> Encoder:
     """What the host would make of a checkpoint without ``modules.json``."""
     config = files.config("")
     if config is not None and type(config) in MODEL_MAPPING and issubclass(model_class, SentenceTransformer):
-        blueprint = Blueprint(
-            files.name,
-            model_kwargs={"trust_remote_code": files.config_kwargs.get("trust_remote_code", False)},
-            processor_kwargs={**files.hub, **files.processor_kwargs},
-            config_kwargs={**files.hub, **files.config_kwargs},
-        )
+        blueprint = lay_out(files, model_class)
         refused = _refusals(blueprint)
         alone = {key for key in blueprint.modalities if isinstance(key, str) and key != "message"} - refused.keys()
         return Encoder(frozenset(alone), blueprint.config, blueprint.processor, refusals=refused)

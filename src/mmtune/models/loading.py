@@ -45,7 +45,8 @@ def load_model(
             It is saved with the model. ``None`` leaves the checkpoint's own limit.
         min_pixels: Smallest number of pixels per image, likewise.
         dtype: Of the weights: ``"bfloat16"``, ``"float16"``, ``"float32"``, or a torch dtype. ``"auto"`` is bfloat16
-            on a GPU that computes in it, else float32.
+            on a GPU that computes in it, else float32. For a training, ``finetune`` takes the name of the checkpoint
+            and chooses what fits.
         attention: An ``attn_implementation`` of transformers. ``"auto"`` is flash attention where flash-attn or the
             package kernels is installed, the weights are in half precision on a GPU, and every encoder computes the
             same with it (Gemma 3 does not: the tokens of an image look both ways); else transformers chooses (SDPA

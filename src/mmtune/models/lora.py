@@ -143,7 +143,7 @@ def add_lora(model: BaseModel, lora: LoraChoice, *, freeze: Sequence[str] = (), 
             raise ConfigError(
                 f"lora: modules_to_save has {name!r}, and the model no such module. Name one that it has."
             )
-    adapted = _attach(encoders, lora, frozen | _frozen_before(model), seed)
+    adapted = attach_adapters(encoders, lora, frozen | _frozen_before(model), seed=seed)
     inside = [
         name
         for module in adapted
@@ -194,8 +194,23 @@ def _frozen_before(model: BaseModel) -> set[int]:
     return {id(weight) for weight in weights if not weight.requires_grad and weight.is_floating_point()}
 
 
-def _attach(encoders: Sequence[Transformer], lora: LoraChoice, frozen: set[int], seed: int) -> list[Transformer]:
-    """Attach to each encoder what fits it; the encoders that have adapters now."""
+def attach_adapters(
+    encoders: Sequence[Transformer], lora: LoraChoice, frozen: set[int], *, seed: int
+) -> list[Transformer]:
+    """Attach to each encoder what fits it.
+
+    Args:
+        encoders: The host's modules, changed in place; they may be on the ``meta`` device.
+        lora: ``True`` or a config of peft.
+        frozen: The ids of the weights that get no adapters by default.
+        seed: Of the adapters' first weights.
+
+    Returns:
+        The encoders that have adapters now.
+
+    Raises:
+        ConfigError: None has a layer that fits.
+    """
     reasons = []
     # peft draws on the CPU and moves the weights then
     with seeded(seed), torch.device("cpu"):

@@ -150,8 +150,7 @@ def build_reranker(
 
 def is_reranker(files: CheckpointFiles) -> bool:
     """Whether a checkpoint is a ready reranker: the host's ``CrossEncoder``, or one for sequence classification."""
-    classifies = any(architecture.endswith("ForSequenceClassification") for architecture in files.architectures)
-    return files.saved_type == "CrossEncoder" or classifies
+    return files.saved_type == "CrossEncoder" or files.classifies
 
 
 def _check_arguments(head: str, options: LoadOptions, prompts: Mapping[str, str] | None) -> None:

@@ -8,9 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from sentence_transformers.base.training_args import BaseTrainingArguments
-from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from mmtune.arguments import require_flag, require_one_of, require_path, require_seed, shown
@@ -22,9 +20,6 @@ from mmtune.training.call import Finetuning
 from mmtune.training.host_arguments import check_built_values, check_host_values, hint_for
 from mmtune.training.losses import check_loss
 from mmtune.training.trainers import Kind, is_for_rerankers
-
-_HALF = (torch.bfloat16, torch.float16)
-_RATE_FOR_HALF_PRECISION = 1e-5
 
 
 def check_training_arguments(
@@ -250,23 +245,4 @@ def check_metric(args: BaseTrainingArguments, metrics: Mapping[str, float]) -> N
         raise ConfigError(
             f"metric_for_best_model={args.metric_for_best_model!r} is none of the metrics, which are {known} and "
             f"{len(metrics) - len(known)} more. Name one of them."
-        )
-
-
-def warn_of_rounding(model: nn.Module, learning_rate: float) -> None:
-    """Warn where most steps would be lost in the rounding of the weights.
-
-    AdamW moves a weight by about the learning rate. A bfloat16 of 0.02 has its neighbours 1.2e-4 away: in a run of
-    three steps at 5e-6, 4.5% of a small reranker's weights changed, and 64% in float32.
-
-    Warns:
-        UserWarning: Weights that are trained are in half precision, and the rate is below 1e-5.
-    """
-    half = [weight for weight in model.parameters() if weight.requires_grad and weight.dtype in _HALF]
-    if half and learning_rate < _RATE_FOR_HALF_PRECISION:
-        warnings.warn(
-            f"The weights are in {str(half[0].dtype).removeprefix('torch.')} and learning_rate={learning_rate:g}: most "
-            'steps are lost in rounding. Pass a model that was loaded with dtype="float32" (training computes in '
-            "bfloat16 on a GPU all the same), lora=True, or a larger rate.",
-            stacklevel=4,
         )

@@ -73,7 +73,8 @@ def finetune(
 
     Args:
         model: A ``SentenceTransformer`` or, for late interaction, a ``MultiVectorEncoder``; or the checkpoint of
-            either, for ``load_model`` or ``build_late_interaction``. A model is trained in place.
+            either, for ``load_model`` or ``build_late_interaction``, in the type of weights whose training fits the
+            device. A model is trained in place, in the type that it has.
         train_dataset: What to train on: a ``RetrievalDataset``, rows in a known layout, what
             ``RetrievalDataset.load`` takes, or rows of ``training_rows``. Several by name train together, each batch
             from one of them: in proportion to their sizes, or in turn with

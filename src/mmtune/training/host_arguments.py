@@ -323,7 +323,7 @@ _MEANT: Mapping[str, str] = {
         "optim": "optimizer optimiser",
         "lr_scheduler_type": "scheduler lr_scheduler schedule",
         "dataloader_num_workers": "num_workers workers n_workers",
-        "bf16": "precision mixed_precision dtype torch_dtype amp",
+        "bf16": "precision mixed_precision amp",
         "eval_strategy": "evaluation_strategy",
         "eval_steps": "evaluation_steps eval_every",
         "save_steps": "save_every checkpoint_steps",

@@ -29,6 +29,7 @@ from mmtune.training.call import Finetuning
 from mmtune.training.inputs import TrainingSets
 from mmtune.training.recipe import EVALUATIONS, EvenTenths
 from mmtune.training.trainers import PageTrainer
+from mmtune.training.weights import COMPENSATED
 
 TIMED_STEPS = 3
 
@@ -179,7 +180,11 @@ def describe_choices(
             why("learning_rate_mapping", "layers that start from random numbers learn ten times as fast"),
         ),
         "warmup_steps": (args.warmup_steps, why("warmup_steps", "a tenth of the run; none below ten steps")),
-        "optim": (str(getattr(args.optim, "value", args.optim)), why("optim", training.get("weights_reason", ""))),
+        "weights": (training["weights"], training["weights_reason"]),
+        "optim": (
+            training["optimizer"],
+            why("optim", "keeps what bfloat16 rounds away" if training["optimizer"] == COMPENSATED else "the recipe's"),
+        ),
         "precision": (training["precision"], why("bf16", "bf16 on a GPU that computes in it")),
         "loss": (training["loss"], "given" if call.loss is not None else "the recipe's"),
         "mini_batch_size": (

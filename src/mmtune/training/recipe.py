@@ -32,6 +32,7 @@ from mmtune.training.batches import (
 )
 from mmtune.training.records import RunRecord
 from mmtune.training.trainers import Kind
+from mmtune.training.weights import optimizer_for
 
 logger = logging.getLogger(__name__)
 
@@ -248,12 +249,13 @@ def choose_rates(
     began: RunRecord | None,
     given: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The learning rates that this model's layers need, as the host's training arguments.
+    """The learning rates and the optimizer that this model's layers need, as the host's training arguments.
 
     Adapters, and layers that start from random numbers, learn at ten times the rate ("LoRA Without Regret", Schulman
     et al., 2025). A fresh projection of late interaction has gradients that are larger by an order of magnitude; with
     the usual clip at 1 the backbone would stand still. Its rate and its clip are those of the host's example for late
-    interaction on pages (sentence-transformers 6.2). A run that goes on keeps the rates that it began with.
+    interaction on pages (sentence-transformers 6.2). Weights in bfloat16 are trained by compensated AdamW, unless the
+    caller names an optimizer. A run that goes on keeps what it began with.
 
     Args:
         args: The recipe's arguments.
@@ -273,6 +275,8 @@ def choose_rates(
         rates["learning_rate_mapping"] = {rf"(^|\.)model\.({names})\.": FRESH_RATE * args.learning_rate}
     if began is None and learning and isinstance(model, MultiVectorEncoder):
         rates["max_grad_norm"] = FRESH_LATE_INTERACTION_CLIP
+    if began is None and "optim" not in given:
+        rates |= optimizer_for(model, args)
     return {name: value for name, value in rates.items() if name not in given}
 
 
@@ -290,15 +294,6 @@ def settle_metric(args: BaseTrainingArguments, metric: str | None) -> None:
             "Set its primary_metric, or pass metric_for_best_model with the key of one of its metrics."
         )
     args.metric_for_best_model = f"eval_{metric}"
-
-
-def dtype_to_load(args: BaseTrainingArguments) -> str:
-    """The ``dtype`` for ``load_model`` that goes with the precision of the training.
-
-    Weights in bfloat16 would make a run without ``bf16`` compute in it all the same, and gradients in half precision
-    can't be scaled for ``fp16``.
-    """
-    return "auto" if args.bf16 else "float32"
 
 
 def steps_of_fractions(args: BaseTrainingArguments, checkpoint: Path | None) -> dict[str, int]:

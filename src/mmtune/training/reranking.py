@@ -69,7 +69,8 @@ def finetune_reranker(
     are checked before weights are loaded.
 
     Args:
-        model: A ``CrossEncoder``, or a checkpoint for ``build_reranker``. A model is trained in place.
+        model: A ``CrossEncoder``, or a checkpoint for ``build_reranker``, in the type of weights whose training fits
+            the device. A model is trained in place, in the type that it has.
         train_dataset: What to train on: a ``RetrievalDataset``, rows in a known layout, or what
             ``RetrievalDataset.load`` takes; several by name train together. Negatives are those that the dataset
             lists, as ``mine_hard_negatives`` finds them with a retriever, and random ones where lists are short.

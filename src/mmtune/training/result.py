@@ -20,7 +20,17 @@ from mmtune.training.inputs import TrainingSets
 from mmtune.training.trainers import Kind, PageTrainer
 
 KEPT_START = "the start: nothing beat it"
-_PACKAGES = ("mmtune", "sentence-transformers", "transformers", "torch", "datasets", "accelerate", "pillow", "numpy")
+_PACKAGES = (
+    "mmtune",
+    "sentence-transformers",
+    "transformers",
+    "torch",
+    "torch-optimi",
+    "datasets",
+    "accelerate",
+    "pillow",
+    "numpy",
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,8 @@ class FinetuneResult:
     """A finetuned model and what is known about it. ``print(result)`` shows the gain at each dimension.
 
     Attributes:
-        model: The trained model, the best checkpoint where there was an evaluation set.
+        model: The trained model, the best checkpoint where there was an evaluation set. It is the model of ``final/``,
+            its weights in the type in which they are saved there.
         trainer: The host's trainer, with its log in ``trainer.state.log_history``; ``None`` where ``resume="auto"``
             found the run at its end.
         before: Metrics of the model as it came; empty without an evaluation set.
@@ -154,6 +165,7 @@ def describe_recipe(trainer: PageTrainer) -> dict[str, Any]:
         "learning_rate": args.learning_rate,
         "learning_rate_mapping": args.learning_rate_mapping or {},
         "max_grad_norm": args.max_grad_norm,
+        "adam_betas": [args.adam_beta1, args.adam_beta2],
         "scheduler": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
         "batch_sampler": getattr(args.batch_sampler, "__name__", str(args.batch_sampler)),

@@ -34,7 +34,7 @@ from mmtune.models.loading import check_documents, describe_model
 from mmtune.models.lora import LoraChoice, add_lora, check_lora
 from mmtune.models.parts import describe_training, freeze_parts, model_parts, part_names
 from mmtune.models.pixels import PixelLimits, limit_pixels
-from mmtune.models.precision import score_in_float32
+from mmtune.models.precision import convert_to_saved, learn_score_in_float32, score_in_float32
 from mmtune.models.routes import check_routes, freeze_unreached
 from mmtune.training import recipe
 from mmtune.training.call import Finetuning
@@ -45,7 +45,6 @@ from mmtune.training.checks import (
     check_metric,
     check_resumed,
     check_training_arguments,
-    warn_of_rounding,
 )
 from mmtune.training.evaluators import GivenEvaluator
 from mmtune.training.inputs import TrainingSets, check_pages, evaluation_sets, refuse_overlap, warn_of_leaks
@@ -78,7 +77,17 @@ from mmtune.training.records import (
 )
 from mmtune.training.result import KEPT_START, FinetuneResult, describe_data, describe_recipe, describe_steps
 from mmtune.training.trainers import AfterFirstSave, Kind, PageTrainer, StartCompetes
+from mmtune.training.weights import (
+    COMPENSATED,
+    SavedTypes,
+    WeightsChoice,
+    choose_weights,
+    describe_weights,
+    saved_types,
+    warn_of_rounding,
+)
 
+_WEIGHTS = "type of the weights"
 _NOT_DECIDING = {
     *("kind", "model", "train_dataset", "eval_dataset", "output_dir", "args", "training_arguments", "overwrite"),
     *("resume", "allow_overlap", "mini_batch_size", "callbacks", "evaluator", "page_store", "dry_run"),
@@ -132,8 +141,9 @@ def _run_in(folder: Path, call: Finetuning) -> FinetuneResult | Plan:
         require_same(folder, began.settings, began_with)
 
     choices = {"documents": call.documents, "freeze": call.freeze, "lora": call.lora, "seed": call.seed}
-    loading = {"max_pixels": call.max_pixels, "dtype": recipe.dtype_to_load(args)}
-    with ready_model(call.model, call.kind, loading=loading, **choices) as start:
+    weights = choose_weights(call, args, began.settings.get(_WEIGHTS) if began else None)
+    began_with[_WEIGHTS] = weights.name
+    with ready_model(call.model, call.kind, max_pixels=call.max_pixels, weights=weights, **choices) as start:
         model = start.model
         check_resumed(checkpoint, has_adapters=bool(start.facts["lora"]))
         began_with["structure of the model"] = describe_structure(model)
@@ -160,7 +170,7 @@ def _run_in(folder: Path, call: Finetuning) -> FinetuneResult | Plan:
         )
         if not call.args and "dataloader_num_workers" not in call.training_arguments:
             args.dataloader_num_workers = recipe.fit_workers(args, model, train.columns)
-        warn_of_rounding(model, args.learning_rate)
+        warn_of_rounding(model, args)
         follows_tenths = not call.args and not recipe.follows_own_schedule(call.training_arguments)
         trainer = call.kind.trainer_class(
             model=model,
@@ -170,12 +180,13 @@ def _run_in(folder: Path, call: Finetuning) -> FinetuneResult | Plan:
             evaluator=evaluator,
             callbacks=[*([recipe.EvenTenths()] if follows_tenths else []), *call.callbacks],
         )
+        trainer.saved_types, trainer.compensates = start.saved_types, (rates or {}).get("optim") == COMPENSATED
 
         own, found = call.describe(train, evaluator, model, loss), describe_data(train, evaluation)
         settings = {
             "model": start.facts,
             "data": {**found["data"], **own["data"], "seed_of_filling": call.seed},
-            "training": {**describe_recipe(trainer), **own["training"]},
+            "training": {**describe_recipe(trainer), **describe_weights(trainer, weights), **own["training"]},
             "audit": found["audit"],
         }
         is_shared = trainer.args.world_size > 1 or trainer.args.dataloader_num_workers > 0
@@ -296,7 +307,8 @@ def _train(
     if competes:
         trainer.add_callback(StartCompetes(record.before))
         if checkpoint is None and is_first_process:
-            model.save_pretrained(str(folder / START))
+            with trainer.as_saved():
+                model.save_pretrained(str(folder / START))
         trainer.accelerator.wait_for_everyone()
     asked = SavesWhenAsked()
     trainer.add_callback(asked)
@@ -307,6 +319,7 @@ def _train(
     for layer in start.fresh.values():
         mark_fresh(layer, fresh=False)
     after = measure(trainer, evaluator)
+    trainer.become_saved()
     if is_in_parts(trainer):
         trainer.save_model(str(folder / "final"))
     elif is_first_process:
@@ -348,7 +361,8 @@ def measure(trainer: PageTrainer, evaluator: AnyEvaluator | None) -> dict[str, f
     if evaluator is None:
         return {}
     # the host's own exception: a model in parts answers only where all processes take part
-    with distributed_evaluation(trainer.model, enabled=not is_in_parts(trainer)) as evaluates:
+    shares = not is_in_parts(trainer)
+    with trainer.as_saved(), distributed_evaluation(trainer.model, enabled=shares) as evaluates:
         metrics = evaluator(trainer.model) if evaluates else {}
     return {key: float(value) for key, value in broadcast_object_list([metrics])[0].items()}
 
@@ -366,11 +380,13 @@ class Start:
         model: As it will be trained.
         facts: What it is, and which of its weights will change, for ``settings``.
         fresh: Its layers that start from random numbers, by name.
+        saved_types: The type of each weight in ``final/``, by ``id``; adapters, which are not in it, keep theirs.
     """
 
     model: HostModel
     facts: dict[str, Any]
     fresh: dict[str, nn.Module]
+    saved_types: SavedTypes
 
 
 @contextmanager
@@ -382,21 +398,24 @@ def ready_model(
     freeze: Iterable[str] | None,
     lora: LoraChoice,
     seed: int,
-    loading: Mapping[str, Any] | None = None,
+    max_pixels: int | None = None,
+    weights: WeightsChoice | None = None,
 ) -> Iterator[Start]:
     """The model as it will be trained, loaded, checked, parts frozen, adapters attached; in place where it was given.
 
     A call that is refused here leaves what was frozen, and what was not, as it was. In the end the parts learn again
     that ``freeze`` kept as they were: it is a choice of one run, not of the model. What lies beside adapters stays
-    frozen for as long as these are there.
+    frozen for as long as these are there. Weights have the type of ``final/`` then.
 
     Raises:
         ConfigError: The model does not embed these documents, lacks a part, or nothing is left to train.
         MissingExtraError: peft, or another package that the model needs, is not installed.
     """
-    ready: Any = kind.load(os.fspath(model), **loading or {}) if isinstance(model, (str, os.PathLike)) else model
-    if not isinstance(model, (str, os.PathLike)):
-        limit_pixels(model, PixelLimits(max_pixels=(loading or {}).get("max_pixels")))
+    ready: Any = model
+    if isinstance(model, (str, os.PathLike)):
+        ready = kind.load(os.fspath(model), max_pixels=max_pixels, **{"dtype": weights.dtype} if weights else {})
+    else:
+        limit_pixels(model, PixelLimits(max_pixels=max_pixels))
     let_read_typed_texts(ready)
     if isinstance(ready, CrossEncoder):
         score_in_float32(ready)
@@ -419,14 +438,18 @@ def ready_model(
         for parameter, learned in before:
             parameter.requires_grad_(learned)
         raise
+    types = saved_types(ready, weights.saved if weights else None)
+    if isinstance(ready, CrossEncoder):
+        learn_score_in_float32(ready)
     guessed, fresh = guess_fresh_layers(ready), fresh_layers(ready)
     facts = {**describe_model(ready), **describe_training(ready), "lora": adapters, "fresh_layers": list(fresh)}
     facts["fresh_layers_guessed"] = list(guessed)
     encoders = encoders_of(ready) if has_lora(ready) else []
     beside_adapters = {id(parameter) for encoder in encoders for parameter in encoder.parameters()}
     try:
-        yield Start(ready, facts, fresh)
+        yield Start(ready, facts, fresh, types)
     finally:
+        convert_to_saved(ready, types)
         for parameter in frozen:
             if id(parameter) not in beside_adapters:
                 parameter.requires_grad_(True)

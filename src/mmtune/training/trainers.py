@@ -8,8 +8,10 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -63,6 +65,7 @@ from mmtune.models.adapters import has_lora, load_adapters
 from mmtune.models.kinds import HostModel
 from mmtune.models.late_interaction import build_late_interaction
 from mmtune.models.loading import load_model
+from mmtune.models.precision import as_saved, convert_to_saved
 from mmtune.models.rerankers import build_reranker
 from mmtune.training.batches import ConflictFreeBatchSampler, ShuffledBatchSampler
 from mmtune.training.records import RECORD, RunRecord, checkpoint_step
@@ -200,9 +203,14 @@ class PageTrainer(OwnCheckpoints, BaseTrainer):
 
     Attributes:
         record: What the run was begun with, for its checkpoints.
+        compensates: Whether AdamW keeps what half precision rounds away of its steps (Kahan summation). The arguments
+            name the host's ``stable_adamw`` then, which is of the same package and also clips each step.
+        saved_types: The type of each weight in ``final/``, by ``id``; one that is missing is saved as it is.
     """
 
     record: RunRecord | None = None
+    compensates: bool = False
+    saved_types: Mapping[int, torch.dtype] = MappingProxyType({})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -230,6 +238,32 @@ class PageTrainer(OwnCheckpoints, BaseTrainer):
         data.generate_widget_examples = False
         if isinstance(data, SentenceTransformerModelCardData):
             data.ir_model = True
+
+    def as_saved(self) -> AbstractContextManager[None]:
+        """The model as ``final/`` will have it, for as long as the block runs, so that it can be measured and saved."""
+        in_parts = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return nullcontext() if in_parts else as_saved(uncompiled(self.model), self.saved_types)
+
+    def become_saved(self) -> None:
+        """Makes the model for good what ``as_saved`` shows."""
+        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            model = self.accelerator.unwrap_model(uncompiled(self.model), keep_fp32_wrapper=False)
+            convert_to_saved(model, self.saved_types)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The host's metrics, of the model as it would be saved."""
+        with self.as_saved():
+            return super().evaluate(*args, **kwargs)
+
+    def get_optimizer_cls_and_kwargs(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """The host's, or compensated AdamW with what the host gives ``stable_adamw``."""
+        optimizer, options = super().get_optimizer_cls_and_kwargs(*args, **kwargs)
+        if not self.compensates:
+            return optimizer, options
+        import optimi
+
+        # Its Triton kernel has to be compiled, which some images for GPUs can't. In torch it takes milliseconds a step.
+        return optimi.AdamW, {**options, "triton": False}
 
     def get_train_dataloader(self) -> DataLoader:
         """The host's data loader; its sampler stays in ``train_sampler``."""
