@@ -101,7 +101,7 @@ class Slow(TrainerCallback):
         time.sleep(0.5)
 
 def run(name, callbacks=()):
-    given = {name: options[name] for name in ("max_steps", "dataloader_num_workers")}
+    given = {key: options[key] for key in ("max_steps", "dataloader_num_workers")}
     result = train(model, "clip", folder / name, resume="auto", callbacks=callbacks, save_steps=2, **given)
     return digest(result.model), result.before, result.after
 
