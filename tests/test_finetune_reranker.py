@@ -728,4 +728,6 @@ def test_the_call_is_the_contract() -> None:
         "callbacks": (),
         "evaluator": None,
         "max_pixels": None,
+        "page_store": "auto",
+        "dry_run": False,
     }
