@@ -210,7 +210,7 @@ _HOST_CHECKS: Mapping[str, Callable[[str, Any], object]] = MappingProxyType(
         "model_kwargs": partial(require_mapping, expected="arguments of a model of transformers"),
         "processor_kwargs": partial(require_mapping, expected="arguments of a processor of transformers"),
         "config_kwargs": partial(require_mapping, expected="arguments of a config of transformers"),
-        "model_card_data": partial(require_type, types=CardData, expected="the data of a model card, as Sentence Transformers has it"),
+        "model_card_data": partial(require_type, types=CardData, expected="the data of a model card, a CardData"),
         "backend": partial(require_one_of, known=("torch", "onnx", "openvino")),
         "truncate_dim": require_whole,
         "num_labels": require_whole,
