@@ -274,20 +274,6 @@ def test_a_signal_to_one_process_ends_both_after_the_same_step(tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_torchrun_starts_again_what_was_killed_and_what_was_asked_to_end(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(SIGNALS_SCRIPT)
-    options = {"max_steps": 4, "dataloader_num_workers": 0, "sent": [signal.SIGKILL.value, signal.SIGTERM.value]}
-    said = run_python(*TORCHRUN, "--max-restarts", "2", str(script), str(tmp_path), repr(options))
-    assert "exitcode: -9" in said
-    assert "exitcode: 143" in said
-    assert said.count("run/checkpoint-3 of 4 steps. The same call with resume=True goes on") == 1
-    one, other = what_each_left(tmp_path)
-    assert one == other
-    assert one[0] == one[1]
-
-
-@pytest.mark.slow
 def test_a_signal_to_torchrun_ends_all_with_one_checkpoint(tmp_path: Path) -> None:
     # with a worker: torchrun signals it, too, and to torch a worker that dies is an error
     script, options = tmp_path / "script.py", {"max_steps": 20, "dataloader_num_workers": 1}
