@@ -23,7 +23,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from comparing import assert_same_weights
 from mmtune import ConfigError, FinetuneResult, RetrievalDataset, finetune
 from mmtune.testing import generated_pages, tiny_clip
-from mmtune.training import run
+from mmtune.training import result, run
 from mmtune.training.output import only_run, recover, set_aside
 from mmtune.training.records import find_last_checkpoint, require_same
 from mmtune.training.trainers import EmbeddingTrainer
@@ -280,6 +280,14 @@ def test_pages_are_looked_at_once_and_by_one_process(
     monkeypatch.setattr(run, "is_first_process", lambda: True)
     finetune(clip_path, data[0], {"one": data[1], "again": data[1]}, output_dir=folder / "first", **OPTIONS)
     assert checked == [len(part.corpus) for part in data]
+
+
+def test_a_package_under_another_name_loses_no_run(data, clip_path: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(result, "_PACKAGES", (*result._PACKAGES, "pillow-of-someone-else"))
+    found = finetune(clip_path, data[0], output_dir=tmp_path / "run", **{**OPTIONS, "eval_steps": None})
+    metrics = json.loads((found.output_dir / "metrics.json").read_text())
+    assert metrics["versions"]["pillow-of-someone-else"] == "unknown"
+    assert metrics["versions"]["torch"] != "unknown"
 
 
 def test_what_decides_nothing_may_change(data, clip_path, finished, folder: Path, caplog) -> None:

@@ -4,7 +4,7 @@ import json
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -117,13 +117,21 @@ class FinetuneResult:
             "after": self.after,
             "primary_metric": self.primary_metric,
             "settings": self.settings,
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+            "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         }
         (self.output_dir / "report.md").write_text(self.report, "utf-8")
         # last and in one piece: a run with a metrics.json is at its end
         written = self.output_dir / "metrics.json.part"
         written.write_text(json.dumps(metrics, indent=2, default=str) + "\n", "utf-8")
         written.replace(self.output_dir / "metrics.json")
+
+
+def _version(package: str) -> str:
+    """The version of a package; one that is installed under another name is no reason to lose a run at its end."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def describe_data(train: TrainingSets, evaluation: Mapping[str, RetrievalDataset]) -> dict[str, dict[str, Any]]:
