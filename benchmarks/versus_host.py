@@ -57,7 +57,7 @@ ARGUMENTS: dict[str, Any] = {
 }
 WORK: dict[str, dict[str, Any]] = {
     "one epoch": {"rows": 128, "num_train_epochs": 1, "per_device_train_batch_size": 32, "save_strategy": "no"},
-    "three epochs, twelve evaluations": {
+    "three epochs, eight evaluations": {
         "rows": 64,
         "eval_rows": 60,
         "num_train_epochs": 3,
