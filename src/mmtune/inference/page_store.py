@@ -15,6 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 _SHARE = 4
 """A store takes at most this part of the memory or the disk that is free: 1 in 4."""
+_MOST_FOR_A_RUN = 32 << 30
+"""And on a disk, for one run, no more than 32 GiB: what is evaluated a dozen times is read first and fits."""
 
 
 @contextmanager
@@ -35,7 +37,7 @@ def open_page_store(
     elif is_shared:
         own = folder / ".pages"
         try:
-            yield FolderPageStore(own, _free_disk(folder))
+            yield FolderPageStore(own, min(_MOST_FOR_A_RUN, _free_disk(folder)))
         finally:
             shutil.rmtree(own, ignore_errors=True)
     else:

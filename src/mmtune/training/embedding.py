@@ -115,7 +115,7 @@ def finetune(
             leaves the model's own limit.
         page_store: Where what the image processor makes of a page is kept, as bytes and by content, so that further
             epochs and evaluations neither decode nor resize it again. ``"auto"`` keeps it for the run: in memory, or
-            in a file of the output folder where several processes read pages. A folder keeps it for other runs, too.
+            in the output folder where several processes read pages. A folder keeps it for other runs, too.
             ``None`` keeps nothing. What is trained and measured is the same to the bit.
         dry_run: Train nothing and write nothing: time a few steps, an evaluation of a few pages and a checkpoint, put
             the weights back, and return a ``Plan`` of the run in place of its result.
