@@ -136,6 +136,26 @@ def test_loss_and_gradients_are_the_same_to_the_bit(family, cached, documents, p
         assert all(torch.equal(gradient, found[0][1][name]) for name, gradient in gradients.items())
 
 
+# the name of transformers before 5.23
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+def test_gradient_checkpointing_changes_nothing(family: str, paths, data) -> None:
+    images, pages = pages_of(data)
+    found = []
+    for given in (images, pages):
+        model = load_model(paths(family), device="cpu").train()
+        encoders_of(model)[0].model.gradient_checkpointing_enable()
+        with reading_pages(model):
+            features = [
+                model.preprocess([{"text": text} for text in data.queries["text"][:6]]),
+                model.preprocess(given),
+            ]
+            CachedMultipleNegativesRankingLoss(model, mini_batch_size=2)(features, None).backward()
+        found.append([weight.grad for weight in model.parameters() if weight.grad is not None])
+    assert len(found[0]) == len(found[1]) > 0
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("family", AS_FLOATS)
 def test_where_it_is_not_exact_pages_travel_as_floats(family: str, paths, data) -> None:
     images, pages = pages_of(data)
@@ -310,11 +330,12 @@ OPTIONS: dict[str, Any] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker")
 def test_any_store_and_any_number_of_workers_train_the_same_weights(clip_path: str, data, tmp_path: Path) -> None:
     train, evaluation = data.split(3)
     results = []
     runs = {"none": {"page_store": None}, "auto": {}, "folder": {"page_store": tmp_path / "pages"}}
-    runs |= {f"{count} workers": {"dataloader_num_workers": count} for count in (1, 2)}
+    runs |= {f"{count} workers": {"dataloader_num_workers": count} for count in (1, 2, 4)}
     for name, options in runs.items():
         result = finetune(clip_path, train, evaluation, output_dir=tmp_path / name, **OPTIONS, **options)
         results.append(result)
