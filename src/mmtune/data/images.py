@@ -27,7 +27,7 @@ MAX_DECODED_PIXELS = 2 * 89_478_485
 MAX_FILE_BYTES = 1 << 30
 """Files above this are not read: more than the pixels that are decoded take."""
 
-DECODING = 1
+DECODING = 2
 """Raise it when the same bytes become other pixels: what is stored of a page is then made anew."""
 
 ENOUGH_PIXELS = 8_000_000

@@ -135,8 +135,8 @@ def build_evaluator(
     """An evaluator over a dataset, for ``evaluator=`` of the host's trainers or for ``evaluator(model)``.
 
     Byte-identical pages are one document, as ``RetrievalDataset.deduplicate`` makes them: a copy of a relevant page
-    under another id is no wrong answer. A JPEG of 32 million pixels or more is decoded at half its size, or less, so
-    that one huge scan does not take half a gigabyte.
+    under another id is no wrong answer. A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long as
+    that leaves 2.5 times the sides of the model's input, or 1.5 times the area of its limit.
 
     Args:
         dataset: A ``RetrievalDataset``, rows in a known layout, or what ``RetrievalDataset.load`` takes. Several by
