@@ -85,6 +85,7 @@ def test_an_encoder_is_told_its_modalities(clip_path: str) -> None:
 def test_the_hooks_that_are_overridden_exist() -> None:
     assert callable(Transformer._load_model)
     assert callable(SentenceTransformerTrainer._load_from_checkpoint)
+    assert callable(SentenceTransformerTrainer._run_epoch)
     assert list(inspect.signature(SentenceTransformerTrainer._save).parameters)[1:] == ["output_dir", "state_dict"]
 
 

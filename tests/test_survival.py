@@ -328,6 +328,18 @@ def test_nothing_is_unpickled_from_a_checkpoint(data, clip_path: str, folder: Pa
     assert not (tmp_path / "was-here").exists()
 
 
+def test_a_run_that_was_killed_behind_its_last_step_takes_no_step_more(data, clip_path, tmp_path) -> None:
+    options = {**OPTIONS, "max_steps": 5, "save_steps": 5, "eval_steps": 5, "keep": "last"}
+    whole = finetune(clip_path, *data, output_dir=tmp_path, **options)
+    steps_an_epoch = 5 / whole.trainer.state.epoch
+    assert 5 % steps_an_epoch, "at the end of an epoch there is none to take"
+    shutil.move(tmp_path / "final", tmp_path / "whole")
+    again = finetune(clip_path, *data, output_dir=tmp_path, resume=True, **options)
+    assert again.trainer.state.global_step == 5
+    assert again.after == whole.after
+    assert_same_weights(weights(tmp_path / "final"), weights(tmp_path / "whole"))
+
+
 # Damage
 
 
@@ -439,13 +451,14 @@ def test_a_finished_run_without_checkpoints_is_returned(data, clip_path: str, fo
 
 def test_a_run_that_was_cut_off_in_its_first_checkpoint_starts_again(data, clip_path, finished, tmp_path) -> None:
     shutil.copytree(finished.output_dir / "checkpoint-2", tmp_path / "checkpoint-2")
-    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").rename(tmp_path / "checkpoint-2" / "of_other_settings.json")
     with pytest.raises(ConfigError, match="no checkpoint to go on from"):
         finetune(clip_path, *data, output_dir=tmp_path, resume=True, **OPTIONS)
     with pytest.warns(UserWarning, match="cut off while it wrote its first checkpoint") as warned:
         again = finetune(clip_path, *data, output_dir=tmp_path, resume="auto", **OPTIONS)
     assert warned[0].filename == __file__
     assert again.after == finished.after
+    assert not (tmp_path / "checkpoint-2" / "of_other_settings.json").exists()
     assert_same_weights(weights(tmp_path / "checkpoint-4"), weights(finished.output_dir / "checkpoint-4"))
 
 

@@ -128,7 +128,8 @@ class OwnCheckpoints:
     The host builds the whole model again for it, which fails for adapters in a Router, and does so on the GPU, beside
     the optimizer. ``read_best_checkpoint`` likewise, where the host goes on with the last weights if it fails. And it
     writes a checkpoint in every process at once, over one another (since transformers leaves it to the trainer to ask
-    which one writes). Public hooks would replace this class.
+    which one writes). From the checkpoint of the last step it takes one step more where that lies within an epoch.
+    Public hooks would replace this class.
     """
 
     def read_checkpoint(self, folder: str) -> None:
@@ -158,6 +159,13 @@ class OwnCheckpoints:
         # a model in parts is put together by all processes, so all of them save
         if self.args.should_save or is_in_parts(self):  # type: ignore[attr-defined] - of the trainer beside this class
             super()._save(output_dir, state_dict)  # type: ignore[misc] - of the trainer beside this class
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        trainer: Any = self
+        if trainer.state.global_step >= trainer.state.max_steps:
+            trainer.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)  # type: ignore[misc] - of the trainer beside this class
 
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:
         self.read_checkpoint(checkpoint_path)

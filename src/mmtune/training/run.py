@@ -54,6 +54,7 @@ from mmtune.training.output import (
     START,
     check_output_dir,
     delete_set_aside,
+    find_run,
     is_finished,
     is_first_process,
     only_run,
@@ -205,7 +206,9 @@ def _run_in(folder: Path, call: Finetuning) -> FinetuneResult | Plan:
             recipe.settle_metric(trainer.args, primary_of(evaluator, model))
             check_metric(trainer.args, before)
             trainer.record = began or RunRecord(began_with, rates or {}, before)
-            with _written_in(folder, trainer, overwrite=call.overwrite):
+            # without overwrite, what a start from the beginning finds is what a kill left
+            leftover = not checkpoint and bool(find_run(folder))
+            with _written_in(folder, trainer, overwrite=call.overwrite or leftover):
                 return _train(trainer, evaluator, start, settings, folder, checkpoint)
 
 
