@@ -46,6 +46,11 @@ class Page(Image.Image):
         self.document_id = document_id
         self.prepared: dict[str, dict[str, np.ndarray]] = {}
 
+    @property
+    def has_own_limit(self) -> bool:
+        """Whether it is scaled to a ``max_pixels`` of its own, whoever reads it."""
+        return self._bounds["max_pixels"] is not None
+
     def decoded(self, enough: Enough | None) -> Image.Image:
         """The page as an image of its own.
 

@@ -120,6 +120,18 @@ class PageProcessing:
         return enough_for(input_size_of(self.processor, self.options))
 
     @cached_property
+    def reading(self) -> "ReadsPages":
+        """A copy of the image processor that takes pages as bytes."""
+        found = copy.copy(self.processor)
+        found.__class__ = type(type(found).__name__, (ReadsPages, type(found)), {})
+        found.processing = self
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        # the class of ``reading`` is made here, so that another process can't find it by its name
+        return {name: value for name, value in vars(self).items() if name != "reading"}
+
+    @cached_property
     def key(self) -> str:
         """A digest of all that decides what is made of a page, but for the page."""
         known = json.loads(self.processor.to_json_string())
@@ -153,7 +165,7 @@ class PageProcessing:
     def _process(self, page: Page) -> dict[str, np.ndarray]:
         started = time.perf_counter()
         image = page.decoded(self.enough)
-        if self._counts_other_patches(image.size, page.size):
+        if not page.has_own_limit and self._counts_other_patches(image.size, page.size):
             image = page.decoded(None)
         made = as_bytes(self.processor, image, self.options)
         self.count += 1
@@ -218,18 +230,14 @@ class Preprocessing:
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As ``Transformer.preprocess``."""
-        reading = copy.copy(self.processing.processor)
-        reading.__class__ = type(type(reading).__name__, (ReadsPages, type(reading)), {})
-        reading.processing = self.processing
-        with _exchanged(self.encoder, reading):
+        with _exchanged(self.encoder, self.processing.reading):
             return type(self.encoder).preprocess(self.encoder, *args, **kwargs)
 
 
 @contextmanager
 def _exchanged(encoder: Transformer, reading: Any) -> Iterator[None]:
-    holder, name = (encoder, "processor") if encoder.processor is image_processor_of(encoder) else (None, "")
-    if holder is None:
-        holder, name = encoder.processor, "image_processor"
+    is_all = encoder.processor is image_processor_of(encoder)
+    holder, name = (encoder, "processor") if is_all else (encoder.processor, "image_processor")
     own = getattr(holder, name)
     setattr(holder, name, reading)
     try:
@@ -408,6 +416,8 @@ def read_table(processor: Any, options: Mapping[str, Any]) -> FloatTable:
     values = np.full((3, 256), np.nan, dtype=np.float32)
     for channel in range(3):
         values[channel, pixels[:, channel].reshape(-1)] = floats[:, channel].reshape(-1)
+    if np.isnan(values).any():
+        raise ValueError(f"{np.isnan(values).sum()} bytes did not come through")
     return FloatTable(torch.from_numpy(values), repeats)
 
 

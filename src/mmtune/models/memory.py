@@ -72,14 +72,19 @@ def training_bytes(
         compensated: Whether the optimizer is compensated AdamW.
         processes: That train one model together, each with all of it.
     """
-    total = 0
+    portions = list(portions)
+    total = optimizer_bytes(portions, compensated=compensated)
     for portion in portions:
         size = portion.dtype.itemsize
-        copies = 1
-        if portion.is_trained:
-            copies = 4 + (compensated and size == 2) + (processes > 1)
-        total += portion.count * (copies * size + (2 if portion.is_trained and autocast and size == 4 else 0))
+        gradients = (1 + (processes > 1)) * size + (2 if autocast and size == 4 else 0)
+        total += portion.count * (size + (gradients if portion.is_trained else 0))
     return total
+
+
+def optimizer_bytes(portions: Iterable[Portion], *, compensated: bool) -> int:
+    """Bytes of the state of AdamW; see ``training_bytes``."""
+    trained = [(portion.count, portion.dtype.itemsize) for portion in portions if portion.is_trained]
+    return sum(count * size * (2 + (compensated and size == 2)) for count, size in trained)
 
 
 def portions_of(model: nn.Module) -> list[Portion]:

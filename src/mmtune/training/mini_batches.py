@@ -16,6 +16,7 @@ from mmtune.data.documents import as_host_input
 from mmtune.data.pages import Page
 from mmtune.inference.encoder import Retriever
 from mmtune.inference.preprocessing import reading_pages
+from mmtune.models.memory import optimizer_bytes, portions_of
 from mmtune.training.inputs import TrainingSets
 
 logger = logging.getLogger(__name__)
@@ -25,8 +26,6 @@ MINI_BATCHES = "mini-batches"
 
 _SHARE = 0.85
 """Of the memory of a device; the rest is for gaps between tensors, and for batches that are larger than those tried."""
-_BYTES_OF_STATE = 8
-"""What AdamW keeps for a weight in float32, which is not there yet when mini-batches are tried."""
 _LOOKED_AT = 512
 
 
@@ -48,9 +47,25 @@ class MiniBatches:
 
 def describe_mini_batches(loss: Any, batch_size: int) -> dict[str, Any]:
     """How a loss takes a batch, for the record of a run, which goes on as it began."""
-    first = next(iter(loss.values())) if isinstance(loss, Mapping) else loss
-    inner = first.loss if isinstance(first, MatryoshkaLoss) else first
-    return {"size": getattr(inner, "mini_batch_size", None) or batch_size, "is_cached": uses_gradient_cache(inner)}
+    first = plain_losses(loss)[0]
+    return {"size": getattr(first, "mini_batch_size", None) or batch_size, "is_cached": uses_gradient_cache(first)}
+
+
+def plain_losses(loss: Any) -> list[Any]:
+    """Each loss of a call, that of several datasets or the one, out of its ``MatryoshkaLoss``."""
+    losses = list(loss.values()) if isinstance(loss, Mapping) else [loss]
+    return [part.loss if isinstance(part, MatryoshkaLoss) else part for part in losses]
+
+
+def halve_mini_batches(loss: Any) -> int | None:
+    """Let a loss take mini-batches of half the size: that size; ``None`` where they can't be smaller."""
+    losses = plain_losses(loss)
+    size = min(getattr(part, "mini_batch_size", None) or 1 for part in losses) // 2
+    if not size:
+        return None
+    for part in losses:
+        part.mini_batch_size = size
+    return size
 
 
 def choose_mini_batches(
@@ -121,7 +136,7 @@ def _fits(model: Retriever, args: BaseTrainingArguments, documents: Sequence[Any
     device = model.device
     total = torch.cuda.get_device_properties(device).total_memory
     taken_by_others = total - torch.cuda.mem_get_info(device)[0] - torch.cuda.memory_reserved(device)
-    state = _BYTES_OF_STATE * sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    state = optimizer_bytes(portions_of(model), compensated=True)  # not there yet
     was_training = model.training
     model.train()
     torch.cuda.reset_peak_memory_stats(device)

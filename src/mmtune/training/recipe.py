@@ -15,7 +15,6 @@ import torch
 from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.losses import uses_gradient_cache
 from sentence_transformers.base.training_args import BaseTrainingArguments
-from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -30,6 +29,7 @@ from mmtune.training.batches import (
     StepwiseProportionalBatchSampler,
     StepwiseRoundRobinBatchSampler,
 )
+from mmtune.training.mini_batches import plain_losses
 from mmtune.training.records import RunRecord
 from mmtune.training.trainers import Kind
 from mmtune.training.weights import optimizer_for
@@ -348,8 +348,7 @@ def complete_arguments(
 
     # Without cached gradients each column is a forward pass of its own. torch would take what one of them does not use
     # for unused, and fail when it is used after all. Nothing is: what no query and no document reaches is frozen.
-    losses = list(loss.values()) if isinstance(loss, Mapping) else [loss]
-    inner = [part.loss if isinstance(part, MatryoshkaLoss) else part for part in losses]
+    inner = plain_losses(loss)
     if args.ddp_find_unused_parameters is not False and not all(map(uses_gradient_cache, inner)):
         if rates is not None:
             args.ddp_find_unused_parameters = False

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from sentence_transformers.base.trainer import BaseTrainer
-from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.models.kinds import HostModel
@@ -17,6 +16,7 @@ from mmtune.report.card import add_to_card
 from mmtune.report.markdown import BeforeAfter, compare_metrics, text_table, write_report
 from mmtune.training.batches import ConflictFreeBatchSampler
 from mmtune.training.inputs import TrainingSets
+from mmtune.training.mini_batches import plain_losses
 from mmtune.training.trainers import Kind, PageTrainer
 
 KEPT_START = "the start: nothing beat it"
@@ -161,8 +161,7 @@ def describe_data(train: TrainingSets, evaluation: Mapping[str, RetrievalDataset
 def describe_recipe(trainer: PageTrainer) -> dict[str, Any]:
     """What was chosen for the training, before it begins."""
     args = trainer.args
-    losses = list(trainer.loss.values()) if isinstance(trainer.loss, dict) else [trainer.loss]
-    inner = [loss.loss if isinstance(loss, MatryoshkaLoss) else loss for loss in losses]
+    inner = plain_losses(trainer.loss)
     return {
         "loss": ", ".join(type(loss).__name__ for loss in inner),
         "mini_batch_size": getattr(inner[0], "mini_batch_size", None),

@@ -38,6 +38,7 @@ from mmtune.models.precision import convert_to_saved, learn_score_in_float32, sc
 from mmtune.models.routes import check_routes, freeze_unreached
 from mmtune.training import recipe
 from mmtune.training.call import Finetuning
+from mmtune.training.callbacks import AfterFirstSave, StartCompetes
 from mmtune.training.checks import (
     check_choices,
     check_early_stopping,
@@ -62,7 +63,7 @@ from mmtune.training.output import (
     resolve_output_dir,
     set_aside,
 )
-from mmtune.training.plan import Begun, Plan, Rehearsed, describe_choices, rehearse
+from mmtune.training.plan import Plan, describe_choices
 from mmtune.training.progress import progress_bars
 from mmtune.training.records import (
     RunRecord,
@@ -76,8 +77,9 @@ from mmtune.training.records import (
     require_same,
     why_unusable,
 )
+from mmtune.training.rehearsal import Begun, Rehearsed, rehearse
 from mmtune.training.result import KEPT_START, FinetuneResult, describe_data, describe_recipe, describe_steps
-from mmtune.training.trainers import AfterFirstSave, Kind, PageTrainer, StartCompetes
+from mmtune.training.trainers import Kind, PageTrainer
 from mmtune.training.weights import (
     COMPENSATED,
     SavedTypes,

@@ -4,7 +4,6 @@ Texts stay texts, no training image ends in a model card, logs are one line, and
 """
 
 import copy
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -40,26 +39,17 @@ from sentence_transformers.multi_vector_encoder.losses import (
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
-    MatryoshkaLoss,
     MultipleNegativesRankingLoss,
 )
 from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from transformers import (
-    PrinterCallback,
-    ProgressCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, ProgressCallback
 
 from mmtune.arguments import listed
 from mmtune.data.documents import as_host_input
 from mmtune.errors import ConfigError
-from mmtune.host import OwnCheckpoints, innermost_sampler, uncompiled
+from mmtune.host import OwnCheckpoints, innermost_sampler, is_in_parts, uncompiled
 from mmtune.inference.preprocessing import prepare_pages
 from mmtune.models.adapters import has_lora, load_adapters
 from mmtune.models.kinds import HostModel
@@ -68,103 +58,9 @@ from mmtune.models.loading import load_model
 from mmtune.models.precision import as_saved, convert_to_saved
 from mmtune.models.rerankers import build_reranker
 from mmtune.training.batches import ConflictFreeBatchSampler, ShuffledBatchSampler
+from mmtune.training.callbacks import BestCheckpointHere, EpochOfSampler, ShortLogs, ShortProgress
+from mmtune.training.mini_batches import describe_mini_batches, halve_mini_batches
 from mmtune.training.records import RECORD, RunRecord, checkpoint_step
-
-# Callbacks
-
-
-class ShortLogs(TrainerCallback):
-    """Writes one short line for each log, where the host writes all metrics at all dimensions."""
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Writes the loss and the metric that chooses the checkpoint."""
-        metric = args.metric_for_best_model or "loss"
-        shown = {"loss": "loss", metric: metric.removeprefix("eval_")}
-        values = [f"{label} {float(logs[key]):.4f}" for key, label in shown.items() if logs and key in logs]
-        if state.is_world_process_zero and state.max_steps and values:
-            tqdm.write(f"step {state.global_step}/{state.max_steps}  {'  '.join(values)}", file=sys.stderr)
-
-
-class ShortProgress(ShortLogs, ProgressCallback):
-    """The host's progress bar with short logs."""
-
-
-class EpochOfSampler(TrainerCallback):
-    """Tells the batch sampler its epoch, however deep it is wrapped.
-
-    When several processes resume within an epoch, transformers 5.23 tells the epoch to the wrapper that skips batches,
-    which does not pass it on: every process then plans the batches of the first epoch.
-    """
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Walks down to the sampler that plans."""
-        sampler = innermost_sampler(kwargs["train_dataloader"])
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(int((state.epoch or 0) + 1e-6))
-
-
-class BestCheckpointHere(TrainerCallback):
-    """Finds the best checkpoint of a resumed run in the folder of the run, also when the folder was moved.
-
-    The host looks for it under the path that it had, and on not finding it ends with the last weights, and keeps the
-    best score so that no later checkpoint takes its place (transformers 5.23).
-    """
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Points the state to the checkpoint of that step in ``args.output_dir``."""
-        if state.best_model_checkpoint is not None or not state.best_global_step:
-            return
-        here = Path(args.output_dir or ".", f"checkpoint-{state.best_global_step}")
-        if here.is_dir():
-            state.best_model_checkpoint = str(here)
-            return
-        warnings.warn(
-            f"The best checkpoint so far, {here.name}, is not in {str(here.parent)!r} any more. The best of the "
-            "evaluations still to come is taken instead.",
-            stacklevel=2,
-        )
-        state.best_metric = state.best_global_step = None
-
-
-class StartCompetes(TrainerCallback):
-    """Makes the untrained model the best so far, so that a checkpoint has to beat it."""
-
-    def __init__(self, before: Mapping[str, float]) -> None:
-        self.before = before
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """A run that resumes has the best so far in its state."""
-        if state.best_metric is None:
-            state.best_metric = self.before[(args.metric_for_best_model or "loss").removeprefix("eval_")]
-
-
-class AfterFirstSave(TrainerCallback):
-    """Does something once, when the run has a checkpoint of its own; in the one process that writes."""
-
-    def __init__(self, act: Callable[[], None]) -> None:
-        self.act: Callable[[], None] | None = act
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """The checkpoint is complete."""
-        if self.act is not None and state.is_world_process_zero:
-            self.act()
-        self.act = None
-
-
-# Trainers
 
 _STATE_OF_TRAINING = ["*.pt", "*.pth", "trainer_state.json", "training_args.bin", RECORD, "global_step*", "optimizer*"]
 _AGAINST_DIVERGENCE = (
@@ -241,12 +137,11 @@ class PageTrainer(OwnCheckpoints, BaseTrainer):
 
     def as_saved(self) -> AbstractContextManager[None]:
         """The model as ``final/`` will have it, for as long as the block runs, so that it can be measured and saved."""
-        in_parts = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        return nullcontext() if in_parts else as_saved(uncompiled(self.model), self.saved_types)
+        return nullcontext() if is_in_parts(self) else as_saved(uncompiled(self.model), self.saved_types)
 
     def become_saved(self) -> None:
         """Makes the model for good what ``as_saved`` shows."""
-        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+        if not is_in_parts(self):
             model = self.accelerator.unwrap_model(uncompiled(self.model), keep_fp32_wrapper=False)
             convert_to_saved(model, self.saved_types)
 
@@ -298,23 +193,20 @@ class PageTrainer(OwnCheckpoints, BaseTrainer):
         Raises:
             ConfigError: It can't be.
         """
-        losses = list(self.loss.values()) if isinstance(self.loss, dict) else [self.loss]
-        inner: list[Any] = [loss.loss if isinstance(loss, MatryoshkaLoss) else loss for loss in losses]
-        size = min((getattr(loss, "mini_batch_size", None) or 1 for loss in inner), default=1)
         alone = self.args.world_size == 1 and self.args.gradient_accumulation_steps == 1
-        if size < 2 or not alone:
+        size = halve_mini_batches(self.loss) if alone else None
+        if size is None:
+            tried = describe_mini_batches(self.loss, self.args.per_device_train_batch_size)["size"]
             raise ConfigError(
-                f"Step {self.state.global_step + 1} ran out of memory with mini-batches of {size}: {error} Pass a "
+                f"Step {self.state.global_step + 1} ran out of memory with mini-batches of {tried}: {error} Pass a "
                 "smaller mini_batch_size, per_device_train_batch_size or max_pixels, or lora=True, and resume='auto'."
             ) from error
-        for loss in inner:
-            loss.mini_batch_size = size // 2
         self.model.zero_grad(set_to_none=True)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         warnings.warn(
-            f"Step {self.state.global_step + 1} ran out of memory and is done again, with mini-batches of {size // 2} "
-            f"in place of {size}.",
+            f"Step {self.state.global_step + 1} ran out of memory and is done again, with mini-batches of {size} "
+            f"in place of {2 * size}.",
             stacklevel=2,
         )
 

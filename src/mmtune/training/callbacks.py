@@ -1,0 +1,103 @@
+"""What happens beside a training: short logs, the epoch of the sampler, which checkpoint is the best."""
+
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from mmtune.host import innermost_sampler
+
+
+class ShortLogs(TrainerCallback):
+    """Writes one short line for each log, where the host writes all metrics at all dimensions."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes the loss and the metric that chooses the checkpoint."""
+        metric = args.metric_for_best_model or "loss"
+        shown = {"loss": "loss", metric: metric.removeprefix("eval_")}
+        values = [f"{label} {float(logs[key]):.4f}" for key, label in shown.items() if logs and key in logs]
+        if state.is_world_process_zero and state.max_steps and values:
+            tqdm.write(f"step {state.global_step}/{state.max_steps}  {'  '.join(values)}", file=sys.stderr)
+
+
+class ShortProgress(ShortLogs, ProgressCallback):
+    """The host's progress bar with short logs."""
+
+
+class EpochOfSampler(TrainerCallback):
+    """Tells the batch sampler its epoch, however deep it is wrapped.
+
+    When several processes resume within an epoch, transformers 5.23 tells the epoch to the wrapper that skips batches,
+    which does not pass it on: every process then plans the batches of the first epoch.
+    """
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Walks down to the sampler that plans."""
+        sampler = innermost_sampler(kwargs["train_dataloader"])
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
+class BestCheckpointHere(TrainerCallback):
+    """Finds the best checkpoint of a resumed run in the folder of the run, also when the folder was moved.
+
+    The host looks for it under the path that it had, and on not finding it ends with the last weights, and keeps the
+    best score so that no later checkpoint takes its place (transformers 5.23).
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Points the state to the checkpoint of that step in ``args.output_dir``."""
+        if state.best_model_checkpoint is not None or not state.best_global_step:
+            return
+        here = Path(args.output_dir or ".", f"checkpoint-{state.best_global_step}")
+        if here.is_dir():
+            state.best_model_checkpoint = str(here)
+            return
+        warnings.warn(
+            f"The best checkpoint so far, {here.name}, is not in {str(here.parent)!r} any more. The best of the "
+            "evaluations still to come is taken instead.",
+            stacklevel=2,
+        )
+        state.best_metric = state.best_global_step = None
+
+
+class StartCompetes(TrainerCallback):
+    """Makes the untrained model the best so far, so that a checkpoint has to beat it."""
+
+    def __init__(self, before: Mapping[str, float]) -> None:
+        self.before = before
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A run that resumes has the best so far in its state."""
+        if state.best_metric is None:
+            state.best_metric = self.before[(args.metric_for_best_model or "loss").removeprefix("eval_")]
+
+
+class AfterFirstSave(TrainerCallback):
+    """Does something once, when the run has a checkpoint of its own; in the one process that writes."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self.act: Callable[[], None] | None = act
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The checkpoint is complete."""
+        if self.act is not None and state.is_world_process_zero:
+            self.act()
+        self.act = None
