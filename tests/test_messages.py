@@ -210,7 +210,7 @@ MISTAKES: list[tuple[str, Arguments, tuple[str, ...], Arguments | None]] = [
         (
             "matryoshka_dims=256",
             "list or tuple",
-            "Pass e.g. matryoshka_dims=[256, 128], the dimension of the model itself first",
+            "Pass e.g. matryoshka_dims=[64, 32], none above the dimension of the model",
         ),
         {"matryoshka_dims": [256, 128]},
     ),
@@ -236,7 +236,7 @@ MISTAKES: list[tuple[str, Arguments, tuple[str, ...], Arguments | None]] = [
     (
         "stopping early without measuring",
         {"callbacks": [transformers.EarlyStoppingCallback], "eval_dataset": "others", "eval_strategy": "no"},
-        ("EarlyStoppingCallback", 'and no eval_strategy="no"'),
+        ("EarlyStoppingCallback", "or with eval_strategy='no'"),
         {"callbacks": [STOPPING], "eval_dataset": "others"},
     ),
     (

@@ -126,7 +126,11 @@ def as_retrieval_dataset(dataset: DatasetLike, name: str = "dataset") -> Retriev
     if isinstance(dataset, RetrievalDataset):
         return dataset
     if isinstance(dataset, (str, os.PathLike)):
-        return RetrievalDataset.load(dataset)
+        try:
+            return RetrievalDataset.load(dataset)
+        except (DatasetError, ConfigError) as error:
+            # of several paths in one call, the message tells which
+            raise type(error)(f"{name}: {error}") from error
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise DatasetError(
             f"{name}={shown(dataset)} is no dataset. Expected a RetrievalDataset, a datasets.Dataset in a known "

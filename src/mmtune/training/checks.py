@@ -142,8 +142,9 @@ def check_early_stopping(args: BaseTrainingArguments, callbacks: Iterable[Any]) 
         return
     if args.eval_strategy == "no":
         raise ConfigError(
-            "EarlyStoppingCallback needs something to measure, and nothing is measured in this run. Pass "
-            'eval_dataset=..., and no eval_strategy="no", or leave the callback out.'
+            "EarlyStoppingCallback needs something to measure, and nothing is measured in this run: without an "
+            "eval_dataset, or with eval_strategy='no'. Pass eval_dataset=... and eval_strategy='steps', or leave the "
+            "callback out."
         )
     if not args.metric_for_best_model:
         raise ConfigError(

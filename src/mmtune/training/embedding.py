@@ -35,7 +35,7 @@ from mmtune.training.trainers import EMBEDDING, LATE_INTERACTION, Kind
 
 logger = logging.getLogger(__name__)
 
-_DIMS = "[256, 128], the dimension of the model itself first"
+_DIMS = "[64, 32], none above the dimension of the model"
 
 
 def finetune(

@@ -156,11 +156,12 @@ def refuse_overlap(train: TrainingSets, evaluation: Mapping[str, RetrievalDatase
             shared = relevant_on_both_sides(part.data, measured)
             if shared:
                 examples = ", ".join(one if one == other else f"{one} (there {other})" for one, other in shared[:5])
+                examples += ", ..." if len(shared) > 5 else ""
                 raise DatasetError(
                     f"{len(shared)} documents are relevant in training and in evaluation: {examples}. Scores on pages "
-                    "that were trained on say nothing about new ones. Make both sides with RetrievalDataset.split, "
-                    f"e.g. train, evaluation = dataset.split({max(1, len(part.data) // 5)}), or pass "
-                    "allow_overlap=True."
+                    "that were trained on say nothing about new ones. Make both sides from one RetrievalDataset (of "
+                    "rows: RetrievalDataset.from_id_rows(rows)), e.g. train, evaluation = "
+                    f"dataset.split({max(1, len(part.data) // 5)}), or pass allow_overlap=True."
                 )
 
 
