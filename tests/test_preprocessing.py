@@ -3,6 +3,8 @@
 import io
 import pickle
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,9 +37,17 @@ from mmtune import (
 )
 from mmtune.data.documents import DocumentReader
 from mmtune.data.pages import Page
-from mmtune.inference import preprocessing
+from mmtune.inference import encoder, preprocessing
+from mmtune.inference.encoder import DatasetReader, encode
 from mmtune.inference.page_store import FolderPageStore, MemoryPageStore, open_page_store
-from mmtune.inference.preprocessing import enough_for, page_bytes, prepare_pages, probe, reading_pages
+from mmtune.inference.preprocessing import (
+    count_reading_threads,
+    enough_for,
+    page_bytes,
+    prepare_pages,
+    probe,
+    reading_pages,
+)
 from mmtune.models.adapters import encoders_of
 from mmtune.models.pixels import image_processor_of
 from mmtune.testing import generated_pages, tiny_clip, tiny_llava, tiny_qwen3_vl, tiny_siglip
@@ -372,6 +382,40 @@ def test_a_rerankers_worker_hands_over_bytes(data, tmp_path: Path, decoded: list
         there = pickle.loads(pickle.dumps(pages))
         reranker.preprocess([["a page", page] for page in there])
     assert len(decoded) == len(pages), "the pages were decoded again"
+
+
+@pytest.mark.parametrize("family", ["clip", "qwen3_vl", "siglip2_naflex"])
+def test_threads_prepare_the_pages_of_a_model_on_a_gpu(
+    family: str, paths, data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(paths(family), device="cpu")
+    ids, reader = data.corpus["document_id"][:], DatasetReader(data.corpus, data.queries, "image")
+    alone = torch.cat(list(encode(model, "document", ids, reader, batch_size=2)))
+    made_in: set[str] = set()
+    work = Page.decoded
+
+    def noted(page: Page, enough: Any) -> Any:
+        made_in.add(threading.current_thread().name)
+        time.sleep(0.01)  # long enough for the others to begin
+        return work(page, enough)
+
+    monkeypatch.setattr(Page, "decoded", noted)
+    for module in (preprocessing, encoder):
+        monkeypatch.setattr(module, "count_reading_threads", lambda model: 3)
+    portions = list(encode(model, "document", ids, reader, batch_size=2))
+    assert [len(each) for each in portions] == [8] * (len(ids) // 8) + [len(ids) % 8] * bool(len(ids) % 8)
+    torch.testing.assert_close(torch.cat(portions), alone, atol=1e-6, rtol=0)
+    assert {name[-2:] for name in made_in} == {"_0", "_1", "_2"}
+
+
+def test_threads_are_for_those_who_wait_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    on_gpu, on_cpu = (SimpleNamespace(device=torch.device(name)) for name in ("cuda", "cpu"))
+    assert (count_reading_threads(on_gpu), count_reading_threads(on_cpu), count_reading_threads(None)) == (8, 1, 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert count_reading_threads(on_gpu) == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "32")
+    assert count_reading_threads(on_gpu) == 1
 
 
 @pytest.mark.parametrize("wrong", [5, True, b"x", "", ["auto"]])

@@ -21,7 +21,7 @@ from mmtune.data.identity import document_digests, text_digest
 from mmtune.data.relevance import Direction
 from mmtune.errors import ConfigError, DatasetError
 from mmtune.host import let_read_typed_texts
-from mmtune.inference.preprocessing import prepare_pages, reading_pages
+from mmtune.inference.preprocessing import count_reading_threads, prepare_pages, reading_pages
 from mmtune.inference.store import Embeddings, EmbeddingStore, Pair
 from mmtune.models.loading import check_documents
 from mmtune.models.routes import find_router
@@ -39,6 +39,9 @@ Task: TypeAlias = Literal["query", "document"]
 
 _SHARD_SIZE = 512
 """Items whose embeddings are held, compared and stored together; a store serves any batch size."""
+
+_BATCHES_BESIDE_A_GPU = 4
+"""Batches that are read together where several threads read, and that the host sorts by length or area."""
 
 
 def require_retriever(model: object, name: str, call: str) -> None:
@@ -149,7 +152,7 @@ def encode(
         ids: Query ids or document ids.
         reader: Gives what is encoded.
         batch_size: Items a forward pass.
-        at_once: Items a portion; ``None`` is ``batch_size``. The host sorts a portion by length.
+        at_once: Items a portion; ``None`` is ``batch_size``, and four times as many where several threads read.
 
     Raises:
         ConfigError: The model embeds no documents of this kind, or no texts.
@@ -162,8 +165,10 @@ def encode(
     if not isinstance(model, MultiVectorEncoder):
         options["convert_to_tensor"] = True
     embed = model.encode_query if task == "query" else model.encode_document
-    portions = portions_of(ids, at_once or batch_size)
     with reading_pages(model):
+        # several threads need more than a batch to be busy; and the host sorts what it is given at once by area
+        batches = _BATCHES_BESIDE_A_GPU if count_reading_threads(model) > 1 else 1
+        portions = portions_of(ids, at_once or batches * batch_size)
         ready = read_ahead(lambda each: prepare_pages(model, reader.read(task, each)), portions)
         for portion, inputs in zip(portions, ready, strict=True):
             try:

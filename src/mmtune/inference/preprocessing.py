@@ -10,8 +10,11 @@ import copy
 import io
 import json
 import logging
+import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,6 +29,7 @@ import xxhash
 from PIL import Image
 from sentence_transformers.base.modules import Transformer
 from torch import nn
+from torch.utils.data import get_worker_info
 from transformers import BatchFeature
 
 from mmtune.data.images import DECODING, Enough, enough_for
@@ -139,15 +143,14 @@ class PageProcessing:
         versions = [transformers.__version__, PIL.__version__]
         return xxhash.xxh3_128_hexdigest(repr([*parts, *versions]).encode())
 
-    def prepare(self, pages: Iterable[Page]) -> None:
-        """Let pages know what the image processor makes of them, unless they do.
+    def prepare(self, page: Page) -> dict[str, np.ndarray]:
+        """What the image processor makes of a page, which knows it from then on; safe in several threads.
 
         Raises:
-            ImageDecodeError: A page is no readable image; the message names the document.
+            ImageDecodeError: The page is no readable image; the message names the document.
         """
-        for page in pages:
-            if self.key in page.prepared:
-                continue
+        made = page.prepared.get(self.key)
+        if made is None:
             name = "" if self.store is None else f"{page.digest()}-{self.key}"
             made = None if self.store is None else self.store.get(name)
             if made is None:
@@ -155,11 +158,11 @@ class PageProcessing:
                 if self.store is not None:
                     self.store.put(name, made)
             page.prepared[self.key] = made
+        return made
 
     def join(self, pages: Sequence[Page]) -> BatchFeature:
         """What the image processor gives for all pages, with bytes in place of floats."""
-        self.prepare(pages)
-        made = [page.prepared[self.key] for page in pages]
+        made = [self.prepare(page) for page in pages]
         return BatchFeature({name: torch.from_numpy(np.concatenate([each[name] for each in made])) for name in made[0]})
 
     def _process(self, page: Page) -> dict[str, np.ndarray]:
@@ -296,12 +299,32 @@ def prepare_pages(model: Any, inputs: Inputs) -> Inputs:
         ImageDecodeError: A page is no readable image; the message names the document.
     """
     known = processings_of(model)
-    if len(known) == 1:  # with several encoders a page is of one of them, and only the host knows of which
-        known[0].prepare(_pages_in(inputs))
-    elif not known:
-        for page in _pages_in(inputs):
-            page.load()
+    if len(known) > 1:  # a page is of one of several encoders, and only the host knows of which
+        return inputs
+    prepare: Callable[[Page], object] = known[0].prepare if known else Page.load
+    pages = {id(page): page for page in _pages_in(inputs)}.values()
+    threads = min(len(pages), count_reading_threads(model))
+    if threads > 1:
+        with ThreadPoolExecutor(threads) as pool:
+            deque(pool.map(prepare, pages), maxlen=0)
+    else:
+        deque(map(prepare, pages), maxlen=0)
     return inputs
+
+
+def count_reading_threads(model: Any) -> int:
+    """Threads that prepare pages at once, for a model that computes on a GPU: the cores of this process, 8 at most.
+
+    A CPU computes with the cores that they would take, and a worker of the data loader is one of several already.
+    """
+    if getattr(model, "device", torch.device("cpu")).type == "cpu" or get_worker_info() is not None:
+        return 1
+    return max(1, min(8, (os.cpu_count() or 1) // local_processes()))
+
+
+def local_processes() -> int:
+    """Processes that work together on this machine, as torchrun tells it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def page_bytes(encoder: Transformer) -> int:

@@ -267,8 +267,8 @@ def _find_on_hub(name: str, hub: dict[str, Any]) -> str:
                 break
     reason = first_line(failure) if failure else f"The repository has none of {', '.join(MARKERS)}."
     raise ConfigError(
-        f"The model {name!r} was not found: {_nearest_folder(Path(name))}, and the Hub and its cache did not give it either. "
-        f"{reason} Expected the folder of a checkpoint or the name of a model on the Hub, such as "
+        f"The model {name!r} was not found: {_nearest_folder(Path(name))}, and the Hub and its cache did not give it "
+        f"either. {reason} Expected the folder of a checkpoint or the name of a model on the Hub, such as "
         f"'Qwen/Qwen3-VL-Embedding-2B'. Check the spelling and the connection, and for a private or gated model run "
         f"`hf auth login`.{describe_offline()}"
     ) from failure

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mmtune.errors import ConfigError
-from mmtune.inference.preprocessing import page_bytes
+from mmtune.inference.preprocessing import local_processes, page_bytes
 from mmtune.models.adapters import encoders_of, has_lora
 from mmtune.models.kinds import HostModel
 from mmtune.models.routes import find_router, router_mapping
@@ -202,12 +202,7 @@ def _count_workers() -> int:
     """Worker processes that decode pages while a GPU computes; on a CPU they would take its cores from training."""
     if not torch.cuda.is_available():
         return 0
-    return min(4, (os.cpu_count() or 1) // (2 * _local_processes()))
-
-
-def _local_processes() -> int:
-    """Processes of this training on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(4, (os.cpu_count() or 1) // (2 * local_processes()))
 
 
 def fit_workers(args: BaseTrainingArguments, model: HostModel, columns: Sequence[str]) -> int:
@@ -227,7 +222,7 @@ def fit_workers(args: BaseTrainingArguments, model: HostModel, columns: Sequence
         return workers
     batch = args.per_device_train_batch_size * max(1, len(columns) - 1) * page
     ready = args.dataloader_prefetch_factor or _READY
-    fitting = int(_SHARE_OF_SHARED * shutil.disk_usage(shared).free / (ready * batch * _local_processes()))
+    fitting = int(_SHARE_OF_SHARED * shutil.disk_usage(shared).free / (ready * batch * local_processes()))
     if fitting < workers:
         logger.warning(
             "%d workers in place of %d: a batch takes up to %.0f MB, %d wait in each worker, and %s has %.0f MB. Give "

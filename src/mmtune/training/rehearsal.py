@@ -324,7 +324,7 @@ def _time_evaluation(
             for evaluator in evaluators:
                 evaluator(trainer.model)
         taken = 0.0 if processing is None else processing.seconds - made
-        seconds.append(clock() - started - taken)
+        seconds.append(max(0.0, clock() - started - taken))  # threads may process more than one page at a time
     sizes = [sum(len(data.corpus) + len(data) for data in each.values()) for each in (evaluation.data, sample)]
     pages = 0 if processing is None else processing.count - before
     return TimedEvaluation(min(seconds), pages, sizes[0] / sizes[1] if sample else 1.0)
