@@ -57,14 +57,14 @@ ARGUMENTS: dict[str, Any] = {
 }
 WORK: dict[str, dict[str, Any]] = {
     "one epoch": {"rows": 128, "num_train_epochs": 1, "per_device_train_batch_size": 32, "save_strategy": "no"},
-    "three epochs, eight evaluations": {
+    "three epochs, fourteen evaluations": {
         "rows": 64,
         "eval_rows": 60,
         "num_train_epochs": 3,
         "per_device_train_batch_size": 16,
         "save_strategy": "no",
         "eval_strategy": "steps",
-        "eval_steps": 0.1,
+        "eval_steps": 1,
     },
     "small pages": {
         "pages": "small",

@@ -35,6 +35,7 @@ from mmtune import (
     finetune_reranker,
     load_model,
 )
+from mmtune.inference import preprocessing
 from mmtune.testing import generated_pages, tiny_clip, tiny_llava, tiny_qwen3_vl, tiny_siglip, tiny_text_encoder
 from mmtune.training.records import RunRecord, why_unusable
 
@@ -253,6 +254,20 @@ def signal_and_resume(folder: Path, cases: Sequence[tuple[int, int]]) -> dict[An
             "resumed": in_two_processes(partial(run, name)),
         }
     return found
+
+
+def read_pages_both_ways(folder: Path, kinds: Sequence[str]) -> dict[str, Any]:
+    """For each kind a run on pages as bytes that are kept, and one on pages as floats that are not."""
+    models = save_models(folder, kinds)
+
+    def run(kind: str, *, as_bytes: bool) -> Any:
+        if not as_bytes:
+            preprocessing.read_table = lambda *_: (_ for _ in ()).throw(ValueError("as floats"))
+        name, store = f"{kind}-{as_bytes}", "auto" if as_bytes else None
+        result = train(models[kind], kind, folder / name, max_steps=3, save_strategy="no", page_store=store)
+        return set(result.settings["training"]["pages"].values()), digest(result.model)
+
+    return {kind: [in_two_processes(partial(run, kind, as_bytes=each)) for each in (True, False)] for kind in kinds}
 
 
 if __name__ == "__main__":

@@ -227,6 +227,18 @@ def test_resuming_within_an_epoch_gives_the_same_weights(tmp_path: Path) -> None
     assert [result[:2] for result in resumed] == [result[:2] for result in whole]
 
 
+@pytest.mark.slow
+def test_pages_as_bytes_train_the_same_weights_in_two_processes(tmp_path: Path) -> None:
+    kinds = ["clip", "llava", "late interaction", "dense"]
+    found, said = in_forks("read_pages_both_ways", tmp_path, kinds)
+    assert list(found) == kinds
+    for kind, (as_bytes, as_floats) in found.items():
+        ended = [status for status, _ in as_bytes + as_floats]
+        assert ended == [0] * 4, f"{kind}: {said[-4000:]}"
+        assert [how for _, (how, _) in as_bytes + as_floats] == [{"bytes"}] * 2 + [{"floats"}] * 2
+        assert len({weights for _, (_, weights) in as_bytes + as_floats}) == 1, f"{kind} learned other weights"
+
+
 # Killed and asked to end
 
 
