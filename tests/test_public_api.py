@@ -26,13 +26,16 @@ PUBLIC = [
     "MissingExtraError",
     "MmtuneError",
     "PipelineReport",
+    "Plan",
     "RetrievalDataset",
     "RouterPreset",
     "TeacherScores",
+    "Verdict",
     "build_evaluator",
     "build_late_interaction",
     "build_reranker",
     "build_reranking_evaluator",
+    "compare_per_query",
     "compose_router",
     "evaluate_pipeline",
     "extract_route",
@@ -99,6 +102,9 @@ class Promised:
         batch_size=16,
         show_progress_bar=True,
     ): ...
+
+    @staticmethod
+    def compare_per_query(before, after, *, groups=None, seed=0): ...
 
     @staticmethod
     def load_model(
@@ -204,7 +210,8 @@ METHODS = [
     *("training_rows", "labeled_pairs", "split", "select_queries", "deduplicate", "audit", "save"),
 ]
 FUNCTIONS = [
-    *("build_evaluator", "build_reranking_evaluator", "build_reranker", "compose_router", "finetune"),
+    *("build_evaluator", "build_reranking_evaluator", "build_reranker", "compare_per_query"),
+    *("compose_router", "finetune"),
     *("finetune_reranker", "load_model", "mine_hard_negatives", "router_preset"),
 ]
 

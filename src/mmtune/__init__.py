@@ -9,7 +9,14 @@ from mmtune.errors import (
     MissingExtraError,
     MmtuneError,
 )
-from mmtune.evaluation import PipelineReport, build_evaluator, build_reranking_evaluator, evaluate_pipeline
+from mmtune.evaluation import (
+    PipelineReport,
+    Verdict,
+    build_evaluator,
+    build_reranking_evaluator,
+    compare_per_query,
+    evaluate_pipeline,
+)
 from mmtune.inference import TeacherScores, mine_hard_negatives, score_rows
 from mmtune.models import (
     ROUTER_PRESETS,
@@ -22,7 +29,7 @@ from mmtune.models import (
     merge_lora,
     router_preset,
 )
-from mmtune.training import ConflictFreeBatchSampler, FinetuneResult, finetune, finetune_reranker
+from mmtune.training import ConflictFreeBatchSampler, FinetuneResult, Plan, finetune, finetune_reranker
 
 __version__ = "0.1.0"
 
@@ -38,13 +45,16 @@ __all__ = [
     "MissingExtraError",
     "MmtuneError",
     "PipelineReport",
+    "Plan",
     "RetrievalDataset",
     "RouterPreset",
     "TeacherScores",
+    "Verdict",
     "build_evaluator",
     "build_late_interaction",
     "build_reranker",
     "build_reranking_evaluator",
+    "compare_per_query",
     "compose_router",
     "evaluate_pipeline",
     "extract_route",

@@ -3,5 +3,13 @@
 from mmtune.evaluation.pipeline import PipelineReport, evaluate_pipeline
 from mmtune.evaluation.reranking import build_reranking_evaluator
 from mmtune.evaluation.retrieval import build_evaluator
+from mmtune.evaluation.significance import Verdict, compare_per_query
 
-__all__ = ["PipelineReport", "build_evaluator", "build_reranking_evaluator", "evaluate_pipeline"]
+__all__ = [
+    "PipelineReport",
+    "Verdict",
+    "build_evaluator",
+    "build_reranking_evaluator",
+    "compare_per_query",
+    "evaluate_pipeline",
+]

@@ -1,0 +1,287 @@
+"""Whether a model got better, or it only looks so: two models on the same queries, tested by what hangs together.
+
+Queries about one page, or of one group, rise and fall together. Tests that take them for independent find a difference
+in a fifth of all comparisons where there is none; so the unit here is the cluster, not the query.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+from scipy import stats
+
+from mmtune.arguments import require_whole, shown
+from mmtune.errors import ConfigError, DatasetError
+
+Outcome: TypeAlias = Literal["WIN", "MARGINAL", "REGRESSION"]
+
+LEVEL = 0.05
+"""A difference is called below this p."""
+
+FEWEST_CLUSTERS, FEW_CLUSTERS = 10, 20
+"""Below the first nothing is called; below the second the sentence says that there are few."""
+
+_MOST_FLIPS = 9_999
+_FLIPS_AT_ONCE = 1_000
+_TIE = 1e-9
+"""Values of a query that differ by less are the same: embeddings carry rounding."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether one model is better than another on the same queries. ``str(verdict)`` is its sentence.
+
+    Attributes:
+        outcome: ``"WIN"`` or ``"REGRESSION"`` where p is below 0.05, by the sign of the difference; ``"MARGINAL"``
+            otherwise, and wherever there are fewer than 10 clusters. A significant loss on the guard set makes a
+            ``"REGRESSION"``.
+        measure: What the values are, e.g. ``"nDCG@10"``.
+        before: Mean over the queries of the first model.
+        after: Mean over the queries of the second.
+        interval: Of ``delta``, at 95%: cluster-robust, by Student's t with a degree of freedom less than there are
+            clusters. ``None`` for a single cluster. It is not corrected for a choice among several measurements.
+        p_value: Of no difference: the share of all ways to flip the signs of the clusters' sums that give a difference
+            as large, on either side. Where ``after`` was chosen among several measurements, the largest of all of them
+            is looked at in each flip, so that choosing wins nothing.
+        wins: Queries with a higher value after.
+        ties: Queries with the same value.
+        losses: Queries with a lower value after.
+        num_queries: All of them.
+        num_clusters: Groups of queries that hang together.
+        guard: The verdict on a guard set; ``None`` without one.
+    """
+
+    outcome: Outcome
+    measure: str
+    before: float
+    after: float
+    interval: tuple[float, float] | None
+    p_value: float
+    wins: int
+    ties: int
+    losses: int
+    num_queries: int
+    num_clusters: int
+    guard: "Verdict | None" = None
+
+    @property
+    def delta(self) -> float:
+        """After minus before."""
+        return self.after - self.before
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether there is a difference, on this set alone."""
+        return self.p_value < LEVEL and self.num_clusters >= FEWEST_CLUSTERS
+
+    @property
+    def sentence(self) -> str:
+        """What a person wants to know, in one sentence without a full stop."""
+        span = f" [{self.interval[0]:+.2f}, {self.interval[1]:+.2f}]" if self.interval else ""
+        found = (
+            f"{self._judgement}: {self.measure} {self.before:.2f} to {self.after:.2f}, {self.delta:+.2f}{span}, "
+            f"{self.wins} queries better, {self.losses} worse, {_show_p(self.p_value)}"
+        )
+        if self.num_clusters < FEWEST_CLUSTERS:
+            found += f"; {self.num_clusters} independent groups of queries, and {FEWEST_CLUSTERS} are needed to tell"
+        elif self.num_clusters < FEW_CLUSTERS:
+            found += f"; few: {self.num_clusters} independent groups of queries"
+        if self.guard is None:
+            return found
+        return f"{found}; on the guard set {self.guard.before:.2f} to {self.guard.after:.2f}, {self.guard._in_short}"
+
+    @property
+    def line(self) -> str:
+        """The verdict for programs, e.g. ``VERDICT: WIN | score=0.8300 | delta=+0.2200``."""
+        return f"VERDICT: {self.outcome} | score={self.after:.4f} | delta={self.delta:+.4f}"
+
+    def __str__(self) -> str:
+        return self.sentence
+
+    @property
+    def _judgement(self) -> str:
+        if self.num_clusters < FEWEST_CLUSTERS:
+            return "Too few queries to tell"
+        if not self.is_significant:
+            return "No difference that chance would not make"
+        is_guarded = self.delta > 0 and self.guard is not None and self.outcome == "REGRESSION"
+        return "Better here, worse on the guard set" if is_guarded else "Better" if self.delta > 0 else "Worse"
+
+    @property
+    def _in_short(self) -> str:
+        if self.num_clusters < FEWEST_CLUSTERS:
+            return "too few queries to tell"
+        if not self.is_significant:
+            return "within noise"
+        return f"{'better' if self.delta > 0 else 'worse'}, {_show_p(self.p_value)}"
+
+
+def _show_p(value: float) -> str:
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}" if value < 0.1 else f"p = {value:.2f}"
+
+
+def compare_per_query(
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    *,
+    groups: Mapping[str, str] | None = None,
+    seed: int = 0,
+    measure: str = "nDCG@10",
+    chosen_among: Sequence[Mapping[str, float]] = (),
+    guard: Verdict | None = None,
+) -> Verdict:
+    """Whether ``after`` is better than ``before``, by the values of each query, as in ``evaluator.per_query``.
+
+    Args:
+        before: ``{query_id: value}`` of the first model.
+        after: The same of the second, for the same queries.
+        groups: ``{query_id: group}``: queries of one group are not independent, e.g. those about one page or one file.
+            ``None`` takes each query for independent, which finds differences that are none where some are about the
+            same page.
+        seed: Of the flips, where there are too many to look at all.
+        measure: What the values are, for the sentence.
+        chosen_among: The values of all measurements of which ``after`` is the best, e.g. those of each checkpoint.
+        guard: The verdict on a guard set.
+
+    Returns:
+        The verdict; the same for the same values and seed, in any order of the queries.
+
+    Raises:
+        ConfigError: ``groups`` or ``seed`` is of another type.
+        DatasetError: There are no queries, the queries differ, a value is not a finite number, or a query has no group.
+
+    Example:
+        >>> before = {f"q{number}": 0.5 for number in range(12)}
+        >>> print(compare_per_query(before, {name: 0.75 for name in before}).line)
+        VERDICT: WIN | score=0.7500 | delta=+0.2500
+    """
+    require_whole("seed", seed, at_least=0)
+    if groups is not None and not isinstance(groups, Mapping):
+        raise ConfigError(f"groups={shown(groups)}: expected {{query_id: group}}. Pass e.g. {{'q1': 'report.pdf'}}.")
+    ids = sorted(before) if isinstance(before, Mapping) else []
+    if not ids:
+        raise DatasetError(
+            f"before={shown(before)}: expected {{query_id: value}} of one query or more, as in "
+            "evaluator.per_query[metric]."
+        )
+    values = _values_of(before, ids, "before"), _values_of(after, ids, "after")
+    others = [_values_of(each, ids, f"chosen_among[{at}]") for at, each in enumerate(chosen_among)]
+    differences = np.stack([each - values[0] for each in (values[1], *others)])
+    cluster = _clusters_of(ids, groups)
+    sums = np.stack([np.bincount(cluster, weights=each) for each in differences])
+    p_value, num_clusters = flip_signs(sums, seed=seed), sums.shape[1]
+    delta = float(differences[0].mean())
+    outcome: Outcome = "MARGINAL"
+    if p_value < LEVEL and num_clusters >= FEWEST_CLUSTERS:
+        outcome = "WIN" if delta > 0 else "REGRESSION"
+    if guard is not None and guard.outcome == "REGRESSION":
+        outcome = "REGRESSION"
+    return Verdict(
+        outcome=outcome,
+        measure=measure,
+        before=float(values[0].mean()),
+        after=float(values[1].mean()),
+        interval=mean_interval(differences[0], cluster),
+        p_value=p_value,
+        wins=int((differences[0] > _TIE).sum()),
+        ties=int((np.abs(differences[0]) <= _TIE).sum()),
+        losses=int((differences[0] < -_TIE).sum()),
+        num_queries=len(ids),
+        num_clusters=num_clusters,
+        guard=guard,
+    )
+
+
+def _values_of(values: Mapping[str, float], ids: Sequence[str], name: str) -> np.ndarray:
+    if not isinstance(values, Mapping):
+        raise DatasetError(f"{name}={shown(values)}: expected {{query_id: value}}, as in evaluator.per_query[metric].")
+    missing = [query_id for query_id in ids if query_id not in values]
+    if missing or len(values) != len(ids):
+        odd = missing or sorted(set(values) - set(ids))
+        raise DatasetError(
+            f"{name} and before have not the same queries: {len(odd)} are in one of them only, e.g. {odd[0]!r}. "
+            "Compare two models on the same evaluation set."
+        )
+    found = np.array([values[query_id] for query_id in ids], dtype=np.float64)
+    if not np.isfinite(found).all():
+        at = int(np.flatnonzero(~np.isfinite(found))[0])
+        raise DatasetError(f"{name} has {found[at]} for the query {ids[at]!r}. Expected finite numbers.")
+    return found
+
+
+def _clusters_of(ids: Sequence[str], groups: Mapping[str, str] | None) -> np.ndarray:
+    """The number of the cluster of each query, int64."""
+    if groups is None:
+        return np.arange(len(ids))
+    missing = [query_id for query_id in ids if query_id not in groups]
+    if missing:
+        raise DatasetError(
+            f"{len(missing)} queries have no group, e.g. {missing[0]!r}. Give each one, its own id where it stands "
+            "alone."
+        )
+    return np.unique([str(groups[query_id]) for query_id in ids], return_inverse=True)[1]
+
+
+def flip_signs(sums: np.ndarray, *, seed: int) -> float:
+    """The p-value of no difference, by flips of the signs of the clusters' sums.
+
+    If there is no difference, each cluster could as well have come out the other way round. All ways to flip are looked
+    at where there are up to 9,999 of them, else as many at random.
+
+    Args:
+        sums: The sum of the differences in each cluster, shape ``(measurements, clusters)``; the first measurement is
+            tested. Where it is the best of several, the others follow: the largest of all is compared in each flip,
+            which is the maximum-statistic correction (Westfall and Young, 1993).
+        seed: Of random flips.
+    """
+    count = sums.shape[1]
+    least = abs(float(sums[0].sum())) * (1 - _TIE)
+    if 2**count <= _MOST_FLIPS:
+        # half of them: the others mirror these, and the test has two sides
+        signs = np.array(list(itertools.product((1.0, -1.0), repeat=count - 1)))
+        signs = np.hstack([np.ones((len(signs), 1)), signs])
+        return float((np.abs(signs @ sums.T).max(axis=1) >= least).mean())
+    rng, as_large = np.random.default_rng(seed), 0
+    for start in range(0, _MOST_FLIPS, _FLIPS_AT_ONCE):
+        drawn = min(_FLIPS_AT_ONCE, _MOST_FLIPS - start)
+        signs = rng.integers(0, 2, (drawn, count)) * 2.0 - 1.0
+        as_large += int((np.abs(signs @ sums.T).max(axis=1) >= least).sum())
+    return (as_large + 1) / (_MOST_FLIPS + 1)
+
+
+def mean_interval(values: np.ndarray, cluster: np.ndarray, level: float = LEVEL) -> tuple[float, float] | None:
+    """An interval of the mean of values that hang together in clusters; ``None`` for a single cluster.
+
+    The cluster-robust standard error of a mean, with the usual factor for few clusters, and Student's t.
+
+    Args:
+        values: float, shape ``(queries,)``.
+        cluster: The number of the cluster of each, from 0.
+        level: What the interval leaves out.
+    """
+    sizes = np.bincount(cluster)
+    count, mean = len(sizes), float(values.mean())
+    if count < 2:
+        return None
+    spread = np.bincount(cluster, weights=values) - sizes * mean
+    error = math.sqrt(count / (count - 1) * float((spread**2).sum())) / len(values)
+    reach = float(stats.t.ppf(1 - level / 2, count - 1)) * error
+    return mean - reach, mean + reach
+
+
+def correct_for_several(p_values: Sequence[float]) -> list[float]:
+    """p-values of several comparisons, corrected so that one in twenty families has a false call (Holm, 1979).
+
+    Example:
+        >>> correct_for_several([0.01, 0.04, 0.03])
+        [0.03, 0.06, 0.06]
+    """
+    order = np.argsort(p_values)
+    raised = np.asarray(p_values, dtype=np.float64)[order] * np.arange(len(order), 0, -1)
+    corrected = np.minimum(np.maximum.accumulate(raised), 1.0)
+    found = np.empty_like(corrected)
+    found[order] = corrected
+    return [float(value) for value in found]
