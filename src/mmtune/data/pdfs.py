@@ -233,11 +233,14 @@ class _Documents:
         self._is_known = True
         atexit.register(self.close)
         if hasattr(os, "register_at_fork"):
-            os.register_at_fork(
-                before=lambda: self.lock.acquire(),
-                after_in_parent=lambda: self.lock.release(),
-                after_in_child=self.start_anew,
-            )
+
+            def wait() -> None:
+                self.lock.acquire()  # by its name: a child has another one
+
+            def go_on() -> None:
+                self.lock.release()
+
+            os.register_at_fork(before=wait, after_in_parent=go_on, after_in_child=self.start_anew)
 
     def close(self) -> None:
         """Close all files, as at the end of the process."""
