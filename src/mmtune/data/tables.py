@@ -41,6 +41,7 @@ class BuildNotes:
         queries_without_document: Queries left out because nothing is relevant to them.
         judged_not_relevant: Judgements with a score of 0 or less; they are no judgements here.
         held_out_negatives: Entries taken out of lists of negatives because ``split`` keeps them for evaluation.
+        unreadable_sources: Files and pages of PDFs that can't be read, as (name, reason).
         ids_are_row_numbers: The builder made up the ids from row numbers, so that they mean nothing elsewhere.
     """
 
@@ -52,6 +53,7 @@ class BuildNotes:
     queries_without_document: int = 0
     judged_not_relevant: int = 0
     held_out_negatives: int = 0
+    unreadable_sources: tuple[tuple[str, str], ...] = ()
     ids_are_row_numbers: bool = False
 
 
@@ -76,10 +78,11 @@ def check_tables(
 ) -> Tables:
     """The four tables with ids as strings and images encoded, or an error that names what does not fit.
 
-    Queries to which nothing is relevant are left out and counted in the notes.
+    Queries to which nothing is relevant are left out and counted in the notes. There may be none from the beginning:
+    pages that nobody asked about yet.
 
     Raises:
-        DatasetError: A column is missing or of the wrong type, an id stands twice, or no query is left.
+        DatasetError: A column is missing or of the wrong type, an id stands twice, or no query is left of some.
         MissingDocumentError: A judgement or a negative refers to a document that is not there.
     """
     for what, table in {"corpus": corpus, "queries": queries, "qrels": qrels, "negatives": negatives}.items():
@@ -97,7 +100,7 @@ def check_tables(
     is_judged = np.isin(np.arange(len(queries)), judged)
     if not is_judged.all():
         tables = _select_queries(tables, np.flatnonzero(is_judged))
-    if not len(tables.queries):
+    if not len(tables.queries) and (len(queries) or tables.notes.queries_without_document):
         raise DatasetError(
             f"No query is left: {len(queries)} queries, {len(qrels)} relevance judgements, {len(corpus)} documents. "
             "At least one query needs a relevant document. Check the query column for null or blank texts."
