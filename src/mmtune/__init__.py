@@ -10,7 +10,14 @@ from mmtune.errors import (
     MmtuneError,
 )
 from mmtune.evaluation import PipelineReport, build_evaluator, build_reranking_evaluator, evaluate_pipeline
-from mmtune.inference import TeacherScores, mine_hard_negatives, score_rows
+from mmtune.inference import (
+    OpenAICompatible,
+    TeacherScores,
+    generate_queries,
+    judge_negatives,
+    mine_hard_negatives,
+    score_rows,
+)
 from mmtune.models import (
     ROUTER_PRESETS,
     RouterPreset,
@@ -37,6 +44,7 @@ __all__ = [
     "MissingDocumentError",
     "MissingExtraError",
     "MmtuneError",
+    "OpenAICompatible",
     "PipelineReport",
     "RetrievalDataset",
     "RouterPreset",
@@ -50,6 +58,8 @@ __all__ = [
     "extract_route",
     "finetune",
     "finetune_reranker",
+    "generate_queries",
+    "judge_negatives",
     "load_model",
     "merge_lora",
     "mine_hard_negatives",
