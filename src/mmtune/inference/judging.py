@@ -43,7 +43,7 @@ class Thresholds:
 
     Attributes:
         relevant: The score that 95% of the known relevant documents reach.
-        unknown: The score that 97.5% of them reach.
+        unknown: The score that 97.5% of them reach; ``middle`` where that is the median, as of a judge with few grades.
         middle: Half-way between the medians of known relevant documents and listed negatives. Nothing below is
             changed, and nothing at it is relevant: of a judge that says yes, partly or no, "partly" is unknown.
     """
@@ -66,8 +66,10 @@ class Thresholds:
                 f"and half of the {len(negatives)} negatives at {medians[1]:.4g} or more: it does not tell them apart, "
                 "and nothing was changed. Pass another judge, or train this one first."
             )
-        bounds = np.quantile(relevant, [_LOWEST_RELEVANT, _LOWEST_UNKNOWN])
-        return cls(float(bounds[0]), float(bounds[1]), sum(medians) / 2)
+        bounds, middle = np.quantile(relevant, [_LOWEST_RELEVANT, _LOWEST_UNKNOWN]), sum(medians) / 2
+        # Of a judge with a few grades nearly all have the highest, and the bound would be that.
+        unknown = float(bounds[1]) if bounds[1] < medians[0] else middle
+        return cls(float(bounds[0]), unknown, middle)
 
     def labels(self, scores: np.ndarray) -> np.ndarray:
         """``"relevant"``, ``"unknown"`` or ``"negative"`` for each score; one that is not a number changes nothing."""
