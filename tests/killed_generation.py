@@ -73,7 +73,7 @@ if __name__ == "__main__":
         kills.append((killed, answered, before))
     data = run(url, store)
     after = counts(url)
-    print(
+    sys.stdout.write(
         json.dumps(
             {
                 "killed": [killed for killed, _, _ in kills],

@@ -13,14 +13,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from chat_server import asked, completion, failure, html, serving, slow
 from datasets import Dataset
 from PIL import Image
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from transformers import AutoTokenizer
 
-from mmtune import ConfigError, DatasetError, MissingExtraError, MmtuneError, OpenAICompatible, RetrievalDataset
+from chat_server import asked, completion, failure, html, serving, slow
+from mmtune import (
+    ConfigError,
+    DatasetError,
+    MissingExtraError,
+    MmtuneError,
+    OpenAICompatible,
+    RetrievalDataset,
+    finetune_reranker,
+)
 from mmtune import generate_queries as generate_with_bars
 from mmtune.data.identity import text_digest
 from mmtune.inference.generators import read_queries, read_verdict
@@ -224,8 +232,8 @@ def test_verdicts_are_read_from_json_and_words(reply, score):
         "Cosa mostra questa figura?",
         "O que mostra este gráfico?",
         "Wat staat er op deze pagina?",
-        "这张图显示了什么？",
-        "この表の合計は？",
+        "这张图显示了什么",
+        "この表の合計は",
     ],
 )
 def test_what_points_at_its_page_is_seen(query):
@@ -356,6 +364,27 @@ def test_near_misses_are_negatives_of_their_page_and_of_nothing_else(pages):
     lists = dataset.labeled_lists(4, direction="image_to_text")
     assert all(sum(text.startswith("Nearly") for text in row["documents"]) >= 2 for row in lists)
     assert "Nearly" not in str(dataset.training_rows(1)[:]["query"])
+
+
+def test_a_reranker_is_trained_on_near_misses_in_both_directions(text_reranker_path, tmp_path, monkeypatch):
+    data = generate_queries(text_pages(6), write, queries_per_page=1, near_misses=2, judge=judge_near)
+    seen = []
+    forward = CrossEncoder.preprocess
+
+    def look(self, pairs, *args, **options):
+        seen.extend(map(str, pairs))
+        return forward(self, pairs, *args, **options)
+
+    monkeypatch.setattr(CrossEncoder, "preprocess", look)
+    model = CrossEncoder(text_reranker_path, device="cpu")
+    options = {"documents": "text", "directions": ("text_to_image", "image_to_text"), "num_negatives": 2}
+    result = finetune_reranker(
+        model, data, output_dir=tmp_path, max_steps=12, use_cpu=True, disable_tqdm=True, **options
+    )
+    assert result.trainer.state.global_step == 12
+    near = [pair for pair in seen if "Nearly" in pair]
+    assert any(pair.index("Nearly") < pair.index("page ") for pair in near)
+    assert any(pair.index("Nearly") > pair.index("page ") for pair in near)
 
 
 def test_near_misses_follow_their_query(tmp_path, pages):
@@ -583,7 +612,7 @@ def test_damaged_replies_are_asked_for_again(tmp_path, caplog):
 
 
 def test_who_has_no_name_has_no_store(tmp_path):
-    with pytest.raises(ConfigError, match="has none. Give it an attribute `name`"):
+    with pytest.raises(ConfigError, match=r"has none. Give it an attribute `name`"):
         generate_queries(text_pages(1), lambda *page: "What?", store=tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -678,12 +707,12 @@ def test_arguments_are_checked(options, message):
 
 @pytest.mark.parametrize("generator", [None, "http://localhost:8000/v1", 5, OpenAICompatible])
 def test_what_writes_no_text_is_refused(generator):
-    with pytest.raises(ConfigError, match="generator=.* writes no text"):
+    with pytest.raises(ConfigError, match=r"generator=.* writes no text"):
         generate_queries(text_pages(1), generator)
 
 
 def test_a_model_is_no_generator(text_reranker_path):
-    with pytest.raises(ConfigError, match="judge=.* writes no text"):
+    with pytest.raises(ConfigError, match=r"judge=.* writes no text"):
         generate_queries(text_pages(1), write, judge=CrossEncoder(text_reranker_path, device="cpu"))
 
 
