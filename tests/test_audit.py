@@ -419,7 +419,7 @@ def test_the_report_is_one_screen_whatever_is_found():
     assert len(lines) <= 40
     assert max(map(len, lines)) <= 120
     uncut = [line for line in lines if line.startswith(" " * 11)]
-    assert len(uncut) == 8
+    assert len(uncut) == 9
     assert not any(line.endswith("...") for line in uncut)
 
 

@@ -39,8 +39,10 @@ def examine(relevance: Relevance, *, num_examples: int = 5) -> AuditReport:
         lengths, queries = np.unique(examiner.usable, return_counts=True)
         queries_by_length = dict(zip(lengths.tolist(), queries.tolist(), strict=True))
     unknown = [Example((query_id,), (document_id,)) for query_id, document_id in tables.notes.unknown_examples]
+    sources = [Example((), (name,)) for name, _ in tables.notes.unreadable_sources]
     count_by_key = {
         **{key: _Count(getattr(tables.notes, key)) for key in _COUNTED_BY_BUILDERS},
+        "unreadable_sources": _Count(len(sources), tuple(sources[:num_examples])),
         "unknown_negatives": _Count(tables.notes.unknown_negatives, tuple(unknown[:num_examples])),
         "dropped_queries": _count_dropped(tables.notes.dropped_queries, num_examples),
         **examiner.count_relevant_negatives(),

@@ -116,14 +116,12 @@ def stack(parts: list[Dataset], what: str) -> Dataset:
 
 
 def _add_notes(notes: list[BuildNotes]) -> BuildNotes:
-    """Counts added up, examples joined up to ten, and row numbers as ids where any part has them."""
+    """Counts added up, names joined, examples up to ten, and row numbers as ids where any part has them."""
     values: dict[str, Any] = {}
     for field in fields(BuildNotes):
         parts = [getattr(note, field.name) for note in notes]
-        if field.name == "unknown_examples":
-            values[field.name] = sum(parts, ())[:10]
-        elif isinstance(parts[0], tuple):
-            values[field.name] = sum(parts, ())
+        if isinstance(parts[0], tuple):
+            values[field.name] = sum(parts, ())[: 10 if field.name == "unknown_examples" else None]
         else:
             values[field.name] = any(parts) if isinstance(parts[0], bool) else sum(parts)
     return BuildNotes(**values)

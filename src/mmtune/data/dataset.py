@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 from datasets import Dataset
@@ -19,6 +19,7 @@ from mmtune.data.images import InputSize, check_pages, require_input_size
 from mmtune.data.judgements import Judgements
 from mmtune.data.label_changes import label_changes
 from mmtune.data.negatives import OnShort
+from mmtune.data.pdf_corpus import build_from_pdfs
 from mmtune.data.relevance import Direction, Relevance
 from mmtune.data.rows import labeled_lists, labeled_pairs, training_rows
 from mmtune.data.splitting import split_tables
@@ -38,8 +39,9 @@ class RetrievalDataset:
     ``negatives``  ``query_id``, ``document_ids`` (best first); ``None`` where there are none
     =============  ====================================================================================
 
-    Every query has at least one relevant document; queries without are left out and counted. Ids are strings. Images
-    stay bytes or paths, and no method copies them.
+    Every query has at least one relevant document; queries without are left out and counted. There may be no query at
+    all: pages to be encoded, or asked about with ``generate_queries``. Ids are strings. Images stay bytes or paths, and
+    no method copies them.
 
     Args:
         corpus: The documents.
@@ -48,8 +50,8 @@ class RetrievalDataset:
         negatives: For each query the documents that look relevant and are not.
 
     Raises:
-        DatasetError: A column is missing or of the wrong type, an id stands twice, a query is blank, or no query has
-            a relevant document.
+        DatasetError: A column is missing or of the wrong type, an id stands twice, a query is blank, or none of the
+            queries has a relevant document.
         MissingDocumentError: A judgement or a negative refers to an id that is not there.
 
     Example:
@@ -116,8 +118,8 @@ class RetrievalDataset:
             on_missing: ``"error"``, or ``"drop"`` to leave out negative ids that no row has, and count them.
 
         Raises:
-            DatasetError: A column is missing or of the wrong type, an id stands twice, a row has no image, there are
-                no rows, or no row has a query.
+            DatasetError: A column is missing or of the wrong type, an id stands twice, a row has no image, or there are
+                no rows.
             MissingDocumentError: A negative is the id of no row, and ``on_missing="error"``.
         """
         require_one_of("on_missing", on_missing, ("error", "drop"))
@@ -200,6 +202,70 @@ class RetrievalDataset:
         return cls.from_tables(layouts.build_from_beir(corpus, queries, qrels))
 
     @classmethod
+    def from_pdfs(
+        cls,
+        paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        queries: Any = None,
+        *,
+        max_pixels: int = 1_500_000,
+        store: str | os.PathLike[str] | None = None,
+        passwords: str | Mapping[str, str] | None = None,
+        on_bad_file: str = "report",
+    ) -> "RetrievalDataset":
+        """A dataset of the pages of PDFs, which are rendered when they are read, and queries about them.
+
+        ================  ==============  ============  ===============  ===========
+        document_id       image           text          source           page_number
+        ================  ==============  ============  ===============  ===========
+        "report.pdf#1"    <page 1>        "Sales ..."   "report.pdf"     1
+        "report.pdf#2"    <page 2>        None          "report.pdf"     2
+        ================  ==============  ============  ===============  ===========
+
+        ``text`` is the text layer, ``None`` where a page has none, as a scan. Documents are made of images all the
+        same, unless ``documents="text"`` says otherwise. A page is rendered at the size that a model reads it at, with
+        the values of its forms. One file under two names holds the same pages. A file that has changed since is
+        noticed when one of its pages is read: an ``ImageDecodeError`` says to build the dataset again.
+
+        Queries name pages by file and number, from 1:
+
+        ======================  ============  ===========  =====  ========
+        text                    source        page_number  score  query_id
+        ======================  ============  ===========  =====  ========
+        "How many work here?"   "report.pdf"  2            2      "staff"
+        "How many work here?"   "old.pdf"     7            1      "staff"
+        ======================  ============  ===========  =====  ========
+
+        ``score`` (else 1) and ``query_id`` may be left out: rows of one text are one query then. Further columns are
+        kept, of the first row of each query. Sources are names or paths, with as many folders as tell them apart.
+
+        Args:
+            paths: Files, folders (all PDFs below them), or globs such as ``"reports/**/*.pdf"``.
+            queries: A CSV or JSONL file in UTF-8, a ``datasets.Dataset``, a frame of pandas or polars, or a list of
+                dictionaries. ``None`` reads the ``queries.csv`` or ``queries.jsonl`` of each folder among ``paths``,
+                if there is one. Without queries the dataset has pages alone, for ``generate_queries``.
+            max_pixels: Upper bound of width times height of a page. Nothing is rendered at more than 300 dpi.
+            store: A folder where each page is kept as a PNG file, rendered once, by the content of its file: for scans,
+                which take longer to render than to read. Several processes may share it, and one that was killed is
+                gone on with. ``None`` renders pages whenever they are read.
+            passwords: Of encrypted files: one for all, or by name or path of the file. In memory they stay with the
+                pages; ``save`` writes pages as images, and no password.
+            on_bad_file: ``"report"`` leaves out files and pages that can't be read, with a warning at the end that
+                names them; ``audit()`` counts them. ``"error"`` raises then.
+
+        Raises:
+            DatasetError: A path does not exist, there is no PDF, none can be read, ``on_bad_file="error"`` and one
+                can't be, the table of queries can't be read or lacks a column, or pages can't be written to ``store``.
+            MissingDocumentError: A query names a file or a page that is not there.
+            ConfigError: An argument is of the wrong type.
+            MissingExtraError: pypdfium2 is not installed.
+        """
+        return cls.from_tables(
+            build_from_pdfs(
+                paths, queries, max_pixels=max_pixels, store=store, passwords=passwords, on_bad_file=on_bad_file
+            )
+        )
+
+    @classmethod
     def concatenate(
         cls, datasets: Sequence["RetrievalDataset"] | Mapping[str, "RetrievalDataset"]
     ) -> "RetrievalDataset":
@@ -242,8 +308,9 @@ class RetrievalDataset:
         """A dataset from a folder, a file or the Hub; the layout is recognised by its columns.
 
         Args:
-            name_or_path: A folder written by ``save``, a parquet file or folder, or the name of a Hub dataset. A folder
-                or a Hub dataset with ``corpus``, ``queries`` and ``qrels`` is read as ``from_beir`` reads these.
+            name_or_path: A folder written by ``save``, a parquet file or folder, a PDF or a folder of PDFs as
+                ``from_pdfs`` reads it, or the name of a Hub dataset. A folder or a Hub dataset with ``corpus``,
+                ``queries`` and ``qrels`` is read as ``from_beir`` reads these.
             config: The configuration of a Hub dataset, e.g. ``"en"``.
             split: The split; needed where there are several. In a folder of three tables, files named ``train``,
                 ``dev``, ``validation`` or ``test`` are splits, e.g. ``qrels/test.parquet``; a table without any is
@@ -460,11 +527,12 @@ class RetrievalDataset:
             ConfigError: ``n_or_ids`` is neither a list of ids nor a number of 1 or more, or the list is empty.
         """
         if is_whole(n_or_ids) or isinstance(n_or_ids, bool):
+            self.relevance.require_queries()
             rows = np.arange(min(require_whole("n_or_ids", n_or_ids), len(self)))
         elif isinstance(n_or_ids, (str, bytes)) or not isinstance(n_or_ids, Iterable):
             raise ConfigError(
                 f"n_or_ids={n_or_ids!r:.80}: expected a number of queries, or a list of their ids. Pass e.g. "
-                f"[{self.relevance.query_ids[0].as_py()!r}]."
+                f"{self.relevance.query_ids[:1].to_pylist()}."
             )
         else:
             rows = self.relevance.find_queries(n_or_ids)
@@ -498,42 +566,71 @@ class RetrievalDataset:
             check_pages(self.corpus, show_progress_bar=show_progress_bar)
 
     def split(
-        self, eval_queries: int, *, seed: int = 42, group_column: str | None = None
-    ) -> tuple["RetrievalDataset", "RetrievalDataset"]:
+        self,
+        eval_queries: int,
+        *,
+        test_queries: int | None = None,
+        seed: int = 42,
+        group_column: str | None = None,
+        stratify_column: str | None = None,
+        together: Sequence[Sequence[str]] = (),
+    ) -> tuple["RetrievalDataset", ...]:
         """Two datasets ``(train, evaluation)`` such that no document relevant on one side is relevant on the other.
 
         Queries that share a relevant page, or whose texts are equal, stay on one side. The evaluation corpus holds the
         relevant documents and the negatives of its queries. The training corpus holds everything but the documents
         that are relevant in evaluation: they are no training negatives either, and ``notes`` counts those taken out.
+        Pages of files, as of PDFs, are split by file.
 
         Args:
             eval_queries: Queries for evaluation, at most; as many as the sharing of pages allows.
+            test_queries: Queries for a third dataset, at most: ``(train, evaluation, test)``.
             seed: Of the draw.
             group_column: A column of the corpus, such as the PDF that a page is from: no group has relevant pages on
-                both sides. ``None`` splits by page.
+                both sides. ``None`` is ``"source"`` where the corpus has the columns ``source`` and ``page_number``,
+                as ``from_pdfs`` makes them; otherwise, and with ``"document_id"``, the split is by page.
+            stratify_column: A column of the queries, such as their language: each value has the same share of both
+                sides, as nearly as what stays together allows.
+            together: Lists of ids of documents that stay on one side, such as near-copies; also as negatives.
 
         Raises:
-            DatasetError: The pages that queries share allow no split, or the corpus lacks the column.
-            ConfigError: ``eval_queries`` is no positive whole number, or ``seed`` none from 0 to 2**32 - 1.
+            DatasetError: The pages that queries share allow no split, there are no queries, a column is missing, or an
+                id is of no document.
+            ConfigError: ``eval_queries`` or ``test_queries`` is no positive whole number, ``seed`` none from 0 to
+                2**32 - 1, or ``together`` holds no lists.
 
         Warns:
             UserWarning: Fewer queries are left to train on than to evaluate.
         """
-        if isinstance(eval_queries, float) and 0 < eval_queries < 1:
-            raise ConfigError(
-                f"eval_queries={eval_queries!r}: expected a number of queries, and no share of them. Of these "
-                f"{len(self)} that share is eval_queries={max(1, round(eval_queries * len(self)))}."
-            )
-        eval_queries = require_whole("eval_queries", eval_queries)
-        seed = require_seed("seed", seed)
-        train, evaluation = split_tables(self.relevance, eval_queries, seed=seed, group_column=group_column)
-        return self.from_tables(train), self.from_tables(evaluation)
+        for name, value in {"eval_queries": eval_queries, "test_queries": test_queries}.items():
+            if isinstance(value, float) and 0 < value < 1:
+                raise ConfigError(
+                    f"{name}={value!r}: expected a number of queries, and no share of them. Of these "
+                    f"{len(self)} that share is {name}={max(1, round(value * len(self)))}."
+                )
+        sizes = [require_whole("eval_queries", eval_queries)]
+        if test_queries is not None:
+            sizes.append(require_whole("test_queries", test_queries))
+        sides = split_tables(
+            self.relevance,
+            sizes,
+            seed=require_seed("seed", seed),
+            group_column=group_column,
+            stratify_column=stratify_column,
+            together=together,
+        )
+        return tuple(map(self.from_tables, sides))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the dataset to a new folder, which ``load`` reads; images are stored as they are encoded.
+        """Write the dataset to a new folder, which ``load`` reads, on this machine or another.
+
+        Images are stored as they are encoded. Pages of PDFs are stored as PNG, rendered at their ``max_pixels``: the
+        folder needs neither the PDFs nor their passwords. Where the PDFs stay in place, ``from_pdfs`` is quicker and
+        takes no space.
 
         Raises:
             DatasetError: The folder is not empty, or the file of a page is missing.
+            ImageDecodeError: The PDF of a page has changed since the dataset was built.
             ConfigError: ``folder`` is no path.
         """
         files.save_tables(self.tables, folder)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import datasets
 from datasets import Dataset, DatasetDict, get_dataset_config_names, load_dataset, load_from_disk
@@ -13,6 +14,7 @@ from datasets import Dataset, DatasetDict, get_dataset_config_names, load_datase
 from mmtune.arguments import nearest_name, require_path
 from mmtune.data.images import EncodedImages
 from mmtune.data.layouts import build_from_beir, build_from_known_layout
+from mmtune.data.pdf_corpus import build_from_pdfs, store_pages
 from mmtune.data.tables import BuildNotes, DroppedQuery, Tables, advise_on
 from mmtune.errors import ConfigError, DatasetError
 from mmtune.host import describe_offline
@@ -29,7 +31,7 @@ _SPLIT = re.compile(r"(train|dev|valid|val|validation|test|eval|evaluation)(?:[-
 
 
 def save_tables(tables: Tables, folder: str | os.PathLike[str]) -> None:
-    """The tables as Arrow files below ``folder``, images encoded as they are.
+    """The tables as Arrow files below ``folder``, images encoded as they are, and pages of PDFs rendered.
 
     Raises:
         DatasetError: ``folder`` holds something already.
@@ -39,8 +41,11 @@ def save_tables(tables: Tables, folder: str | os.PathLike[str]) -> None:
     _require_found(tables.corpus)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise DatasetError(f"{str(path)!r} is not empty. Save to a new folder, or remove what is there.")
-    named = {"corpus": tables.corpus, "queries": tables.queries, "qrels": tables.qrels, "negatives": tables.negatives}
+    named = {"queries": tables.queries, "qrels": tables.qrels, "negatives": tables.negatives}
     try:
+        path.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=path, prefix=".pages-") as rendered:
+            store_pages(tables.corpus, rendered).save_to_disk(path / "corpus")
         for name, table in named.items():
             if table is not None:
                 table.save_to_disk(path / name)
@@ -113,6 +118,8 @@ def _read_tables(path: Path, is_local: bool, config: str | None, split: str | No
             )
         return _load_saved(path)
     try:
+        if is_local and not (config or split or revision) and _holds_pdfs(path):
+            return build_from_pdfs(path)
         if path.is_file():
             _require_parquet(path)
             loaded = _pick_split(load_dataset("parquet", data_files=str(path)), str(path), split)
@@ -140,10 +147,9 @@ def _load_saved(path: Path) -> Tables:
             f"{_FORMAT_VERSION}. Update mmtune."
         )
     notes = dict(manifest["notes"])
-    notes["unknown_examples"] = tuple((query, negative) for query, negative in notes["unknown_examples"])
-    named = {
-        name: load_from_disk(str(path / name)) if (path / name).is_dir() else None for name in (*_BEIR, "negatives")
-    }
+    for name in ("unknown_examples", "unreadable_sources"):
+        notes[name] = tuple((one, other) for one, other in notes.get(name, ()))
+    named = {name: _load_table(path / name) if (path / name).is_dir() else None for name in (*_BEIR, "negatives")}
     missing = [name for name in _BEIR if named[name] is None]
     if missing:
         raise DatasetError(
@@ -151,6 +157,12 @@ def _load_saved(path: Path) -> Tables:
         )
     notes["dropped_queries"] = tuple(DroppedQuery(**each) for each in notes.get("dropped_queries", ()))
     return Tables(**named, notes=BuildNotes(**notes))
+
+
+def _load_table(path: Path) -> Dataset:
+    table = load_from_disk(str(path))
+    # Without rows it has no part, and nothing can be laid beside its columns (datasets 5.2).
+    return table if len(table) else Dataset.from_dict({name: [] for name in table.features}, features=table.features)
 
 
 def _load_folder(path: Path, config: str | None, split: str | None) -> Dataset | dict[str, Dataset]:
@@ -236,7 +248,7 @@ def _require_parquet(path: Path) -> None:
     """Say how a file of another kind is read.
 
     Raises:
-        DatasetError: The file is a table of another kind, or a PDF.
+        DatasetError: The file is a table of another kind.
     """
     reader = _READERS.get(path.suffix.lower())
     if reader:
@@ -244,14 +256,14 @@ def _require_parquet(path: Path) -> None:
             f"{str(path)!r} is no parquet file. Read it with rows = datasets.Dataset.{reader}, and pass the rows, or "
             "write them with rows.to_parquet(...). Images in them are paths, or encoded bytes."
         )
-    if path.suffix.lower() == ".pdf":
-        raise DatasetError(f"{str(path)!r} is a PDF. {_PDF_ADVICE}")
 
 
-_PDF_ADVICE = (
-    "Make an image of each page, and rows with the columns 'id', 'query' and 'image', e.g. with "
-    "datasets.Dataset.from_dict; pages without a query have a null there."
-)
+def _holds_pdfs(path: Path) -> bool:
+    """Whether this is a PDF, or a folder of PDFs without a table."""
+    if path.is_file():
+        return path.suffix.lower() == ".pdf"
+    suffixes = {file.suffix.lower() for file in path.rglob("*") if file.is_file()}
+    return ".pdf" in suffixes and not suffixes & {".parquet", ".arrow"}
 
 
 def _advise_on(path: Path) -> str:
@@ -264,7 +276,7 @@ def _advise_on(path: Path) -> str:
             )
     kinds = {file.suffix.lower() for file in path.rglob("*") if file.is_file()}
     if ".pdf" in kinds:
-        return f" These are PDFs. {_PDF_ADVICE}"
+        return " A folder of PDFs without tables has no configurations, splits or revisions: leave them out."
     reader = next((_READERS[kind] for kind in sorted(kinds) if kind in _READERS), None)
     if reader:
         return f" Read the table with datasets.Dataset.{reader}, and pass the rows."
@@ -281,7 +293,7 @@ def _outside_images(corpus: Dataset) -> list[tuple[int, str, int]]:
     if "image" not in corpus.column_names:
         return []
     images = EncodedImages(corpus)
-    paths = ((int(row), images.path(int(row))) for row in images.rows_without_bytes)
+    paths = ((int(row), images.path(int(row))) for row in images.rows_elsewhere)
     return [(row, path, max(-1, int(images.lengths[row]))) for row, path in paths if path]
 
 

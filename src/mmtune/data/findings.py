@@ -43,6 +43,10 @@ PROBLEMS = {
         "images that are empty, or whose file is missing",
         "Reading one raises an error that names it. Restore the files, or leave the documents out.",
     ),
+    "unreadable_sources": (
+        "files or pages of PDFs that can't be read",
+        "They are not in the corpus. Repair them or pass their passwords=, or leave them out.",
+    ),
     "documents_without_text": (
         "documents with a null or blank text, and no image",
         "There is nothing to embed, and reading a null raises an error. Leave them out.",

@@ -7,6 +7,7 @@ import re
 import stat
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,6 +20,7 @@ from tqdm.auto import tqdm
 
 from mmtune.arguments import require_whole, require_wholes
 from mmtune.data.arrow import column, stored_image_column
+from mmtune.data.pdfs import LONGEST_REFERENCE, PdfPage, is_pdf_page, measure_page, render_page
 from mmtune.errors import ConfigError, ImageDecodeError
 
 MAX_DECODED_PIXELS = 2 * 89_478_485
@@ -34,7 +36,8 @@ ENOUGH_PIXELS = 8_000_000
 """What a huge JPEG may be scaled down to: an A4 page at 300 dpi, beyond any encoder's input."""
 
 Enough: TypeAlias = int | tuple[int, int]
-"""What a JPEG may be scaled down to by its own decoder: a number of pixels, or a width and a height of at least."""
+"""What a JPEG may be scaled down to by its own decoder, and what a page of a PDF is rendered at: a number of pixels, or
+a width and a height of at least."""
 
 InputSize: TypeAlias = int | tuple[int, int]
 """What a model reads a page at: a width and a height, or a largest number of pixels where it keeps a page's shape."""
@@ -80,10 +83,10 @@ def decode_page(
     at_least: tuple[int, int] = (1, 1),
     enough: Enough | None = None,
 ) -> Image.Image:
-    """The page as an upright RGB image.
+    """The page as an upright RGB image: the one place where what is encoded becomes pixels.
 
-    EXIF orientation is applied, transparency is laid on white, 16-bit grey is scaled to 8 bits, and of several
-    frames the first is taken, with a warning.
+    A page of a PDF is rendered at the size that is asked for. Of an image EXIF orientation is applied, transparency is
+    laid on white, 16-bit grey is scaled to 8 bits, and of several frames the first is taken, with a warning.
 
     Args:
         encoded: A row of an ``Image(decode=False)`` column: ``{"bytes": bytes | None, "path": str | None}``.
@@ -91,17 +94,20 @@ def decode_page(
         max_pixels: Upper bound of width times height. A larger page is scaled down with its aspect ratio; a JPEG is
             then decoded at a fraction of its size, which is faster. ``None`` keeps every pixel.
         at_least: Width and height that ``max_pixels`` leaves, where the page has them.
-        enough: A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves at least as much; nothing else is
-            scaled. ``None`` decodes it whole.
+        enough: A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves at least as much, and a page of a PDF
+            is rendered with as much; nothing else is scaled. ``None`` decodes it whole.
 
     Raises:
         ImageDecodeError: There is nothing to read, it is no image, it is damaged, or it has more than
-            ``MAX_DECODED_PIXELS`` pixels.
+            ``MAX_DECODED_PIXELS`` pixels; or the PDF of a page is gone or has changed.
     """
     encoded = encoded or {}
     content = encoded.get("bytes")
     if content is None and not encoded.get("path"):
         raise _no_image(document_id)
+    if (pdf_page := _pdf_page(content, document_id)) is not None:
+        path = str(encoded.get("path"))
+        return render_page(pdf_page, path, document_id, partial(_size_to_render, max_pixels, at_least, enough))
     if content is None:
         require_file(str(encoded["path"]), document_id)
     try:
@@ -152,6 +158,8 @@ def stored_size(encoded: Mapping[str, Any] | None, document_id: str) -> tuple[in
     content = encoded.get("bytes")
     if content is None and not encoded.get("path"):
         raise _no_image(document_id)
+    if (pdf_page := _pdf_page(content, document_id)) is not None:
+        return measure_page(pdf_page, str(encoded.get("path")), document_id)
     if content is None:
         require_file(str(encoded["path"]), document_id)
     try:
@@ -162,6 +170,24 @@ def stored_size(encoded: Mapping[str, Any] | None, document_id: str) -> tuple[in
         raise ImageDecodeError(
             f"Document {document_id!r} can't be decoded as an image: {error}. Replace the file, or leave it out."
         ) from error
+
+
+def _pdf_page(content: Any, document_id: str) -> PdfPage | None:
+    try:
+        return PdfPage.decode(content) if is_pdf_page(content) else None
+    except ValueError as error:
+        raise ImageDecodeError(f"Document {document_id!r} can't be read: {error}. Build the dataset again.") from error
+
+
+def _size_to_render(
+    max_pixels: int | None, at_least: tuple[int, int], enough: Enough | None, size: tuple[int, int]
+) -> tuple[int, int]:
+    """The size at which a page of a PDF is read, which has no pixels of its own."""
+    wanted = max_pixels or enough
+    if isinstance(wanted, tuple):
+        scale = min(1.0, max(least / side for least, side in zip(wanted, size, strict=True)))
+        return math.ceil(size[0] * scale), math.ceil(size[1] * scale)
+    return size if wanted is None else _fit_within(size, wanted, at_least)
 
 
 def _no_image(document_id: str) -> ImageDecodeError:
@@ -268,7 +294,8 @@ class EncodedImages:
 
     Attributes:
         lengths: Bytes of each image, int64; a different negative number for each image that can't be found.
-        rows_without_bytes: The rows whose image is not in the table: in a file of its own, or nowhere.
+        rows_elsewhere: The rows whose image is not in the table: in a file of its own, in a PDF, or nowhere.
+        pdf_rows: Those in a PDF. What is read of these names the content of the file and the page.
     """
 
     def __init__(self, corpus: Dataset) -> None:
@@ -278,15 +305,24 @@ class EncodedImages:
         self._paths = pc.struct_field(stored, "path")
         self._order = np.arange(len(corpus)) if order is None else order
         lengths = pc.fill_null(pc.cast(pc.binary_length(self._bytes), pa.int64()), -1).to_numpy()[self._order].copy()
-        self.rows_without_bytes = np.flatnonzero(lengths < 0)
-        for row in self.rows_without_bytes:
-            lengths[row] = _file_size(self.path(int(row)), missing=-1 - int(row))
+        short = np.flatnonzero((lengths >= 0) & (lengths <= LONGEST_REFERENCE))
+        is_pdf = [is_pdf_page(self._bytes[int(self._order[row])].as_buffer()) for row in short]
+        self.pdf_rows = short[np.array(is_pdf, dtype=bool)]
+        self.rows_elsewhere = np.union1d(np.flatnonzero(lengths < 0), self.pdf_rows)
+        size_by_path: dict[str | None, int] = {}
+        for row in self.rows_elsewhere:
+            path = self.path(int(row))
+            if path not in size_by_path:
+                size_by_path[path] = _file_size(path)
+            if size_by_path[path] < 0 or lengths[row] < 0:
+                lengths[row] = size_by_path[path] if size_by_path[path] >= 0 else -1 - int(row)
         self.lengths = lengths
 
     def path(self, row: int) -> str | None:
-        """The file of an image that is not in memory."""
+        """The file of an image that is in a file of its own, or in a PDF."""
         stored = int(self._order[row])
-        return None if self._bytes[stored].is_valid else self._paths[stored].as_py()
+        is_elsewhere = not self._bytes[stored].is_valid or is_pdf_page(self._bytes[stored].as_buffer())
+        return self._paths[stored].as_py() if is_elsewhere else None
 
     def read(self, row: int) -> memoryview | bytes:
         """The bytes of the image in this row.
@@ -325,12 +361,13 @@ class EncodedImages:
             ) from error
 
 
-def _file_size(path: str | None, *, missing: int) -> int:
+def _file_size(path: str | None) -> int:
+    """The bytes of a file; -1 of what is none."""
     try:
         found = Path(path or "").stat()
     except (OSError, ValueError):
-        return missing
-    return found.st_size if stat.S_ISREG(found.st_mode) else missing
+        return -1
+    return found.st_size if stat.S_ISREG(found.st_mode) else -1
 
 
 def _ends(content: memoryview) -> bytes:

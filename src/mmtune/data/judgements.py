@@ -63,7 +63,9 @@ class Judgements:
 
         Raises:
             ConfigError: The direction is unknown.
+            DatasetError: There are no queries.
         """
+        relevance.require_queries()
         require_one_of("direction", direction, get_args(Direction))
         listed = relevance.listed_negatives
         if direction == "text_to_image":

@@ -124,7 +124,9 @@ class Relevance:
     def _documents_of(self, codes: np.ndarray) -> IntLists:
         texts, pages = np.divmod(codes, len(self.document_ids))
         documents_of_page = IntLists.grouped(self.page, np.arange(len(self.page)), len(self.page)).take(pages)
-        return IntLists.grouped(texts[documents_of_page.rows], documents_of_page.values, int(self.text.max()) + 1)
+        return IntLists.grouped(
+            texts[documents_of_page.rows], documents_of_page.values, int(self.text.max(initial=-1)) + 1
+        )
 
     @cached_property
     def listed_negatives(self) -> IntLists:
@@ -136,6 +138,22 @@ class Relevance:
         query = positions(column(negatives, "query_id"), self.query_ids)[rows]
         return IntLists.grouped(query, positions(items, self.document_ids), len(self.query_ids))
 
+    def require_queries(self) -> None:
+        """Make sure that there is a query: to train, to measure and to mine, something must be asked.
+
+        Raises:
+            DatasetError: There is none.
+        """
+        if len(self.query_ids):
+            return
+        blank = self.tables.notes.blank_queries
+        found = f"{blank} rows have a null or blank query; " if blank else ""
+        raise DatasetError(
+            f"The dataset has no queries: {found}{len(self.document_ids)} documents, e.g. "
+            f"{self.document_ids[0].as_py()!r}. Write some with generate_queries(dataset, generator), or pass your "
+            "own: a queries.csv with text, source, page_number in the folder of the PDFs, or a query column."
+        )
+
     def find_queries(self, ids: Iterable[object]) -> np.ndarray:
         """The positions of the queries with these ids, each once, ascending.
 
@@ -143,6 +161,7 @@ class Relevance:
             DatasetError: An id is of no query.
             ConfigError: There is no id.
         """
+        self.require_queries()
         wanted = as_texts("query id", ids)
         rows = positions(wanted, self.query_ids)
         if not len(rows):

@@ -57,6 +57,7 @@ class BuildNotes:
         queries_without_document: Queries left out because nothing is relevant to them.
         judged_not_relevant: Judgements with a score of 0 or less; they are no judgements here.
         held_out_negatives: Entries taken out of lists of negatives because ``split`` keeps them for evaluation.
+        unreadable_sources: Files and pages of PDFs that can't be read, as (name, reason).
         ids_are_row_numbers: The builder made up the ids from row numbers, so that they mean nothing elsewhere.
         dropped_queries: What ``generate_queries`` left out.
     """
@@ -69,6 +70,7 @@ class BuildNotes:
     queries_without_document: int = 0
     judged_not_relevant: int = 0
     held_out_negatives: int = 0
+    unreadable_sources: tuple[tuple[str, str], ...] = ()
     ids_are_row_numbers: bool = False
     dropped_queries: tuple[DroppedQuery, ...] = ()
 

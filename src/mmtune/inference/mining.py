@@ -237,6 +237,7 @@ def mine_hard_negatives(
     if cache_folder is not None:
         require_path("cache_folder", cache_folder)
     data = as_retrieval_dataset(dataset)
+    data.relevance.require_queries()
     reader = DatasetReader(data.corpus, data.queries, documents)
 
     # Each distinct text and each distinct page once, by the first query and the first document that have it.

@@ -204,6 +204,7 @@ def _trace_rows(rows: Dataset, documents: DocumentKind, num_negatives: int) -> T
 
 
 def _require_parts(data: RetrievalDataset, documents: DocumentKind) -> RetrievalDataset:
+    data.relevance.require_queries()
     if "text" in document_columns(data.corpus, documents):
         check_texts(data.corpus)
     return data
