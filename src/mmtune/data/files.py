@@ -48,7 +48,8 @@ def save_tables(tables: Tables, folder: str | os.PathLike[str]) -> None:
             store_pages(tables.corpus, rendered).save_to_disk(path / "corpus")
         for name, table in named.items():
             if table is not None:
-                table.save_to_disk(path / name)
+                # a table without rows would have no file, and could not be loaded (datasets 5.2)
+                table.save_to_disk(path / name, num_shards=None if len(table) else 1)
     except FileNotFoundError as error:
         raise DatasetError(
             f"The file of a page is missing: {error}. Pages are stored with the dataset. Restore the file, or leave "
@@ -149,7 +150,9 @@ def _load_saved(path: Path) -> Tables:
     notes = dict(manifest["notes"])
     for name in ("unknown_examples", "unreadable_sources"):
         notes[name] = tuple((one, other) for one, other in notes.get(name, ()))
-    named = {name: _load_table(path / name) if (path / name).is_dir() else None for name in (*_BEIR, "negatives")}
+    named = {
+        name: load_from_disk(str(path / name)) if (path / name).is_dir() else None for name in (*_BEIR, "negatives")
+    }
     missing = [name for name in _BEIR if named[name] is None]
     if missing:
         raise DatasetError(
@@ -157,12 +160,6 @@ def _load_saved(path: Path) -> Tables:
         )
     notes["dropped_queries"] = tuple(DroppedQuery(**each) for each in notes.get("dropped_queries", ()))
     return Tables(**named, notes=BuildNotes(**notes))
-
-
-def _load_table(path: Path) -> Dataset:
-    table = load_from_disk(str(path))
-    # Without rows it has no part, and nothing can be laid beside its columns (datasets 5.2).
-    return table if len(table) else Dataset.from_dict({name: [] for name in table.features}, features=table.features)
 
 
 def _load_folder(path: Path, config: str | None, split: str | None) -> Dataset | dict[str, Dataset]:

@@ -324,6 +324,11 @@ class EncodedImages:
         is_elsewhere = not self._bytes[stored].is_valid or is_pdf_page(self._bytes[stored].as_buffer())
         return self._paths[stored].as_py() if is_elsewhere else None
 
+    def encoded(self, row: int) -> dict[str, Any]:
+        """The image in this row as ``decode_page`` takes it, a copy."""
+        stored = int(self._order[row])
+        return {"bytes": self._bytes[stored].as_py(), "path": self._paths[stored].as_py()}
+
     def read(self, row: int) -> memoryview | bytes:
         """The bytes of the image in this row.
 
@@ -379,13 +384,18 @@ def _ends(content: memoryview) -> bytes:
 def check_pages(corpus: Dataset, *, show_progress_bar: bool = True) -> None:
     """Make sure that every page of a corpus can be decoded: JPEG and PNG by header and end, others in full.
 
+    A page of a PDF is loaded, and its file must be the one that the dataset was built from.
+
     What is damaged in the middle of a JPEG is not found; see ``looks_whole``.
 
     Raises:
         ImageDecodeError: A page is missing, damaged, or no image; the message names the document.
     """
     images, document_ids = EncodedImages(corpus), column(corpus, "document_id")
+    pdf_rows = set(images.pdf_rows.tolist())
     for row in tqdm(range(len(corpus)), desc="Checking pages", disable=not show_progress_bar, leave=False):
         document_id = document_ids[row].as_py()
-        if not looks_whole(images.read_ends(row), document_id):
+        if row in pdf_rows:
+            stored_size(images.encoded(row), document_id)
+        elif not looks_whole(images.read_ends(row), document_id):
             decode_page({"bytes": bytes(images.read(row)), "path": None}, document_id)

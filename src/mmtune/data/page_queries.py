@@ -103,6 +103,8 @@ def _read_file(path: Path) -> _Rows:
 def _read_csv(path: Path) -> _Rows:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
+        if not reader.fieldnames:
+            raise DatasetError(f"{str(path)!r} is empty: it has no line of column names. {_COLUMNS}.")
         rows: list[tuple[int, Mapping[str, Any]]] = []
         for row in reader:
             if None in row:
@@ -111,7 +113,7 @@ def _read_csv(path: Path) -> _Rows:
                     'double quotes: "Sales, by region".'
                 )
             rows.append((reader.line_num, {name: value or None for name, value in row.items()}))
-        return rows, list(reader.fieldnames or ())
+        return rows, list(reader.fieldnames)
 
 
 def _read_jsonl(path: Path) -> _Rows:

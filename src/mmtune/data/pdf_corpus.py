@@ -18,7 +18,7 @@ from mmtune.arguments import nearest_name, require_mapping, require_one_of, requ
 from mmtune.data.arrow import column, table_dataset, with_columns, with_encoded_images
 from mmtune.data.images import EncodedImages, decode_page
 from mmtune.data.page_queries import find_table, read_page_queries, resolve_page_queries
-from mmtune.data.pdfs import PdfPage, inspect_pdf, read_text_layer
+from mmtune.data.pdfs import PdfPage, inspect_pdf, read_text_layer, require_pdfium
 from mmtune.data.tables import Tables, check_tables
 from mmtune.errors import DatasetError
 
@@ -56,6 +56,7 @@ def build_from_pdfs(
         require_path("store", store)
     if passwords is not None and not isinstance(passwords, str):
         require_mapping("passwords", passwords, expected="one password for all, or passwords by file name", of=str)
+    require_pdfium()
     files, folders = find_pdfs(paths)
     sources = name_sources(files)
     given = [(None, queries)] if queries is not None else [(folder, find_table(folder)) for folder in folders]
@@ -228,8 +229,7 @@ def store_pages(corpus: Dataset, folder: str | os.PathLike[str]) -> Dataset:
                 for at in rows_by_file[digest]:
                     if not files[at].exists():
                         row = int(images.pdf_rows[at])
-                        encoded = {"bytes": bytes(images.read(row)), "path": images.path(row)}
-                        _write_page(encoded, document_ids[row].as_py(), files[at])
+                        _write_page(images.encoded(row), document_ids[row].as_py(), files[at])
                     bar.update()
     except OSError as error:
         raise DatasetError(

@@ -29,10 +29,12 @@ _POINTS_PER_INCH, _MOST_DPI = 72, 300
 _MOST_OPEN = 8
 _CHUNK_BYTES = 1 << 20
 _NEEDS_PASSWORD = 4
+# No pages are a success to PDFium, so that the code is that of the file before.
+_DAMAGED = "it is no PDF, is damaged, or has no pages"
 _REASONS = {
-    0: "it has no pages",  # PDFium calls that a success
+    0: _DAMAGED,
     2: "it can't be opened",
-    3: "it is no PDF, or it is damaged",
+    3: _DAMAGED,
     _NEEDS_PASSWORD: "it is encrypted: pass its password in passwords=",
     5: "it is encrypted in a way that PDFium does not know",
 }
@@ -93,6 +95,15 @@ class PdfFile:
     digest: str
     num_pages: int
     password: str | None
+
+
+def require_pdfium() -> None:
+    """Make sure that pages can be read.
+
+    Raises:
+        MissingExtraError: pypdfium2 is not installed.
+    """
+    _pdfium()
 
 
 def inspect_pdf(path: str, password: str | None = None) -> PdfFile:
@@ -335,6 +346,7 @@ def _documents() -> _Documents:
 
 @cache
 def _pdfium() -> Any:
+    """The package, which is an extra."""
     try:
         return importlib.import_module("pypdfium2")
     except ImportError as error:

@@ -6,7 +6,7 @@ one file or of near-copies. What is connected stays on one side.
 
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -87,7 +87,11 @@ def _number_sets(relevance: Relevance, together: Sequence[Sequence[str]]) -> np.
         DatasetError: An id is of no document.
         ConfigError: ``together`` is no list of lists of ids.
     """
-    if isinstance(together, str) or any(isinstance(ids, str) or not isinstance(ids, Sequence) for ids in together):
+    if (
+        not isinstance(together, Iterable)
+        or isinstance(together, str)
+        or any(isinstance(ids, str) or not isinstance(ids, Sequence) for ids in together)
+    ):
         raise ConfigError(f"together={together!r:.80}: expected lists of document ids, e.g. [['a', 'b'], ['c', 'd']].")
     if not together:
         return np.full(len(relevance.document_ids), -1)
