@@ -39,7 +39,7 @@ TITLE = "Labels repaired"
 SEEDS = (0, 1, 2)
 NUM_TRAINING, NUM_EVALUATION, NUM_NEGATIVES = 280, 60, 4
 FALSE_SHARE, ERRORS = 0.1, 0.02
-STEPS = 120
+STEPS = 240
 VARIANTS = ("as listed", "filtered", "repaired")
 
 Report = tuple[str, str, str]

@@ -31,7 +31,7 @@ class OpenAICompatible:
     Args:
         base_url: Where the API is, e.g. ``"http://localhost:8000/v1"``.
         model: The name of the model there.
-        api_key_env: The environment variable that holds the key; ``None`` sends none. The key is not kept anywhere.
+        api_key_env: The environment variable that holds the key; ``None`` sends none. The key is written nowhere.
         timeout_s: Seconds until a call counts as lost.
         max_retries: How often a failed call is made again.
         max_pixels: Width times height of the image that is sent, at most.

@@ -1,62 +1,37 @@
 """Queries where there are none: written by a generator, sifted, and with where they came from."""
 
-import logging
 import math
 import os
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from mmtune.arguments import require_flag, require_mapping, require_one_of, require_whole
 from mmtune.data.arrow import column, table_dataset, with_columns
-from mmtune.data.combining import stack
 from mmtune.data.dataset import RetrievalDataset
-from mmtune.data.identity import text_digest, usual_kind
+from mmtune.data.identity import text_digest
 from mmtune.data.intake import DatasetLike, as_retrieval_dataset
 from mmtune.data.near_misses import NEAR_MISSES, near_misses_of
-from mmtune.data.tables import DroppedQuery, Tables, check_tables
+from mmtune.data.tables import DroppedQuery, Tables
 from mmtune.errors import ConfigError
 from mmtune.inference.asking import Asker, Call, Failure, Pages, everything_of
-from mmtune.inference.encoder import DatasetReader, Retriever, encode_shards, join, require_retriever
+from mmtune.inference.drafts import (
+    Draft,
+    Sieve,
+    is_text,
+    keep_answered,
+    keep_findable,
+    keep_first_of_words,
+    with_drafts,
+)
+from mmtune.inference.encoder import Retriever, require_retriever
 from mmtune.inference.generators import Generator, read_queries, read_verdict, require_generator
 from mmtune.inference.prompts import KINDS, ask_for_near_misses, ask_for_query, ask_whether_answered
-from mmtune.inference.search import find_nearest
 from mmtune.inference.wording import normalized, points_at_its_page
-
-logger = logging.getLogger(__name__)
-
-_SAME_MEANING = 0.95
-"""Two queries of a page at this share of the similarity of a text to itself ask for the same."""
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A query as it was written, and about what.
-
-    Attributes:
-        row: The document, as a row of the corpus.
-        document_id: Its id.
-        text: The query.
-        answer: The answer that came with it.
-        kind: The kind of question that was asked for.
-        language: The language that was asked for; ``None`` for that of the page.
-        prompt: A digest of the instruction.
-        number: Which question about its page it is, from 1.
-    """
-
-    row: int
-    document_id: str
-    text: str
-    answer: str | None
-    kind: str
-    language: str | None
-    prompt: str
-    number: int
 
 
 def generate_queries(
@@ -147,58 +122,20 @@ def generate_queries(
     rows = np.flatnonzero(first == np.arange(len(first))).tolist()
     sieve = Sieve()
     drafts = _write(writer, pages, rows, num_queries, prompt_by_kind, asked_languages, sieve)
-    drafts = sieve.keep(drafts, lambda each: _is_text(each.text), "it is blank, or no text")
-    drafts = sieve.keep(drafts, lambda each: not points_at_its_page(each.text), "it points at its page")
-    drafts = _keep_first_of_words(drafts, tables, sieve)
+    drafts = sieve.keep(drafts, [is_text(each.text) for each in drafts], "it is blank, or no text")
+    drafts = sieve.keep(drafts, [not points_at_its_page(each.text) for each in drafts], "it points at its page")
+    drafts = keep_first_of_words(drafts, tables, sieve)
     if retriever is not None and drafts:
-        options = {"batch_size": size, "show_progress_bar": show_progress_bar}
-        drafts = _keep_findable(drafts, tables, writer.name, retriever, depth, sieve, **options)
+        bars = {"batch_size": size, "show_progress_bar": show_progress_bar}
+        drafts = keep_findable(drafts, tables, retriever, depth, sieve, **bars)
     if checker is not None:
-        drafts = _keep_answered(drafts, checker, sieve)
-    tables = _with_drafts(tables, drafts, writer.name)
+        drafts = keep_answered(drafts, checker, sieve)
+    tables = with_drafts(tables, drafts, writer.name)
     if num_near_misses and checker is not None and len(tables.queries):
         tables = _with_near_misses(tables, num_near_misses, writer, checker, sieve)
     sieve.report(len(drafts), len(rows))
     notes = replace(tables.notes, dropped_queries=(*tables.notes.dropped_queries, *sieve.dropped))
     return RetrievalDataset.from_tables(replace(tables, notes=notes))
-
-
-class Sieve:
-    """What was left out on the way, and why.
-
-    Attributes:
-        dropped: The queries that were left out; without a text where a call failed.
-    """
-
-    def __init__(self) -> None:
-        self.dropped: list[DroppedQuery] = []
-
-    def keep(self, drafts: Sequence[Draft], keeps: Callable[[Draft], bool], reason: str) -> list[Draft]:
-        """The drafts that are kept; the others are dropped for a reason."""
-        kept = [(draft, keeps(draft)) for draft in drafts]
-        self.dropped += [DroppedQuery(draft.document_id, draft.text, reason) for draft, is_kept in kept if not is_kept]
-        return [draft for draft, is_kept in kept if is_kept]
-
-    def fail(self, failure: Failure, text: str = "") -> None:
-        """Note a call that was not answered."""
-        self.dropped.append(DroppedQuery(failure.document_id, text, f"a call failed: {failure.reason}"))
-
-    def report(self, num_queries: int, num_pages: int) -> None:
-        """Log what came out, and warn where calls failed."""
-        counts = Counter(each.reason.partition(":")[0] for each in self.dropped)
-        why = "; ".join(f"{count} since {reason}" for reason, count in counts.most_common())
-        logger.info("%d queries about %d pages. Left out: %s.", num_queries, num_pages, why or "none")
-        failed = [each for each in self.dropped if each.reason.startswith("a call failed")]
-        if failed:
-            documents = list(dict.fromkeys(each.document_id for each in failed))
-            logger.warning(
-                "%d calls failed, about %d pages, e.g. %r: %s. notes.dropped_queries lists them; call again with the "
-                "same store to ask for these alone.",
-                len(failed),
-                len(documents),
-                documents[0],
-                failed[0].reason,
-            )
 
 
 def _require_kinds(kinds: object) -> dict[str, str]:
@@ -207,7 +144,7 @@ def _require_kinds(kinds: object) -> dict[str, str]:
         return dict(KINDS)
     if isinstance(kinds, Mapping):
         require_mapping("kinds", kinds, of=str, expected="instructions by the name of their kind")
-        blank = [name for name, prompt in kinds.items() if not name.strip() or not prompt.strip()]
+        blank = [name for name, prompt in kinds.items() if not (is_text(name) and is_text(prompt))]
         if not kinds or blank:
             raise ConfigError(f"kinds={kinds!r:.80}: expected a name and an instruction for each kind, at least one.")
         return dict(kinds)
@@ -224,7 +161,7 @@ def _require_languages(languages: object) -> list[str | None]:
 def _require_names(name: str, values: object, example: str) -> list[str]:
     """Texts in a list, each once."""
     given = [] if isinstance(values, (str, bytes)) or not isinstance(values, Sequence) else list(values)
-    if not given or not all(isinstance(each, str) and each.strip() for each in given):
+    if not given or not all(isinstance(each, str) and is_text(each) for each in given):
         raise ConfigError(f"{name}={values!r:.80}: expected a list of texts, none of them blank. Pass e.g. {example}.")
     return list(dict.fromkeys(given))
 
@@ -274,120 +211,6 @@ def _write(
     return drafts
 
 
-def _is_text(text: str) -> bool:
-    """Whether there is something that can be written down: half of a surrogate pair can't."""
-    return bool(text.strip()) and text.encode(errors="replace").decode() == text
-
-
-def _keep_first_of_words(drafts: list[Draft], tables: Tables, sieve: Sieve) -> list[Draft]:
-    seen = {normalized(text) for text in column(tables.queries, "text").to_pylist()}
-
-    def is_new(draft: Draft) -> bool:
-        words = normalized(draft.text)
-        known = words in seen
-        seen.add(words)
-        return not known
-
-    return sieve.keep(drafts, is_new, "it repeats the words of another")
-
-
-def _keep_findable(
-    drafts: list[Draft],
-    tables: Tables,
-    name: str | None,
-    retriever: Retriever,
-    max_rank: int,
-    sieve: Sieve,
-    *,
-    batch_size: int,
-    show_progress_bar: bool,
-) -> list[Draft]:
-    """The drafts that ask for something else than another query of their page, and find their page."""
-    kind = usual_kind(tables.corpus)
-    data = RetrievalDataset.from_tables(_with_drafts(tables, drafts, name))
-    reader = DatasetReader(data.corpus, data.queries, kind)
-    # New queries stand behind those that there were.
-    query_ids = data.queries["query_id"][:]
-    own = dict(zip(query_ids[-len(drafts) :], drafts, strict=True))
-    relevance = data.relevance
-    page_of_query = {
-        relevance.query_ids[int(query)].as_py(): int(relevance.page[document])
-        for query, document in zip(relevance.judged_query, relevance.judged_document, strict=True)
-    }
-    options = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
-    texts = join(encode_shards(retriever, "query", query_ids, reader, **options))
-
-    asked: defaultdict[int, list[int]] = defaultdict(list)
-    repeated: set[str] = set()
-    for at, query_id in enumerate(query_ids):
-        others = asked[page_of_query[query_id]]
-        if query_id in own and any(_means_the_same(retriever, texts, at, other) for other in others):
-            repeated.add(query_id)
-        else:
-            others.append(at)
-
-    first = np.flatnonzero(relevance.page == np.arange(len(relevance.page)))
-    document_ids = relevance.document_ids.take(pa.array(first)).to_pylist()
-    shards = encode_shards(retriever, "document", document_ids, reader, **options)
-    at_end = texts[len(query_ids) - len(drafts) :]
-    depth = min(max_rank, len(first))
-    nearest = find_nearest(retriever.similarity, at_end, shards, depth=depth, ids=(list(own), document_ids))
-    found = {
-        query_id: page_of_query[query_id] in first[items] for query_id, items in zip(own, nearest.items, strict=True)
-    }
-    id_of_draft = {id(draft): query_id for query_id, draft in own.items()}
-    kept = sieve.keep(drafts, lambda each: id_of_draft[id(each)] not in repeated, "it asks for what another asks for")
-    return sieve.keep(kept, lambda each: found[id_of_draft[id(each)]], "it is too general to find its page")
-
-
-def _means_the_same(retriever: Retriever, texts: torch.Tensor | list[torch.Tensor], one: int, other: int) -> bool:
-    # A share of what a text has with itself, since not all similarities are cosines.
-    pair = [texts[one], texts[other]]
-    both = torch.stack(pair) if isinstance(texts, torch.Tensor) else pair
-    scores = retriever.similarity(both, both)
-    return bool(torch.max(scores[0, 1], scores[1, 0]) >= _SAME_MEANING * torch.min(scores[0, 0], scores[1, 1]))
-
-
-def _keep_answered(drafts: list[Draft], checker: Asker, sieve: Sieve) -> list[Draft]:
-    calls = [Call(draft.row, ask_whether_answered(draft.text)) for draft in drafts]
-    kept = []
-    for draft, reply in zip(drafts, checker.ask(calls, "Judging queries"), strict=True):
-        verdict = None if isinstance(reply, Failure) else read_verdict(reply)
-        if verdict is not None and verdict > 0.5:
-            kept.append(draft)
-        elif isinstance(reply, Failure):
-            sieve.fail(reply, draft.text)
-        elif verdict is None:
-            sieve.dropped.append(DroppedQuery(draft.document_id, draft.text, f"the judge said neither: {reply[:80]!r}"))
-        else:
-            sieve.dropped.append(DroppedQuery(draft.document_id, draft.text, "its page does not answer it"))
-    return kept
-
-
-def _with_drafts(tables: Tables, drafts: Sequence[Draft], name: str | None) -> Tables:
-    """The tables with the drafts as queries, behind those that there are."""
-    if not drafts:
-        return tables
-    taken = set(column(tables.queries, "query_id").to_pylist())
-    ids = []
-    for draft in drafts:
-        number = draft.number
-        while f"{draft.document_id}-q{number}" in taken:
-            number += 1
-        ids.append(f"{draft.document_id}-q{number}")
-        taken.add(ids[-1])
-    texts: dict[str, list[str | None]] = {"query_id": [*ids], "text": [draft.text for draft in drafts]}
-    for field in ("kind", "language", "answer", "prompt"):
-        texts[field] = [getattr(draft, field) for draft in drafts]
-    texts["generator"] = [name] * len(drafts)
-    queries = table_dataset({key: pa.array(values, type=pa.string()) for key, values in texts.items()})
-    judged = {"query_id": pa.array(ids), "document_id": pa.array([draft.document_id for draft in drafts])}
-    qrels = table_dataset({**judged, "score": pa.array([1] * len(drafts), type=pa.int64())})
-    if len(tables.queries):
-        queries, qrels = stack([tables.queries, queries], "queries"), stack([tables.qrels, qrels], "qrels")
-    return check_tables(tables.corpus, queries, qrels, tables.negatives, notes=tables.notes)
-
-
 def _with_near_misses(tables: Tables, count: int, writer: Asker, checker: Asker, sieve: Sieve) -> Tables:
     """The tables with near misses of every query, judged against all of its pages."""
     relevance = RetrievalDataset.from_tables(tables).relevance
@@ -409,7 +232,7 @@ def _with_near_misses(tables: Tables, count: int, writer: Asker, checker: Asker,
         seen = {normalized(text) for text in (queries["text"][query], *found[query])}
         for text, _ in read_queries(reply)[:count]:
             reasons = {
-                "a near miss is blank, or no text": not _is_text(text),
+                "a near miss is blank, or no text": not is_text(text),
                 "a near miss points at its page": points_at_its_page(text),
                 "a near miss repeats the words of another": normalized(text) in seen,
             }
