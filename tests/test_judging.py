@@ -222,8 +222,11 @@ def test_changes_survive_other_steps(tmp_path):
     assert joined.undo_label_changes().negatives["document_ids"][0] == ["a/d20", "a/d21", "a/d22", "a/d23"]
     assert len(repaired.select_queries(["q1", "q2"]).label_changes) == 0
     assert len(repaired.select_queries(["q0"]).label_changes) == 2
-    for part in repaired.split(3):
+    parts = [part for seed in range(4) for part in repaired.split(3, seed=seed)]
+    assert any(0 < len(part.label_changes) < 2 for part in parts)  # what is relevant elsewhere is not in the corpus
+    for part in parts:
         assert {each["query_id"] for each in part.label_changes} <= set(part.queries["query_id"])
+        assert {each["document_id"] for each in part.label_changes} <= set(part.corpus["document_id"])
         part.training_rows(2, documents="text")
     shuffled = RetrievalDataset(
         repaired.corpus.shuffle(seed=1),

@@ -136,6 +136,8 @@ def test_kinds_and_languages_take_turns():
     pairs = list(zip(dataset.queries["kind"][:], dataset.queries["language"][:], strict=True))
     for start in range(0, 40, 4):
         assert len(set(pairs[start : start + 4])) == 4
+    single = generate_queries(text_pages(10), write, queries_per_page=1, kinds=["fact", "table"])
+    assert set(single.queries["kind"][:]) == {"fact", "table"}
     more = generate_queries(text_pages(1), write, queries_per_page=3, kinds={"mine": "Ask for the colour."})
     assert more.queries["kind"][:] == ["mine"] * 3
     assert len(set(more.queries["prompt"][:])) == 3
