@@ -25,6 +25,7 @@ PUBLIC = [
     "MissingDocumentError",
     "MissingExtraError",
     "MmtuneError",
+    "OpenAICompatible",
     "PipelineReport",
     "Plan",
     "RetrievalDataset",
@@ -41,6 +42,8 @@ PUBLIC = [
     "extract_route",
     "finetune",
     "finetune_reranker",
+    "generate_queries",
+    "judge_negatives",
     "load_model",
     "merge_lora",
     "mine_hard_negatives",
@@ -159,6 +162,26 @@ class Promised:
     ): ...
 
     @staticmethod
+    def generate_queries(
+        dataset,
+        generator,
+        *,
+        queries_per_page=2,
+        kinds=None,
+        languages=None,
+        judge=None,
+        retriever=None,
+        near_misses=0,
+        existing="keep",
+        store=None,
+        max_workers=8,
+        show_progress_bar=True,
+    ): ...
+
+    @staticmethod
+    def judge_negatives(dataset, judge, *, store=None, show_progress_bar=True): ...
+
+    @staticmethod
     def finetune_reranker(
         model,
         train_dataset,
@@ -223,6 +246,7 @@ FUNCTIONS = [
     *("build_evaluator", "build_reranking_evaluator", "build_reranker", "compare_per_query"),
     *("compose_router", "finetune"),
     *("finetune_reranker", "load_model", "mine_hard_negatives", "router_preset"),
+    *("generate_queries", "judge_negatives"),
 ]
 
 

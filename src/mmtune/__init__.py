@@ -17,7 +17,14 @@ from mmtune.evaluation import (
     compare_per_query,
     evaluate_pipeline,
 )
-from mmtune.inference import TeacherScores, mine_hard_negatives, score_rows
+from mmtune.inference import (
+    OpenAICompatible,
+    TeacherScores,
+    generate_queries,
+    judge_negatives,
+    mine_hard_negatives,
+    score_rows,
+)
 from mmtune.models import (
     ROUTER_PRESETS,
     RouterPreset,
@@ -44,6 +51,7 @@ __all__ = [
     "MissingDocumentError",
     "MissingExtraError",
     "MmtuneError",
+    "OpenAICompatible",
     "PipelineReport",
     "Plan",
     "RetrievalDataset",
@@ -60,6 +68,8 @@ __all__ = [
     "extract_route",
     "finetune",
     "finetune_reranker",
+    "generate_queries",
+    "judge_negatives",
     "load_model",
     "merge_lora",
     "mine_hard_negatives",

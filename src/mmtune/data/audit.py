@@ -10,7 +10,7 @@ from mmtune.data.arrow import column
 from mmtune.data.findings import GOOD_TO_KNOW, PROBLEMS, AuditReport, Example, Finding, most_common
 from mmtune.data.images import EncodedImages
 from mmtune.data.relevance import Relevance
-from mmtune.data.tables import is_blank
+from mmtune.data.tables import DroppedQuery, is_blank
 
 _Positions: TypeAlias = Sequence[int] | np.ndarray
 
@@ -44,6 +44,7 @@ def examine(relevance: Relevance, *, num_examples: int = 5) -> AuditReport:
         **{key: _Count(getattr(tables.notes, key)) for key in _COUNTED_BY_BUILDERS},
         "unreadable_sources": _Count(len(sources), tuple(sources[:num_examples])),
         "unknown_negatives": _Count(tables.notes.unknown_negatives, tuple(unknown[:num_examples])),
+        "dropped_queries": _count_dropped(tables.notes.dropped_queries, num_examples),
         **examiner.count_relevant_negatives(),
         **examiner.count_lists(most_common(queries_by_length) if queries_by_length else None),
         **examiner.count_texts(),
@@ -61,6 +62,11 @@ def examine(relevance: Relevance, *, num_examples: int = 5) -> AuditReport:
         for key, (title, meaning) in (PROBLEMS | GOOD_TO_KNOW).items()
     )
     return AuditReport(sizes, queries_by_length, tuple(findings))
+
+
+def _count_dropped(dropped: Sequence[DroppedQuery], num_examples: int) -> _Count:
+    """The pages whose written queries were left out."""
+    return _Count(len(dropped), tuple(Example((), (each.document_id,)) for each in dropped[:num_examples]))
 
 
 class _Examiner:

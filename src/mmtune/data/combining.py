@@ -1,7 +1,7 @@
 """Several datasets into one, and copies of a page into one document."""
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 
 from mmtune.data.arrow import IntLists, column, flat_lists, lists_of_rows, positions, table_dataset
+from mmtune.data.label_changes import label_changes, lists_before, mapped, with_label_changes
 from mmtune.data.relevance import Relevance
 from mmtune.data.tables import BuildNotes, Tables, check_tables, with_ids
 from mmtune.errors import DatasetError
@@ -44,10 +45,14 @@ def concatenate_tables(parts: Mapping[str, Tables]) -> Tables:
                 "query_id": asking.take(positions(column(part.negatives, "query_id"), old_asking)),
                 "document_ids": lists_of_rows(rows, listed, len(part.negatives)),
             }
-            negatives.append(table_dataset(ids))
+            changes = label_changes(part.negatives)
+            asked = asking.take(positions(changes["query_id"].combine_chunks(), old_asking))
+            changed = documents.take(positions(changes["document_id"].combine_chunks(), old_documents))
+            changes = mapped(changes, query_id=asked, document_id=changed)
+            negatives.append(with_label_changes(table_dataset(ids), changes))
     return check_tables(
-        _stack(corpora, "corpora"),
-        _stack(queries, "queries"),
+        stack(corpora, "corpora"),
+        stack(queries, "queries"),
         concatenate_datasets(qrels),
         concatenate_datasets(negatives) if negatives else None,
         notes=_add_notes([part.notes for part in tables]),
@@ -77,7 +82,10 @@ def merge_copies(relevance: Relevance) -> Tables:
         first.sort()
         distinct = IntLists.grouped(rows[first], pages[first], len(relevance.query_ids))
         ids = {"query_id": relevance.query_ids, "document_ids": distinct.ids(relevance.document_ids)}
-        negatives = table_dataset(ids)
+        changes = label_changes(tables.negatives)
+        changed = positions(changes["document_id"].combine_chunks(), relevance.document_ids)
+        changes = mapped(changes, document_id=relevance.document_ids.take(relevance.page[changed]))
+        negatives = with_label_changes(table_dataset(ids), changes)
     corpus = tables.corpus.select(np.unique(relevance.page))
     return check_tables(corpus, tables.queries, table_dataset(qrels), negatives, notes=tables.notes)
 
@@ -92,7 +100,12 @@ def _distinguish_ids(ids: list[pa.Array], names: list[str]) -> list[pa.Array]:
     ]
 
 
-def _stack(parts: list[Dataset], what: str) -> Dataset:
+def stack(parts: list[Dataset], what: str) -> Dataset:
+    """Tables under each other; a column that one of them lacks is null there.
+
+    Raises:
+        DatasetError: Columns of one name have different types.
+    """
     try:
         return concatenate_datasets(parts)
     except (ValueError, pa.ArrowInvalid) as error:
@@ -112,3 +125,19 @@ def _add_notes(notes: list[BuildNotes]) -> BuildNotes:
         else:
             values[field.name] = any(parts) if isinstance(parts[0], bool) else sum(parts)
     return BuildNotes(**values)
+
+
+def undo_label_changes(tables: Tables) -> Tables:
+    """The tables as they were before negatives were judged; see ``RetrievalDataset.undo_label_changes``."""
+    changes = label_changes(tables.negatives)
+    if tables.negatives is None or not len(changes):
+        return tables
+    found = changes.filter(pc.equal(changes["label"], "relevant"))
+    added = set(zip(found["query_id"].to_pylist(), found["document_id"].to_pylist(), strict=True))
+    judged = zip(tables.qrels["query_id"][:], tables.qrels["document_id"][:], strict=True)
+    lists = lists_before(tables.negatives)
+    return replace(
+        tables,
+        qrels=tables.qrels.select([row for row, pair in enumerate(judged) if pair not in added]),
+        negatives=table_dataset({"query_id": pa.array(list(lists)), "document_ids": pa.array(list(lists.values()))}),
+    )

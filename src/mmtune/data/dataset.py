@@ -11,12 +11,13 @@ from datasets import Dataset
 
 from mmtune.arguments import is_whole, require_one_of, require_seed, require_whole
 from mmtune.data import files, layouts
-from mmtune.data.arrow import as_texts
+from mmtune.data.arrow import as_texts, table_dataset
 from mmtune.data.audit import AuditReport, examine
-from mmtune.data.combining import concatenate_tables, merge_copies
+from mmtune.data.combining import concatenate_tables, merge_copies, undo_label_changes
 from mmtune.data.documents import DocumentKind, document_columns
 from mmtune.data.images import InputSize, check_pages, require_input_size
 from mmtune.data.judgements import Judgements
+from mmtune.data.label_changes import label_changes
 from mmtune.data.negatives import OnShort
 from mmtune.data.pdf_corpus import build_from_pdfs
 from mmtune.data.relevance import Direction, Relevance
@@ -480,7 +481,7 @@ class RetrievalDataset:
         """
         num_negatives = require_whole("num_negatives", num_negatives, at_least=0)
         seed = require_seed("seed", seed)
-        judgements = Judgements.of(self.relevance_of(documents), direction, each_copy=True)
+        judgements = Judgements.of(self.relevance_of(documents), direction, each_copy=True).with_near_misses()
         return labeled_pairs(judgements, num_negatives, documents, seed)
 
     def labeled_lists(
@@ -508,7 +509,7 @@ class RetrievalDataset:
         """
         num_negatives = require_whole("num_negatives", num_negatives, at_least=0)
         seed = require_seed("seed", seed)
-        judgements = Judgements.of(self.relevance_of(documents), direction, each_copy=True)
+        judgements = Judgements.of(self.relevance_of(documents), direction, each_copy=True).with_near_misses()
         return labeled_lists(judgements, num_negatives, documents, seed)
 
     def audit(self) -> AuditReport:
@@ -634,6 +635,25 @@ class RetrievalDataset:
             ConfigError: ``folder`` is no path.
         """
         files.save_tables(self.tables, folder)
+
+    @property
+    def label_changes(self) -> Dataset:
+        """The negatives that ``judge_negatives`` took for something else, a row each.
+
+        ===========  ==============  ====================================  ====================  =======
+        query_id     document_id     label                                 rank                  score
+        ===========  ==============  ====================================  ====================  =======
+        ``"q1"``     ``"p7"``        ``"relevant"``, then it stands in     its place in the      that of
+                                     the qrels, or ``"unknown"``, then     list that it was      the
+                                     nothing uses it                       taken from, from 0    judge
+        ===========  ==============  ====================================  ====================  =======
+        """
+        changes = label_changes(self.negatives)
+        return table_dataset({name: changes[name].combine_chunks() for name in changes.column_names})
+
+    def undo_label_changes(self) -> "RetrievalDataset":
+        """The dataset with all ``label_changes`` put back: as negatives, in their places, and out of the qrels."""
+        return self.from_tables(undo_label_changes(self.tables))
 
     def __len__(self) -> int:
         return len(self.queries)

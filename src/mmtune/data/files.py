@@ -15,7 +15,7 @@ from mmtune.arguments import nearest_name, require_path
 from mmtune.data.images import EncodedImages
 from mmtune.data.layouts import build_from_beir, build_from_known_layout
 from mmtune.data.pdf_corpus import build_from_pdfs, store_pages
-from mmtune.data.tables import BuildNotes, Tables, advise_on
+from mmtune.data.tables import BuildNotes, DroppedQuery, Tables, advise_on
 from mmtune.errors import ConfigError, DatasetError
 from mmtune.host import describe_offline
 
@@ -161,6 +161,7 @@ def _load_saved(path: Path) -> Tables:
         raise DatasetError(
             f"{str(path)!r} has a manifest and no table {missing[0]!r}: it is not whole. Save the dataset again."
         )
+    notes["dropped_queries"] = tuple(DroppedQuery(**each) for each in notes.get("dropped_queries", ()))
     return Tables(**named, notes=BuildNotes(**notes))
 
 

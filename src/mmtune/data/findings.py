@@ -87,6 +87,10 @@ GOOD_TO_KNOW = {
         "judgements with a score of 0 or less",
         "They are no judgements here: what is not listed is not relevant.",
     ),
+    "dropped_queries": (
+        "written queries that were left out, failed calls among them",
+        "notes.dropped_queries lists them with the page and the reason.",
+    ),
     "identical_pages": (
         "documents that are a byte-identical copy of another one",
         "They count as one page in batches and negatives. deduplicate() makes them one document.",

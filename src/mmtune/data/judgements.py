@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from mmtune.arguments import require_one_of
 from mmtune.data.arrow import IntLists
+from mmtune.data.near_misses import NearMisses
 from mmtune.data.negatives import Candidates, choose_negatives
 from mmtune.data.relevance import Direction, Relevance
 from mmtune.errors import ConfigError
@@ -41,6 +42,7 @@ class Judgements:
         asking: What each row is, ascending: a position among the queries, or among the documents.
         judged_rows: The row of each judgement, int64.
         candidates: The negatives that each row may get.
+        near_misses: Texts that are no queries, and negatives of the pages of theirs; see ``with_near_misses``.
     """
 
     relevance: Relevance
@@ -48,6 +50,7 @@ class Judgements:
     asking: np.ndarray
     judged_rows: np.ndarray
     candidates: Candidates
+    near_misses: NearMisses | None = None
 
     @classmethod
     def of(cls, relevance: Relevance, direction: Direction, *, each_copy: bool = False) -> "Judgements":
@@ -68,7 +71,7 @@ class Judgements:
         if direction == "text_to_image":
             asking = np.arange(len(relevance.query_ids))
             names = ("Query", "documents")
-            negatives = Candidates(relevance.query_ids, listed, relevance.page, relevance.is_relevant, names)
+            negatives = Candidates(relevance.query_ids, listed, relevance.page, relevance.may_be_relevant, names)
             return cls(relevance, direction, asking, relevance.judged_query, negatives)
         # The negatives of a page are the queries that list it, or a copy of it, as theirs.
         judged = relevance.judged_document
@@ -78,7 +81,7 @@ class Judgements:
             relevance.document_ids.take(asking),
             queries_of_page.take(relevance.page[asking]),
             relevance.text,
-            lambda at, queries: relevance.is_relevant(queries, asking[at]),
+            lambda at, queries: relevance.may_be_relevant(queries, asking[at]),
             ("Page", "query texts"),
         )
         return cls(relevance, direction, asking, rows, negatives)
@@ -90,8 +93,35 @@ class Judgements:
 
     @property
     def item_ids(self) -> pa.Array:
-        """The ids of everything that could be asked for: all documents, or all queries."""
-        return self.relevance.document_ids if self.direction == "text_to_image" else self.relevance.query_ids
+        """The ids of everything that could be asked for: all documents, or all queries and then all near misses."""
+        if self.direction == "text_to_image":
+            return self.relevance.document_ids
+        further = pa.array([], type=pa.string()) if self.near_misses is None else self.near_misses.ids
+        return pa.concat_arrays([self.relevance.query_ids, further])
+
+    def with_near_misses(self) -> "Judgements":
+        """These with the near misses of the queries; where pages ask, their first negatives, and drawn for no other."""
+        relevance = self.relevance
+        found = NearMisses.of(relevance.tables.queries)
+        if not len(found) or self.direction == "text_to_image":
+            return replace(self, near_misses=found if len(found) else None)
+        count = len(relevance.query_ids)
+        of_judgement = found.by_query(count).take(relevance.judged_query)
+        rows, items = self.judged_rows[of_judgement.rows], count + of_judgement.values
+        listed = self.candidates.lists
+        lists = IntLists.grouped(np.r_[rows, listed.rows], np.r_[items, listed.values], len(self.asking))
+        # A near miss with the words of a query is that query.
+        texts = pa.concat_arrays([relevance.query_texts, found.texts.cast(pa.large_string())]).dictionary_encode()
+        text = texts.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+        query = np.unique(text, return_index=True)[1][text]
+
+        def is_relevant(at: np.ndarray, items: np.ndarray) -> np.ndarray:
+            asked = query[items]
+            is_query = asked < count
+            return is_query & relevance.may_be_relevant(np.where(is_query, asked, 0), self.asking[at])
+
+        candidates = replace(self.candidates, lists=lists, same=text, is_relevant=is_relevant, num_drawn=count)
+        return replace(self, candidates=candidates, near_misses=found)
 
     @property
     def judged_items(self) -> np.ndarray:

@@ -227,6 +227,8 @@ def store_pages(corpus: Dataset, folder: str | os.PathLike[str]) -> Dataset:
         DatasetError: A file can't be written.
         ImageDecodeError: A page can't be rendered; the message names the document.
     """
+    if "image" not in corpus.column_names:
+        return corpus
     images, root = EncodedImages(corpus), Path(folder).absolute()
     if not len(images.pdf_rows):
         return corpus

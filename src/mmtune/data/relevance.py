@@ -7,10 +7,12 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mmtune.data.arrow import IntLists, as_texts, column, flat_lists, positions, table_dataset
 from mmtune.data.documents import DocumentKind
 from mmtune.data.identity import identical_documents, usual_kind
+from mmtune.data.label_changes import label_changes, with_label_changes
 from mmtune.data.tables import Tables
 from mmtune.errors import ConfigError, DatasetError
 
@@ -85,14 +87,42 @@ class Relevance:
             queries: Positions of queries, int64.
             documents: Positions of documents, of the same shape.
         """
+        return self._is_among(self._relevant_codes, queries, documents)
+
+    @cached_property
+    def _codes_that_may_be_relevant(self) -> np.ndarray:
+        changes = label_changes(self.tables.negatives)
+        unknown = changes.filter(pc.equal(changes["label"], "unknown"))
+        ids = (unknown[name].combine_chunks() for name in ("query_id", "document_id"))
+        at = [positions(each, keys) for each, keys in zip(ids, (self.query_ids, self.document_ids), strict=True)]
+        known = (at[0] >= 0) & (at[1] >= 0)
+        return np.union1d(self._relevant_codes, self._encode(at[0][known], at[1][known]))
+
+    def may_be_relevant(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
+        """As ``is_relevant``, or nobody knows whether: what ``judge_negatives`` found to be unknown is used by nothing.
+
+        Args:
+            queries: Positions of queries, int64.
+            documents: Positions of documents, of the same shape.
+        """
+        return self._is_among(self._codes_that_may_be_relevant, queries, documents)
+
+    def _is_among(self, known: np.ndarray, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
         codes = self._encode(queries, documents)
-        at = np.minimum(np.searchsorted(self._relevant_codes, codes), len(self._relevant_codes) - 1)
-        return self._relevant_codes[at] == codes
+        return known[np.minimum(np.searchsorted(known, codes), len(known) - 1)] == codes
 
     @cached_property
     def documents_of_text(self) -> IntLists:
         """For each text all documents that are relevant to it, copies of a page included."""
-        texts, pages = self.relevant_pairs
+        return self._documents_of(self._relevant_codes)
+
+    @cached_property
+    def documents_apart_from_text(self) -> IntLists:
+        """For each text all documents that may be relevant to it, copies of a page included: no negatives of it."""
+        return self._documents_of(self._codes_that_may_be_relevant)
+
+    def _documents_of(self, codes: np.ndarray) -> IntLists:
+        texts, pages = np.divmod(codes, len(self.document_ids))
         documents_of_page = IntLists.grouped(self.page, np.arange(len(self.page)), len(self.page)).take(pages)
         return IntLists.grouped(
             texts[documents_of_page.rows], documents_of_page.values, int(self.text.max(initial=-1)) + 1
@@ -171,4 +201,8 @@ class Relevance:
         ids = {"query_id": self.query_ids.take(queries), "document_ids": within.ids(self.document_ids)}
         held_out = tables.notes.held_out_negatives + int((~kept).sum())
         notes = replace(tables.notes, held_out_negatives=held_out)
-        return replace(tables, negatives=table_dataset(ids), notes=notes)
+        changes = label_changes(tables.negatives)
+        changed = self.document_ids.take(documents)
+        at = positions(changes["document_id"].combine_chunks(), changed)
+        changes = changes.filter(pa.array(at >= 0))
+        return replace(tables, negatives=with_label_changes(table_dataset(ids), changes), notes=notes)

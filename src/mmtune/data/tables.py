@@ -23,9 +23,25 @@ from mmtune.data.arrow import (
     with_columns,
     with_encoded_images,
 )
+from mmtune.data.label_changes import label_changes, with_label_changes
 from mmtune.errors import DatasetError, MissingDocumentError
 
 _LARGEST_SCORE = 2.0**31
+
+
+@dataclass(frozen=True)
+class DroppedQuery:
+    """A query that was written for a page and left out, or a call for one that failed.
+
+    Attributes:
+        document_id: The page.
+        text: The query; empty where a call failed.
+        reason: Why.
+    """
+
+    document_id: str
+    text: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -43,6 +59,7 @@ class BuildNotes:
         held_out_negatives: Entries taken out of lists of negatives because ``split`` keeps them for evaluation.
         unreadable_sources: Files and pages of PDFs that can't be read, as (name, reason).
         ids_are_row_numbers: The builder made up the ids from row numbers, so that they mean nothing elsewhere.
+        dropped_queries: What ``generate_queries`` left out.
     """
 
     blank_queries: int = 0
@@ -55,6 +72,7 @@ class BuildNotes:
     held_out_negatives: int = 0
     unreadable_sources: tuple[tuple[str, str], ...] = ()
     ids_are_row_numbers: bool = False
+    dropped_queries: tuple[DroppedQuery, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -289,7 +307,10 @@ def _check_negatives(negatives: Dataset, corpus: Dataset, queries: Dataset) -> D
     require_unique(query_ids, "query (in the table of negatives) id")
     rows, items = id_lists(negatives, "document_ids")
     _require_known(items, column(corpus, "document_id"), "negatives", "corpus", query_ids.take(rows))
-    return table_dataset({"query_id": query_ids, "document_ids": lists_of_rows(rows, items, len(query_ids))})
+    checked = table_dataset({"query_id": query_ids, "document_ids": lists_of_rows(rows, items, len(query_ids))})
+    changes = label_changes(negatives)
+    _require_known(changes["document_id"].combine_chunks(), column(corpus, "document_id"), "label changes", "corpus")
+    return with_label_changes(checked, changes)
 
 
 def _with_unique_ids(table: Dataset, what: str) -> Dataset:

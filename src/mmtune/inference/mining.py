@@ -16,6 +16,7 @@ from mmtune.data.arrow import IntLists, lists, table_dataset
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
 from mmtune.data.intake import DatasetLike, as_retrieval_dataset
+from mmtune.data.label_changes import label_changes, with_label_changes
 from mmtune.data.relevance import Relevance
 from mmtune.errors import ConfigError
 from mmtune.inference.encoder import (
@@ -257,7 +258,8 @@ def mine_hard_negatives(
     depth = rule.last_rank(most_relevant) + most_relevant
     ids = query_ids, document_ids
     nearest = find_nearest(model.similarity, texts, shards, depth=depth, ids=ids, relevant=relevant)
-    is_relevant = relevance.is_relevant(np.broadcast_to(queries[:, None], nearest.items.shape), pages[nearest.items])
+    asking = np.broadcast_to(queries[:, None], nearest.items.shape)
+    is_relevant = relevance.may_be_relevant(asking, pages[nearest.items])
     ranking = Ranking(
         query_ids, document_ids, relevant, nearest.relevant_scores, nearest.items, nearest.scores, is_relevant
     )
@@ -296,6 +298,7 @@ def _with_negatives(data: RetrievalDataset, mined: IntLists) -> RetrievalDataset
     relevance, tables = data.relevance, data.tables
     document_ids = relevance.document_ids.take(pa.array(mined.values))
     negatives = table_dataset({"query_id": relevance.query_ids, "document_ids": lists(mined.offsets, document_ids)})
+    negatives = with_label_changes(negatives, label_changes(tables.negatives))
     notes = replace(tables.notes, null_negatives=0, unknown_negatives=0, unknown_examples=(), held_out_negatives=0)
     return RetrievalDataset.from_tables(replace(tables, negatives=negatives, notes=notes))
 

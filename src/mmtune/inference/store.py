@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -161,9 +162,70 @@ def score_table(pairs: Sequence[Pair], contents: Sequence[str], scores: Sequence
     return pa.table([query_ids, document_ids, contents, scores], schema=_SCORES)
 
 
+class ReplyStore:
+    """Replies of generators and judges in a folder, a file each, by what was asked.
+
+    A file is written when its reply comes, and whole: what was answered is never asked again, however often a run is
+    killed. Two processes may share the folder.
+
+    Args:
+        folder: A new folder, or one of replies.
+
+    Raises:
+        ConfigError: The folder can't be written to.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        require_path("store", folder)
+        self._folder = Path(folder)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            _write_whole(self._folder / "mmtune_replies", Path.touch)
+        except OSError as error:
+            raise ConfigError(
+                f"store={str(folder)!r} can't be written to: {error}. Pass a folder that can, or None to keep nothing."
+            ) from error
+
+    def load(self, key: str) -> str | None:
+        """The reply under a key; ``None`` where there is none."""
+        path = self._path(key)
+        try:
+            reply = json.loads(path.read_text(encoding="utf-8"))["reply"]
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("The reply in %s can't be read (%s) and is asked for again.", path, error)
+            return None
+        return reply if isinstance(reply, str) else None
+
+    def save(self, key: str, reply: str, **asked: str) -> None:
+        """Store a reply under a key, with what was asked, for people who look into the folder.
+
+        Raises:
+            ConfigError: The folder can't be written to.
+        """
+        path, content = self._path(key), json.dumps({"reply": reply, **asked}, indent=2)
+
+        def write(partial: Path) -> None:
+            partial.write_text(content, encoding="utf-8")
+
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_whole(path, write)
+        except OSError as error:
+            raise ConfigError(
+                f"A reply can't be written to {str(path)!r}: {error}. What was stored before stays: make room, or "
+                "mend the folder, and call again."
+            ) from error
+
+    def _path(self, key: str) -> Path:
+        return self._folder / key[:2] / f"{key}.json"
+
+
 def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
     # Under its name only when it is whole; with the process in its name until then, since two may write the same.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    # And with the thread, for the same reason.
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
     write(partial)
     partial.replace(path)
 
