@@ -41,6 +41,7 @@ class BuildNotes:
         queries_without_document: Queries left out because nothing is relevant to them.
         judged_not_relevant: Judgements with a score of 0 or less; they are no judgements here.
         held_out_negatives: Entries taken out of lists of negatives because ``split`` keeps them for evaluation.
+        neighbors_left_out: Pages beside a relevant one in its file that mining ranked high and left out.
         ids_are_row_numbers: The builder made up the ids from row numbers, so that they mean nothing elsewhere.
     """
 
@@ -52,6 +53,7 @@ class BuildNotes:
     queries_without_document: int = 0
     judged_not_relevant: int = 0
     held_out_negatives: int = 0
+    neighbors_left_out: int = 0
     ids_are_row_numbers: bool = False
 
 
