@@ -16,10 +16,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset
-from measure import peak_mb, report
+from measure import in_fresh_process, peak_mb, report, write_section
 from sentence_transformers import SentenceTransformer
 
 from mmtune import RetrievalDataset, finetune, mine_hard_negatives
+from mmtune.report.markdown import markdown_table
 from mmtune.testing import generated_pages, tiny_clip
 
 MOST_SECONDS = 60
@@ -141,8 +142,8 @@ def main() -> None:
     cpu_seconds = time.process_time() - started
     gains = np.array([found["mined"] - found["random"] for found in trained.values()])
     text = [
-        f"`python benchmarks/mining.py`: `mine_hard_negatives` for {size[0]:,} queries among {size[1]:,} documents, with "
-        f"embeddings of {size[2]} numbers that are made before; peak is memory above the process with these embeddings.",
+        f"`python benchmarks/mining.py`: `mine_hard_negatives` for {size[0]:,} queries among {size[1]:,} documents, "
+        f"with embeddings of {size[2]} numbers that are made before; peak is memory above the process that holds them.",
         markdown_table(
             ("threads", "seconds", "CPU seconds", "peak MB"),
             [

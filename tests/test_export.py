@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +95,7 @@ def test_beir_keeps_everything(given, tmp_path):
 
 
 def test_beir_is_what_readers_of_beir_expect(tmp_path):
-    folder = str(dataset(**MANY_TO_MANY).export(tmp_path / "for-readers", split="test", **QUIET))
+    folder = str(dataset(**MANY_TO_MANY).export(tmp_path / "beir", split="test", **QUIET))
     corpus, queries, qrels = (load_dataset(folder, name, split="test") for name in ("corpus", "queries", "qrels"))
     assert corpus.column_names == ["corpus-id", "image"]
     assert corpus[1]["image"].getpixel((0, 0)) == (1, 0, 0)
@@ -126,10 +127,17 @@ def test_id_rows_keep_ids_where_queries_have_those_of_their_pages(pages, tmp_pat
     assert rows[0]["image"].size == pages[0]["image"].size
 
 
+def test_the_host_reads_an_export_of_the_same_name_anew(tmp_path):
+    for number, query in ((0, "a"), (1, "b")):
+        rows = Dataset.from_dict({"id": ["x"], "query": [query], "image": [png(number)]})
+        folder = RetrievalDataset.from_id_rows(rows).export(tmp_path / "out", "id_rows", overwrite=True, **QUIET)
+        assert load_dataset(str(folder), split="train")["query"][:] == [query]
+
+
 def test_columns_may_hold_several_pages_of_a_query(tmp_path):
     data = dataset(judged=((0, 0), (0, 1), (1, 1)))
     with pytest.warns(UserWarning, match="the ids of 2 queries and 4 pages. layout='beir' keeps everything"):
-        folder = data.export(tmp_path / "several-pages", "columns", **QUIET)
+        folder = data.export(tmp_path / "columns", "columns", **QUIET)
     again = RetrievalDataset.load(folder)
     assert by_content(again)[0] == by_content(data)[0]
     rows = load_dataset(str(folder), split="train")
@@ -184,6 +192,20 @@ def test_what_cannot_be_left_out_is_an_error_before_anything_is_written(layout, 
     with pytest.raises(DatasetError, match=message):
         data().export(tmp_path / "out", layout, **QUIET)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layout", ["beir", "id_rows", "columns", "tevatron"])
+def test_pages_without_queries(layout, tmp_path):
+    data = dataset(negatives=None)
+    queries, qrels = data.queries.select([]), data.qrels.select([])
+    alone = RetrievalDataset.from_tables(replace(data.tables, queries=queries, qrels=qrels))
+    if layout in ("columns", "tevatron"):
+        with pytest.raises(DatasetError, match="has a row for each query, and the dataset has none"):
+            alone.export(tmp_path / "out", layout, **QUIET)
+    else:
+        folder = alone.export(tmp_path / "out", layout, **QUIET)
+        rows = load_dataset(str(folder), "corpus" if layout == "beir" else None, split="train")
+        assert [row["image"].getpixel((0, 0))[0] for row in rows] == [0, 1, 2, 3]
 
 
 def test_columns_that_agree_are_one(tmp_path):
@@ -322,7 +344,7 @@ def test_a_killed_export_is_not_taken_for_a_dataset(at_portion, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        *[({"folder": value}, "folder=") for value in (None, 5, "", ["x"])],
+        *[({"folder": value}, "folder=") for value in (None, 5, "", ["x"], "a\0b", "\ud800")],
         *[({"layout": value}, "layout=") for value in ("csv", None, 5, "BEIR")],
         *[({"split": value}, "split=") for value in ("all", None, 5, "../x")],
         *[({"overwrite": value}, "overwrite=") for value in ("no", None, 1)],

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -93,6 +94,15 @@ def test_page_numbers_out_of_range_have_no_neighbors(numbers):
 def test_the_distance_is_checked(file_of_pages, value):
     with pytest.raises(ConfigError, match="neighbors="):
         mine_texts(file_of_pages, VectorsInTexts(), neighbors=value)
+
+
+def test_a_dataset_without_queries_is_refused(file_of_pages):
+    tables = file_of_pages.tables
+    alone = RetrievalDataset.from_tables(
+        replace(tables, queries=tables.queries.select([]), qrels=tables.qrels.select([]))
+    )
+    with pytest.raises(DatasetError, match="no queries to mine for"):
+        mine_texts(alone, VectorsInTexts())
 
 
 # ---- several processes, and processes that are killed

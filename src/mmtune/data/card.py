@@ -31,6 +31,7 @@ def make_card(
     *,
     name: str = "this-folder",
     existing: str = "",
+    stamp: str = "",
 ) -> str:
     """The text of a card: metadata, what the dataset holds, and how it is read.
 
@@ -41,6 +42,8 @@ def make_card(
         split: The split that its files are.
         name: What ``load`` takes for it.
         existing: The card that stands there: its metadata, its other splits and what a person wrote are kept.
+        stamp: What tells this export from others, for each configuration: ``load_dataset`` (datasets 5.2) takes two
+            folders of one name with equal metadata for the same, and gives what it has of the first.
     """
     card = DatasetCard(existing or f"---\n{{}}\n---\n\n# {name.rpartition('/')[2]}\n", ignore_metadata_errors=True)
     known = card.data.to_dict()
@@ -50,6 +53,8 @@ def make_card(
         others = [each for each in _data_files(configs.get(config_name)) if each["split"] != split]
         data_files = [*others, {"split": split, "path": f"{folder}/{split}-*"}]
         configs[config_name] = {"config_name": config_name, "data_files": data_files}
+        if stamp:
+            configs[config_name]["description"] = stamp
     found: dict[str, Any] = {"language": _languages(relevance), "size_categories": [_size(relevance)]}
     found |= {"task_categories": ["visual-document-retrieval"], "tags": list(_TAGS)}
     found |= {key: value for key, value in known.items() if value}

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal, get_args
 from uuid import uuid4
@@ -23,7 +24,7 @@ from mmtune.data.card import make_card
 from mmtune.data.files import CARD, require_found
 from mmtune.data.images import EncodedImages
 from mmtune.data.relevance import Relevance
-from mmtune.errors import DatasetError
+from mmtune.errors import ConfigError, DatasetError
 
 ExportLayout = Literal["beir", "columns", "id_rows", "tevatron"]
 """How the tables of a dataset are laid out in files; see ``RetrievalDataset.export``."""
@@ -69,6 +70,11 @@ def lay_out(relevance: Relevance, layout: ExportLayout) -> Outgoing:
     Raises:
         DatasetError: The layout has no place for something that can't be left out.
     """
+    if layout in ("columns", "tevatron") and not len(relevance.query_ids):
+        raise DatasetError(
+            f"layout={layout!r} has a row for each query, and the dataset has none. Pass layout='beir', which also "
+            "holds pages alone, or write queries first."
+        )
     makers: Mapping[str, Callable[[Relevance], Outgoing]] = {
         "beir": _lay_out_beir,
         "tevatron": _lay_out_tevatron,
@@ -107,7 +113,9 @@ def export_dataset(
         partial = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
         try:
             write_files(outgoing, relevance, partial, split, show_progress_bar=show_progress_bar)
-            (partial / CARD).write_text(make_card(relevance, layout, list(outgoing.tables), split), encoding="utf-8")
+            stamp = f"Written at {datetime.now(timezone.utc).isoformat()}"
+            card = make_card(relevance, layout, list(outgoing.tables), split, name=path.name, stamp=stamp)
+            (partial / CARD).write_text(card, encoding="utf-8")
             _put_in_place(partial, path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -182,10 +190,15 @@ def _require_free(path: Path, overwrite: bool) -> None:
 
     Raises:
         DatasetError: It is neither; the message names what it holds.
+        ConfigError: It can be no path.
     """
     with writing_to(path):
-        if not path.exists():
+        try:
+            path.lstat()
+        except FileNotFoundError:
             return
+        except ValueError as error:  # a null byte, or half of a surrogate pair
+            raise ConfigError(f"folder={str(path)!r:.80} can't be a path: {error}. Name another.") from None
         if not path.is_dir():
             raise DatasetError(f"{str(path)!r} is a file. Name a new folder.")
         entries = sorted(entry.name for entry in path.iterdir())

@@ -18,7 +18,7 @@ from mmtune.data.documents import DocumentKind
 from mmtune.data.intake import DatasetLike, as_retrieval_dataset
 from mmtune.data.neighbors import find_neighbors
 from mmtune.data.relevance import Relevance
-from mmtune.errors import ConfigError
+from mmtune.errors import ConfigError, DatasetError
 from mmtune.inference.encoder import (
     SHARD_SIZE,
     DatasetReader,
@@ -253,6 +253,8 @@ def mine_hard_negatives(
     if cache_folder is not None:
         require_path("cache_folder", cache_folder)
     data = as_retrieval_dataset(dataset)
+    if not len(data):
+        raise DatasetError("The dataset has no queries to mine for. Write some, e.g. with generate_queries.")
     reader = DatasetReader(data.corpus, data.queries, documents)
     processes = Processes.running(model.device)
 
