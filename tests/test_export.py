@@ -435,6 +435,8 @@ def test_another_split_and_what_people_wrote_stay(hub):
     assert "Scanned by hand." in card
     assert "No licence is given" not in card
     assert card.count("## train") == card.count("## test") == 1
+    assert "path: corpus/train-*" in card
+    assert "path: corpus/test-*" in card
     assert tables_of(RetrievalDataset.load(path.parent, split="train")) == tables_of(dataset(negatives=None))
     assert tables_of(RetrievalDataset.load(path.parent, split="test")) == tables_of(dataset(**MANY_TO_MANY))
     with pytest.raises(DatasetError, match=r"has the configurations \['corpus', 'qrels', 'queries'\]"):

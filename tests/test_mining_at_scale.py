@@ -36,6 +36,11 @@ def test_neighbors_of_a_relevant_page_are_no_negatives(file_of_pages, reach, exp
     assert mine_texts(file_of_pages, VectorsInTexts(), relative_margin=None, neighbors=reach) == {"q0": expected}
 
 
+def test_neighbors_take_no_room_of_the_ranking(file_of_pages):
+    found = mine_texts(file_of_pages, VectorsInTexts(), relative_margin=None, num_negatives=2, range_max=2)
+    assert found == {"q0": ["d0", "d4"]}
+
+
 def test_what_was_left_out_is_counted(file_of_pages, caplog):
     options = {"documents": "text", "relative_margin": None, "show_progress_bar": False}
     with caplog.at_level(logging.INFO, logger=mining.__name__):

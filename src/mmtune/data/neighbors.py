@@ -41,9 +41,9 @@ def find_neighbors(relevance: Relevance, distance: int) -> IntLists:
     at, texts = places[relevant.values], relevant.rows
     at, texts = at[at >= 0], texts[at >= 0]
 
-    # In the order of places the neighbours are a run; it ends where the file does.
-    reach, of_file = min(distance, _PAGES_A_FILE // 2 - 1), at // _PAGES_A_FILE * _PAGES_A_FILE
-    begins = np.searchsorted(places[order], np.maximum(at - reach, of_file))
+    # In the order of places the neighbours are a run; between files there is more room than it can reach.
+    reach = min(distance, _PAGES_A_FILE // 2 - 1)
+    begins = np.searchsorted(places[order], at - reach)
     lengths = np.searchsorted(places[order], at + reach, side="right") - begins
     within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     pages = relevance.page[order[np.repeat(begins, lengths) + within]]
