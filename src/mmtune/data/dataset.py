@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -13,8 +14,11 @@ from mmtune.arguments import is_whole, require_one_of, require_seed, require_who
 from mmtune.data import files, layouts
 from mmtune.data.arrow import as_texts, table_dataset
 from mmtune.data.audit import AuditReport, examine
+from mmtune.data.card import make_card
 from mmtune.data.combining import concatenate_tables, merge_copies, undo_label_changes
 from mmtune.data.documents import DocumentKind, document_columns
+from mmtune.data.export import ExportLayout, Split, export_dataset
+from mmtune.data.hub import push_dataset
 from mmtune.data.images import InputSize, check_pages, require_input_size
 from mmtune.data.judgements import Judgements
 from mmtune.data.label_changes import label_changes
@@ -629,12 +633,104 @@ class RetrievalDataset:
         folder needs neither the PDFs nor their passwords. Where the PDFs stay in place, ``from_pdfs`` is quicker and
         takes no space.
 
+        A card, ``README.md``, says what it holds.
+
         Raises:
-            DatasetError: The folder is not empty, or the file of a page is missing.
+            DatasetError: The folder is not empty or can't be written to, or the file of a page is missing.
             ImageDecodeError: The PDF of a page has changed since the dataset was built.
             ConfigError: ``folder`` is no path.
         """
-        files.save_tables(self.tables, folder)
+        files.save_tables(self.tables, folder, make_card(self.relevance, None, (), "all", name=str(folder)))
+
+    def export(
+        self,
+        folder: str | os.PathLike[str],
+        layout: ExportLayout = "beir",
+        *,
+        split: Split = "train",
+        overwrite: bool = False,
+        show_progress_bar: bool = True,
+    ) -> Path:
+        """Write the dataset to a folder of parquet files that other programs read, and ``load`` reads back.
+
+        ===============  =============================================================================
+        ``layout``       what is written
+        ===============  =============================================================================
+        ``"beir"``       ``corpus``, ``queries`` and ``qrels`` as in ViDoRe; nothing is lost
+        ``"id_rows"``    one row per page, ``id, query, image, negatives``
+        ``"columns"``    one row per query and relevant page, ``query, image, negative_0, ...``
+        ``"tevatron"``   ``corpus`` and ``queries`` with lists of ids, as in Tevatron
+        ===============  =============================================================================
+
+        Images are written as they are encoded, a few at a time. A card, ``README.md``, lets ``datasets.load_dataset``
+        read the folder too. The folder gets its name when it is whole: what a killed process leaves beside it begins
+        with a dot and ends in ``.partial``.
+
+        Args:
+            folder: A new or empty folder.
+            layout: The layout.
+            split: The split that the files are named after; ViDoRe and MTEB read ``"test"``.
+            overwrite: Whether an export that the folder holds may be replaced; nothing else is deleted.
+            show_progress_bar: Whether to show bars.
+
+        Returns:
+            The folder, as an absolute path.
+
+        Raises:
+            DatasetError: The folder holds something or can't be written to, the file of a page is missing, or the
+                layout has no place for something that can't be left out, such as several relevant pages of a query in
+                ``"id_rows"``.
+            ConfigError: An argument has a value it can't have.
+
+        Warns:
+            UserWarning: What is left out, counted: scores, and in ``"columns"`` ids and pages that no row has.
+        """
+        return export_dataset(
+            self.relevance, folder, layout, split=split, overwrite=overwrite, show_progress_bar=show_progress_bar
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        layout: ExportLayout | None = None,
+        split: Split = "train",
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        show_progress_bar: bool = True,
+    ) -> str:
+        """Write the dataset to a repository of the Hub in one commit, with a card; ``load(repo_id)`` reads it back.
+
+        What the repository holds under other splits stays, and so does what people wrote in its card. The card gives
+        no licence: that is for who shares the pages.
+
+        Args:
+            repo_id: ``"user/name"``; it is made where it is not there.
+            layout: As for ``export``. ``None`` is ``"id_rows"`` where nothing is lost by it, else ``"beir"``.
+            split: The split to write, in the place of an older one of that name.
+            private: Whether a new repository is private; ``None`` is the setting of the account.
+            token: Of the Hub; ``None`` is the one that ``hf auth login`` stored.
+            revision: A branch other than ``main``, which has to exist.
+            show_progress_bar: Whether to show bars.
+
+        Returns:
+            The address of the repository.
+
+        Raises:
+            DatasetError: It could not be pushed, holds another layout, or see ``export``.
+            ConfigError: An argument has a value it can't have.
+        """
+        return push_dataset(
+            self.relevance,
+            repo_id,
+            layout=layout,
+            split=split,
+            private=private,
+            token=token,
+            revision=revision,
+            show_progress_bar=show_progress_bar,
+        )
 
     @property
     def label_changes(self) -> Dataset:

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import datasets
-from datasets import Dataset, DatasetDict, get_dataset_config_names, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, get_dataset_config_names, load_dataset, load_dataset_builder, load_from_disk
 
 from mmtune.arguments import nearest_name, require_path
 from mmtune.data.images import EncodedImages
@@ -21,7 +21,10 @@ from mmtune.host import describe_offline
 
 _MANIFEST = "mmtune_dataset.json"
 _FORMAT_VERSION = 1
+CARD = "README.md"
+"""What describes a dataset to people and to the Hub."""
 _BEIR = ("corpus", "queries", "qrels")
+_TEVATRON = ("corpus", "queries")
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?", re.ASCII)
 _READERS = {".csv": "from_csv(path)", ".tsv": 'from_csv(path, sep="\\t")', ".json": "from_json(path)"}
@@ -30,18 +33,20 @@ _FILES = {".parquet", ".pdf", ".arrow", ".zip", *_READERS}
 _SPLIT = re.compile(r"(train|dev|valid|val|validation|test|eval|evaluation)(?:[-_.]\d+)*(?:-of-\d+)?")
 
 
-def save_tables(tables: Tables, folder: str | os.PathLike[str]) -> None:
-    """The tables as Arrow files below ``folder``, images encoded as they are, and pages of PDFs rendered.
+def save_tables(tables: Tables, folder: str | os.PathLike[str], card: str) -> None:
+    """The tables as Arrow files below ``folder``, with a card; images encoded as they are, pages of PDFs rendered.
 
     Raises:
-        DatasetError: ``folder`` holds something already.
+        DatasetError: ``folder`` holds something already, or can't be written to.
     """
     require_path("folder", folder)
     path = Path(folder)
-    _require_found(tables.corpus)
+    require_found(tables.corpus)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise DatasetError(f"{str(path)!r} is not empty. Save to a new folder, or remove what is there.")
     named = {"queries": tables.queries, "qrels": tables.qrels, "negatives": tables.negatives}
+    # Last, so that a folder with a manifest is whole.
+    manifest = {"format_version": _FORMAT_VERSION, "notes": asdict(tables.notes)}
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -53,14 +58,18 @@ def save_tables(tables: Tables, folder: str | os.PathLike[str]) -> None:
             if table is not None:
                 # a table without rows would have no file, and could not be loaded (datasets 5.2)
                 table.save_to_disk(path / name, num_shards=None if len(table) else 1)
+        (path / CARD).write_text(card, encoding="utf-8")
+        (path / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     except FileNotFoundError as error:
         raise DatasetError(
             f"The file of a page is missing: {error}. Pages are stored with the dataset. Restore the file, or leave "
             "the document out."
         ) from error
-    # Last, so that a folder with a manifest is whole.
-    manifest = {"format_version": _FORMAT_VERSION, "notes": asdict(tables.notes)}
-    (path / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    except OSError as error:
+        raise DatasetError(
+            f"{str(path)!r} could not be written: {error}. It holds a part of the dataset at most, which load does not "
+            "take for a whole one: remove it. Make room or get permission there, or name another folder."
+        ) from error
 
 
 def load_tables(
@@ -130,7 +139,7 @@ def _read_tables(path: Path, is_local: bool, config: str | None, split: str | No
         elif is_local:
             loaded = _load_folder(path, config, split)
         else:
-            loaded = _load_from_hub(path.as_posix(), config, split, revision)
+            loaded = _load_by_name(path.as_posix(), config, split, revision)
     except DatasetError:
         raise
     except Exception as error:  # the Hub client and the readers raise many kinds; the name is what the user can mend
@@ -139,7 +148,9 @@ def _read_tables(path: Path, is_local: bool, config: str | None, split: str | No
             "save(), a parquet file or a folder of them, or the name of a dataset on the Hub. Check the spelling, the "
             f"connection, and for a private data set run `hf auth login`.{describe_offline()}"
         ) from error
-    return build_from_known_layout(loaded) if isinstance(loaded, Dataset) else build_from_beir(**loaded)
+    if isinstance(loaded, Dataset):
+        return build_from_known_layout(loaded)
+    return build_from_beir(loaded["corpus"], loaded["queries"], loaded.get("qrels"))
 
 
 def _load_saved(path: Path) -> Tables:
@@ -169,8 +180,8 @@ def _load_folder(path: Path, config: str | None, split: str | None) -> Dataset |
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         loaded = load_from_disk(str(path))
         return loaded if isinstance(loaded, Dataset) else _pick_split(loaded, str(path), split)
-    files = {name: _files_by_split(path, name) for name in _BEIR}
-    if config is None and all(files.values()):
+    files = {name: by_split for name in _BEIR if (by_split := _files_by_split(path, name))}
+    if config is None and set(_TEVATRON) <= set(files):
         chosen = _pick_splits({name: list(by_split) for name, by_split in files.items()}, str(path), split)
         return {
             name: load_dataset("parquet", data_files=files[name][own], split="train") for name, own in chosen.items()
@@ -180,17 +191,44 @@ def _load_folder(path: Path, config: str | None, split: str | None) -> Dataset |
         raise DatasetError(
             f"The folder {str(path)!r} holds no parquet file and no saved dataset; it has {found}.{_advise_on(path)}"
         )
-    return _pick_split(load_dataset(str(path), config), str(path), split)
+    return _load_by_name(str(path), config, split, None)
 
 
-def _load_from_hub(
+def _load_by_name(
     name: str, config: str | None, split: str | None, revision: str | None
 ) -> Dataset | dict[str, Dataset]:
-    if config is None and set(_BEIR) <= set(get_dataset_config_names(name, revision=revision)):
-        tables = {table: load_dataset(name, table, revision=revision) for table in _BEIR}
+    """A dataset of the Hub, or a folder laid out as one."""
+    config_by_table = _configs_of_tables(get_dataset_config_names(name, revision=revision), config)
+    if config_by_table:
+        tables = {table: _load_config(name, own, revision) for table, own in config_by_table.items()}
         chosen = _pick_splits({table: list(splits) for table, splits in tables.items()}, name, split)
         return {table: tables[table][own] for table, own in chosen.items()}
-    return _pick_split(load_dataset(name, config, revision=revision), name, split)
+    return _pick_split(_load_config(name, config, revision), name, split)
+
+
+def _load_config(name: str, config: str | None, revision: str | None) -> DatasetDict:
+    if Path(name).is_dir():
+        # datasets 5.2 takes two folders of one name for the same where their READMEs name the same files, and gives
+        # what it has of the first. Files by their paths it tells apart.
+        files = load_dataset_builder(name, config).config.data_files
+        if all(path.endswith(".parquet") for paths in files.values() for path in paths):
+            return load_dataset("parquet", data_files={str(split): list(paths) for split, paths in files.items()})
+    return load_dataset(name, config, revision=revision)
+
+
+def _configs_of_tables(names: Sequence[str], config: str | None) -> dict[str, str]:
+    """The configuration of each of the tables; empty where these are none, or one of them alone is asked for.
+
+    ViDoRe and JinaVDR name them as the tables; MTEB's sets of many languages put the language before or behind, as in
+    ``en-corpus``, and others keep the qrels in ``default``.
+    """
+    spellings = ["{}"] if config is None else [f"{config}-{{}}", f"{{}}-{config}", f"{config}_{{}}", f"{{}}_{config}"]
+    for spelling in spellings:
+        found = {table: spelling.format(table) for table in _BEIR if spelling.format(table) in names}
+        if set(_TEVATRON) <= set(found):
+            is_default = "qrels" not in found and config is None and "default" in names
+            return {**found, "qrels": "default"} if is_default else found
+    return {}
 
 
 def _pick_split(loaded: DatasetDict, name: str, split: str | None) -> Dataset:
@@ -219,10 +257,13 @@ def _files_by_split(path: Path, table: str) -> dict[str, list[str]]:
 def _pick_splits(available: Mapping[str, Sequence[str]], name: str, split: str | None) -> dict[str, str]:
     """For each table of a BEIR set the split to read: the one of the qrels, or the only one that a table has.
 
+    Without qrels it is that of the queries, which then list what is relevant to them.
+
     Raises:
         DatasetError: The qrels have several splits and none was named, or a table lacks the one that was.
     """
-    judged = available["qrels"]
+    judging = "qrels" if "qrels" in available else "queries"
+    judged = available[judging]
     named = sorted({own for splits in available.values() for own in splits} - {""})
     if (split is None and len(judged) > 1) or (split is not None and split not in (named or ["train"])):
         raise DatasetError(
@@ -235,7 +276,7 @@ def _pick_splits(available: Mapping[str, Sequence[str]], name: str, split: str |
         preferred = [own for own in (wanted, split or "") if own in splits] or (
             list(splits) if len(splits) == 1 else []
         )
-        if not preferred or (table == "qrels" and preferred[0] != wanted):
+        if not preferred or (table == judging and preferred[0] != wanted):
             raise DatasetError(
                 f"The {table} of {name!r} have the splits {list(splits)}, and the split {wanted!r} is read. Name one "
                 "that all tables have, or bring the table into one split."
@@ -297,7 +338,7 @@ def _outside_images(corpus: Dataset) -> list[tuple[int, str, int]]:
     return [(row, path, max(-1, int(images.lengths[row]))) for row, path in paths if path]
 
 
-def _require_found(corpus: Dataset) -> None:
+def require_found(corpus: Dataset) -> None:
     """Make sure that every image in a file of its own can be read, before anything is written.
 
     Raises:

@@ -6,7 +6,8 @@ import os
 import re
 import stat
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -101,44 +102,30 @@ def decode_page(
         ImageDecodeError: There is nothing to read, it is no image, it is damaged, or it has more than
             ``MAX_DECODED_PIXELS`` pixels; or the PDF of a page is gone or has changed.
     """
-    encoded = encoded or {}
-    content = encoded.get("bytes")
-    if content is None and not encoded.get("path"):
-        raise _no_image(document_id)
-    if (pdf_page := _pdf_page(content, document_id)) is not None:
-        path = str(encoded.get("path"))
-        return render_page(pdf_page, path, document_id, partial(_size_to_render, max_pixels, at_least, enough))
-    if content is None:
-        require_file(str(encoded["path"]), document_id)
-    try:
-        with Image.open(io.BytesIO(content) if content is not None else str(encoded["path"])) as image:
-            _check_size(image, document_id)
-            frames = getattr(image, "n_frames", 1)
-            if frames > 1:
-                warnings.warn(
-                    f"Document {document_id!r} holds {frames} frames; only the first is used. "
-                    "Give each page a row of its own to use all of them.",
-                    stacklevel=2,
-                )
-            # Of the file's own size: a draft rounds, and rounding twice would change the aspect of small pages.
-            size = _fit_within(image.size, max_pixels, at_least) if max_pixels is not None else image.size
-            lies_on_its_side = image.getexif().get(_ORIENTATION, 1) in _ON_ITS_SIDE
-            size = size[::-1] if lies_on_its_side else size
-            wanted = max_pixels or enough
-            if isinstance(wanted, tuple):
-                image.draft(image.mode, wanted[::-1] if lies_on_its_side else wanted)
-            elif wanted is not None:
-                image.draft(image.mode, _fit_within(image.size, wanted, at_least))
-            ImageOps.exif_transpose(image, in_place=True)
-            page = _convert_to_rgb(image)
-    except ImageDecodeError:
-        raise
-    except Exception as error:  # a damaged file can raise nearly anything from inside a codec
-        found = f"file {encoded['path']!r}" if content is None else f"{len(content)} bytes, starting {content[:8]!r}"
-        raise ImageDecodeError(
-            f"Document {document_id!r} can't be decoded as an image ({found}): {error}. "
-            "Replace the file, or leave the document out."
-        ) from error
+    if (pdf_page := _pdf_page(encoded, document_id)) is not None:
+        choose_size = partial(_size_to_render, max_pixels, at_least, enough)
+        return render_page(*pdf_page, document_id, choose_size)
+    with _opened(encoded, document_id) as image:
+        _check_size(image, document_id)
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1:
+            warnings.warn(
+                f"Document {document_id!r} holds {frames} frames; only the first is used. "
+                "Give each page a row of its own to use all of them.",
+                stacklevel=2,
+            )
+        # Bounds are of the upright page, and a draft is of the image as it lies in the file.
+        on_its_side = _lies_on_its_side(image)
+        upright = _turn(image.size, on_its_side)
+        # Of the file's own size: a draft rounds, and rounding twice would change the aspect of small pages.
+        size = _fit_within(upright, max_pixels, at_least) if max_pixels is not None else upright
+        wanted = max_pixels or enough
+        if isinstance(wanted, tuple):
+            image.draft(image.mode, _turn(wanted, on_its_side))
+        elif wanted is not None:
+            image.draft(image.mode, _fit_within(image.size, wanted, _turn(at_least, on_its_side)))
+        ImageOps.exif_transpose(image, in_place=True)
+        page = _convert_to_rgb(image)
     if max_pixels is None or page.width * page.height <= max_pixels:
         return page
     return page.resize(size, Image.Resampling.BICUBIC)
@@ -154,27 +141,49 @@ def stored_size(encoded: Mapping[str, Any] | None, document_id: str) -> tuple[in
     Raises:
         ImageDecodeError: There is no header to read.
     """
+    if (pdf_page := _pdf_page(encoded, document_id)) is not None:
+        return measure_page(*pdf_page, document_id)
+    with _opened(encoded, document_id) as image:
+        return _turn(image.size, _lies_on_its_side(image))
+
+
+def _turn(size: tuple[int, int], on_its_side: bool) -> tuple[int, int]:
+    return size[::-1] if on_its_side else size
+
+
+def _lies_on_its_side(image: Image.Image) -> bool:
+    return image.getexif().get(_ORIENTATION, 1) in _ON_ITS_SIDE
+
+
+@contextmanager
+def _opened(encoded: Mapping[str, Any] | None, document_id: str) -> Iterator[Image.Image]:
+    """The image, for as long as the block runs, whose errors are those of the document."""
     encoded = encoded or {}
     content = encoded.get("bytes")
     if content is None and not encoded.get("path"):
         raise _no_image(document_id)
-    if (pdf_page := _pdf_page(content, document_id)) is not None:
-        return measure_page(pdf_page, str(encoded.get("path")), document_id)
     if content is None:
         require_file(str(encoded["path"]), document_id)
     try:
         with Image.open(io.BytesIO(content) if content is not None else str(encoded["path"])) as image:
-            lies_on_its_side = image.getexif().get(_ORIENTATION, 1) in _ON_ITS_SIDE
-            return image.size[::-1] if lies_on_its_side else image.size
-    except Exception as error:
+            yield image
+    except ImageDecodeError:
+        raise
+    except Exception as error:  # a damaged file can raise nearly anything from inside a codec
+        found = f"file {encoded['path']!r}" if content is None else f"{len(content)} bytes, starting {content[:8]!r}"
         raise ImageDecodeError(
-            f"Document {document_id!r} can't be decoded as an image: {error}. Replace the file, or leave it out."
+            f"Document {document_id!r} can't be decoded as an image ({found}): {error}. "
+            "Replace the file, or leave the document out."
         ) from error
 
 
-def _pdf_page(content: Any, document_id: str) -> PdfPage | None:
+def _pdf_page(encoded: Mapping[str, Any] | None, document_id: str) -> tuple[PdfPage, str] | None:
+    """The page of a PDF that stands in place of an image, and where its file lies; ``None`` for an image."""
+    content = (encoded or {}).get("bytes")
+    if not is_pdf_page(content):
+        return None
     try:
-        return PdfPage.decode(content) if is_pdf_page(content) else None
+        return PdfPage.decode(content), str((encoded or {}).get("path"))
     except ValueError as error:
         raise ImageDecodeError(f"Document {document_id!r} can't be read: {error}. Build the dataset again.") from error
 

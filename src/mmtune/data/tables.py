@@ -58,6 +58,7 @@ class BuildNotes:
         judged_not_relevant: Judgements with a score of 0 or less; they are no judgements here.
         held_out_negatives: Entries taken out of lists of negatives because ``split`` keeps them for evaluation.
         unreadable_sources: Files and pages of PDFs that can't be read, as (name, reason).
+        neighbors_left_out: Pages beside a relevant one in its file that mining ranked high and left out.
         ids_are_row_numbers: The builder made up the ids from row numbers, so that they mean nothing elsewhere.
         dropped_queries: What ``generate_queries`` left out.
     """
@@ -71,6 +72,7 @@ class BuildNotes:
     judged_not_relevant: int = 0
     held_out_negatives: int = 0
     unreadable_sources: tuple[tuple[str, str], ...] = ()
+    neighbors_left_out: int = 0
     ids_are_row_numbers: bool = False
     dropped_queries: tuple[DroppedQuery, ...] = ()
 

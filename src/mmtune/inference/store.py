@@ -7,6 +7,7 @@ import re
 import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -39,8 +40,9 @@ class Pair(NamedTuple):
 class EmbeddingStore:
     """Embeddings of one model in a folder, by the content of what was embedded.
 
-    Files are written as they are made and whole, so that an interrupted run goes on where it was. A changed model has
-    a folder of its own; a changed item changes the key of its shard, and the shards beside it stay.
+    A shard is a file that is written whole; until then its portions are added to another one as they are made, so that
+    an interrupted run goes on where it was. A changed model has a folder of its own; a changed item changes the key of
+    its shard, and the shards beside it stay.
 
     Args:
         folder: The folder; it may serve several models.
@@ -58,24 +60,93 @@ class EmbeddingStore:
         try:
             # Opened here: np.load leaves a file that it can't read open (numpy 2.4).
             with path.open("rb") as file, np.load(file) as stored:
-                values, lengths = torch.from_numpy(stored["values"]), stored["lengths"]
+                return _as_embeddings(stored["values"], stored["lengths"])
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             logger.warning("The embeddings in %s can't be read (%s) and are made again.", path, error)
             return None
-        return list(values.split(lengths.tolist())) if len(lengths) else values
 
     def save(self, key: str, embeddings: Embeddings) -> None:
-        """Store embeddings under a key."""
-        is_list = isinstance(embeddings, list)
-        values = (torch.cat(embeddings) if is_list else embeddings).cpu().numpy()
-        lengths = np.array([len(item) for item in embeddings] if is_list else [], dtype=np.int64)
+        """Store the whole of a shard under a key.
+
+        Raises:
+            ConfigError: The folder can't be written to.
+        """
+        values, lengths = _as_arrays(embeddings)
 
         def write(path: Path) -> None:
             with path.open("wb") as file:
                 np.savez(file, values=values, lengths=lengths)
 
-        self._folder.mkdir(parents=True, exist_ok=True)
-        _write_whole(self._folder / f"{key}.npz", write)
+        with _writing_to(self._folder):
+            _write_whole(self._folder / f"{key}.npz", write)
+            for begun in self._folder.glob(f"{key}.*.begun"):
+                begun.unlink(missing_ok=True)
+
+    def resume(self, key: str) -> list[Embeddings]:
+        """The portions of a shard that an interrupted run added, on the CPU; further ones are added behind them.
+
+        Raises:
+            ConfigError: The folder can't be written to.
+        """
+        found = max(map(_read_portions, self._folder.glob(f"{key}.*.begun")), key=len, default=[])
+        with _writing_to(self._folder):
+            # In a file of this process: the other one may still be at it.
+            self._begun(key).write_bytes(b"")
+        for portion in found:
+            self.add(key, portion)
+        return found
+
+    def add(self, key: str, portion: Embeddings) -> None:
+        """Add a portion to a shard that ``resume`` began.
+
+        Raises:
+            ConfigError: The folder can't be written to.
+        """
+        with _writing_to(self._folder), self._begun(key).open("ab") as file:
+            for array in _as_arrays(portion):
+                np.save(file, array)
+
+    def _begun(self, key: str) -> Path:
+        return self._folder / f"{key}.{os.getpid()}.begun"
+
+
+def _as_arrays(embeddings: Embeddings) -> tuple[np.ndarray, np.ndarray]:
+    """All vectors, and the vectors of each item; no lengths where each has one."""
+    is_list = isinstance(embeddings, list)
+    values = (torch.cat(embeddings) if is_list else embeddings).cpu().numpy()
+    return values, np.array([len(item) for item in embeddings] if is_list else [], dtype=np.int64)
+
+
+def _as_embeddings(values: np.ndarray, lengths: np.ndarray) -> Embeddings:
+    found = torch.from_numpy(values)
+    return list(found.split(lengths.tolist())) if len(lengths) else found
+
+
+def _read_portions(path: Path) -> list[Embeddings]:
+    """The portions in a file, up to where its writer was stopped."""
+    portions: list[Embeddings] = []
+    with suppress(OSError, ValueError, EOFError), path.open("rb") as file:
+        while True:
+            values, lengths = np.load(file), np.load(file)
+            portions.append(_as_embeddings(values, lengths))
+    return portions
+
+
+@contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    """Makes the folder, and names it where it can't be written to.
+
+    Raises:
+        ConfigError: It can't.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{str(folder)!r} can't be written to: {error}. What was stored before is kept. Make room or give "
+            "permission there, and call again, or pass another folder."
+        ) from error
 
 
 _MANIFEST = "mmtune_scores.json"
