@@ -10,7 +10,7 @@ from mmtune.errors import (
     MmtuneError,
 )
 from mmtune.evaluation import PipelineReport, build_evaluator, build_reranking_evaluator, evaluate_pipeline
-from mmtune.inference import TeacherScores, mine_hard_negatives, score_rows
+from mmtune.inference import TeacherScores, find_false_negatives, mine_hard_negatives, score_rows
 from mmtune.models import (
     ROUTER_PRESETS,
     RouterPreset,
@@ -48,6 +48,7 @@ __all__ = [
     "compose_router",
     "evaluate_pipeline",
     "extract_route",
+    "find_false_negatives",
     "finetune",
     "finetune_reranker",
     "load_model",

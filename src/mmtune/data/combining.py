@@ -54,13 +54,17 @@ def concatenate_tables(parts: Mapping[str, Tables]) -> Tables:
     )
 
 
-def merge_copies(relevance: Relevance) -> Tables:
+def merge_copies(relevance: Relevance, page: np.ndarray) -> Tables:
     """The tables with one document for each page: the first of its copies. Qrels and negatives follow.
 
     Of several scores that copies of one page have for a query, the highest is kept.
+
+    Args:
+        relevance: The judgements by position.
+        page: For each document the position of the one that stays, e.g. ``relevance.page``.
     """
-    tables, num_documents, scores = relevance.tables, len(relevance.page), relevance.judged_score
-    pages = relevance.page[relevance.judged_document]
+    tables, num_documents, scores = relevance.tables, len(page), relevance.judged_score
+    pages = page[relevance.judged_document]
     best_first = np.argsort(-scores, kind="stable")
     _, first = np.unique((relevance.judged_query * num_documents + pages)[best_first], return_index=True)
     kept = np.sort(best_first[first])
@@ -72,13 +76,13 @@ def merge_copies(relevance: Relevance) -> Tables:
     negatives = None
     if tables.negatives is not None:
         listed = relevance.listed_negatives
-        rows, pages = listed.rows, relevance.page[listed.values]
+        rows, pages = listed.rows, page[listed.values]
         _, first = np.unique(rows * num_documents + pages, return_index=True)
         first.sort()
         distinct = IntLists.grouped(rows[first], pages[first], len(relevance.query_ids))
         ids = {"query_id": relevance.query_ids, "document_ids": distinct.ids(relevance.document_ids)}
         negatives = table_dataset(ids)
-    corpus = tables.corpus.select(np.unique(relevance.page))
+    corpus = tables.corpus.select(np.unique(page))
     return check_tables(corpus, tables.queries, table_dataset(qrels), negatives, notes=tables.notes)
 
 
@@ -107,8 +111,9 @@ def _add_notes(notes: list[BuildNotes]) -> BuildNotes:
     values: dict[str, Any] = {}
     for field in fields(BuildNotes):
         parts = [getattr(note, field.name) for note in notes]
-        if field.name == "unknown_examples":
-            values[field.name] = sum(parts, ())[:10]
+        if isinstance(parts[0], tuple):
+            joined = sum(parts, ())
+            values[field.name] = joined[:10] if field.name == "unknown_examples" else joined
         else:
             values[field.name] = any(parts) if isinstance(parts[0], bool) else sum(parts)
     return BuildNotes(**values)

@@ -140,7 +140,8 @@ def _load_saved(path: Path) -> Tables:
             f"{_FORMAT_VERSION}. Update mmtune."
         )
     notes = dict(manifest["notes"])
-    notes["unknown_examples"] = tuple((query, negative) for query, negative in notes["unknown_examples"])
+    for name in ("unknown_examples", "taken_out"):
+        notes[name] = tuple((query, document) for query, document in notes.get(name, ()))
     named = {
         name: load_from_disk(str(path / name)) if (path / name).is_dir() else None for name in (*_BEIR, "negatives")
     }

@@ -41,6 +41,8 @@ class BuildNotes:
         queries_without_document: Queries left out because nothing is relevant to them.
         judged_not_relevant: Judgements with a score of 0 or less; they are no judgements here.
         held_out_negatives: Entries taken out of lists of negatives because ``split`` keeps them for evaluation.
+        taken_out: What ``RetrievalDataset.without`` took out, as (query id, document id): of a negative both, else the
+            other is ``None``.
         ids_are_row_numbers: The builder made up the ids from row numbers, so that they mean nothing elsewhere.
     """
 
@@ -52,6 +54,7 @@ class BuildNotes:
     queries_without_document: int = 0
     judged_not_relevant: int = 0
     held_out_negatives: int = 0
+    taken_out: tuple[tuple[str | None, str | None], ...] = ()
     ids_are_row_numbers: bool = False
 
 
