@@ -16,7 +16,25 @@ from mmtune.data.content import split_words
 from mmtune.data.findings import Example, Finding
 from mmtune.data.near_copies import AlignedPage, find_candidates, make_raster, sketch_page
 
-SYLLABLES = "ka lo mi ren tas vor ple sti nau bor che din fel gra hul jun kes lat mur nop ost pri que rim sal".split()
+SYLLABLES = (
+    "ka",
+    "lo",
+    "mi",
+    "ren",
+    "tas",
+    "vor",
+    "ple",
+    "sti",
+    "nau",
+    "bor",
+    "che",
+    "din",
+    "fel",
+    "gra",
+    "hul",
+    "jun",
+    "kes",
+)
 SIZE_PX = 425, 550
 
 
@@ -384,7 +402,7 @@ def test_look_alikes_are_refused_and_can_be_judged():
     amounts = ["4.20", "2.50", "3.10", "9.80", "10.00", "0.20"]
     data = build({"a": encoded(receipt(*amounts)), "b": encoded(receipt(*amounts[:-1], "7.70"))})
     found = look(data)
-    with pytest.raises(ConfigError, match="takes out no 'look_alikes'.*a person has to judge"):
+    with pytest.raises(ConfigError, match=r"takes out no 'look_alikes'.*a person has to judge"):
         data.without(found["look_alikes"])
     judged = found["near_copies"].only(found["look_alikes"].examples)
     assert data.without(judged).corpus["document_id"][:] == ["a"]
