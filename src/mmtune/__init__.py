@@ -20,6 +20,7 @@ from mmtune.evaluation import (
 from mmtune.inference import (
     OpenAICompatible,
     TeacherScores,
+    find_false_negatives,
     generate_queries,
     judge_negatives,
     mine_hard_negatives,
@@ -66,6 +67,7 @@ __all__ = [
     "compose_router",
     "evaluate_pipeline",
     "extract_route",
+    "find_false_negatives",
     "finetune",
     "finetune_reranker",
     "generate_queries",

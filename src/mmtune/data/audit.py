@@ -1,5 +1,6 @@
-"""What may be wrong with a dataset: counted, with examples by id, before it is trained on. No image is decoded."""
+"""What may be wrong with a dataset: counted, with examples by id, before it is trained on. No image is decoded here."""
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -7,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from mmtune.data.arrow import column
-from mmtune.data.findings import GOOD_TO_KNOW, PROBLEMS, AuditReport, Example, Finding, most_common
+from mmtune.data.content import Content
+from mmtune.data.findings import GOOD_TO_KNOW, PROBLEMS, AuditReport, Example, Finding, count_entries, most_common
 from mmtune.data.images import EncodedImages
 from mmtune.data.relevance import Relevance
 from mmtune.data.tables import DroppedQuery, is_blank
@@ -30,14 +32,24 @@ class _Count(NamedTuple):
     examples: tuple[Example, ...] = ()
 
 
-def examine(relevance: Relevance, *, num_examples: int = 5) -> AuditReport:
-    """What is odd about a dataset, with ``num_examples`` a finding at most; see ``RetrievalDataset.audit``."""
+def examine(relevance: Relevance, *, num_examples: int | None = 5, content: Content | None = None) -> AuditReport:
+    """What is odd about a dataset; see ``RetrievalDataset.audit``.
+
+    Args:
+        relevance: The judgements by position.
+        num_examples: Examples a finding at most; ``None`` gives all.
+        content: What was found in pages, in queries, and in comparison with another dataset.
+    """
     tables = relevance.tables
-    examiner = _Examiner(relevance, num_examples)
+    examiner = _Examiner(relevance, sys.maxsize if num_examples is None else num_examples)
+    content = content or Content()
     queries_by_length: dict[int, int] = {}
     if tables.negatives is not None:
         lengths, queries = np.unique(examiner.usable, return_counts=True)
         queries_by_length = dict(zip(lengths.tolist(), queries.tolist(), strict=True))
+    taken_out = tuple(
+        Example(*((() if part is None else (part,)) for part in entry)) for entry in tables.notes.taken_out
+    )
     unknown = [Example((query_id,), (document_id,)) for query_id, document_id in tables.notes.unknown_examples]
     sources = [Example((), (name,)) for name, _ in tables.notes.unreadable_sources]
     count_by_key = {
@@ -50,6 +62,8 @@ def examine(relevance: Relevance, *, num_examples: int = 5) -> AuditReport:
         **examiner.count_texts(),
         **examiner.count_pages(),
         **examiner.count_missing_content(),
+        "taken_out": _Count(len(taken_out), taken_out[:num_examples]),
+        **{key: _Count(count_entries(key, entries), entries) for key, entries in content.entries_by_key.items()},
     }
     sizes = {
         "documents": len(tables.corpus),
@@ -60,11 +74,12 @@ def examine(relevance: Relevance, *, num_examples: int = 5) -> AuditReport:
     findings = (
         Finding(key, count_by_key[key].number, key in PROBLEMS, title, meaning, count_by_key[key].examples)
         for key, (title, meaning) in (PROBLEMS | GOOD_TO_KNOW).items()
+        if key in count_by_key
     )
-    return AuditReport(sizes, queries_by_length, tuple(findings))
+    return AuditReport(sizes, queries_by_length, tuple(findings), content.measures)
 
 
-def _count_dropped(dropped: Sequence[DroppedQuery], num_examples: int) -> _Count:
+def _count_dropped(dropped: Sequence[DroppedQuery], num_examples: int | None) -> _Count:
     """The pages whose written queries were left out."""
     return _Count(len(dropped), tuple(Example((), (each.document_id,)) for each in dropped[:num_examples]))
 

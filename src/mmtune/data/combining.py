@@ -59,13 +59,17 @@ def concatenate_tables(parts: Mapping[str, Tables]) -> Tables:
     )
 
 
-def merge_copies(relevance: Relevance) -> Tables:
+def merge_copies(relevance: Relevance, page: np.ndarray) -> Tables:
     """The tables with one document for each page: the first of its copies. Qrels and negatives follow.
 
     Of several scores that copies of one page have for a query, the highest is kept.
+
+    Args:
+        relevance: The judgements by position.
+        page: For each document the position of the one that stays, e.g. ``relevance.page``.
     """
-    tables, num_documents, scores = relevance.tables, len(relevance.page), relevance.judged_score
-    pages = relevance.page[relevance.judged_document]
+    tables, num_documents, scores = relevance.tables, len(page), relevance.judged_score
+    pages = page[relevance.judged_document]
     best_first = np.argsort(-scores, kind="stable")
     _, first = np.unique((relevance.judged_query * num_documents + pages)[best_first], return_index=True)
     kept = np.sort(best_first[first])
@@ -77,16 +81,16 @@ def merge_copies(relevance: Relevance) -> Tables:
     negatives = None
     if tables.negatives is not None:
         listed = relevance.listed_negatives
-        rows, pages = listed.rows, relevance.page[listed.values]
+        rows, pages = listed.rows, page[listed.values]
         _, first = np.unique(rows * num_documents + pages, return_index=True)
         first.sort()
         distinct = IntLists.grouped(rows[first], pages[first], len(relevance.query_ids))
         ids = {"query_id": relevance.query_ids, "document_ids": distinct.ids(relevance.document_ids)}
         changes = label_changes(tables.negatives)
         changed = positions(changes["document_id"].combine_chunks(), relevance.document_ids)
-        changes = mapped(changes, document_id=relevance.document_ids.take(relevance.page[changed]))
+        changes = mapped(changes, document_id=relevance.document_ids.take(page[changed]))
         negatives = with_label_changes(table_dataset(ids), changes)
-    corpus = tables.corpus.select(np.unique(relevance.page))
+    corpus = tables.corpus.select(np.unique(page))
     return check_tables(corpus, tables.queries, table_dataset(qrels), negatives, notes=tables.notes)
 
 

@@ -10,14 +10,16 @@ from typing import Any, get_args
 import numpy as np
 from datasets import Dataset
 
-from mmtune.arguments import is_whole, require_one_of, require_seed, require_whole
+from mmtune.arguments import is_whole, require_flag, require_one_of, require_seed, require_whole
 from mmtune.data import files, layouts
 from mmtune.data.arrow import as_texts, table_dataset
 from mmtune.data.audit import AuditReport, examine
 from mmtune.data.card import make_card
 from mmtune.data.combining import concatenate_tables, merge_copies, undo_label_changes
+from mmtune.data.content import look_into
 from mmtune.data.documents import DocumentKind, document_columns
 from mmtune.data.export import ExportLayout, Split, export_dataset
+from mmtune.data.findings import Finding
 from mmtune.data.hub import push_dataset
 from mmtune.data.images import InputSize, check_pages, require_input_size
 from mmtune.data.judgements import Judgements
@@ -25,6 +27,7 @@ from mmtune.data.label_changes import label_changes
 from mmtune.data.negatives import OnShort
 from mmtune.data.pdf_corpus import build_from_pdfs
 from mmtune.data.relevance import Direction, Relevance
+from mmtune.data.removal import take_out
 from mmtune.data.rows import labeled_lists, labeled_pairs, training_rows
 from mmtune.data.splitting import split_tables
 from mmtune.data.tables import BuildNotes, Tables, check_tables
@@ -516,9 +519,78 @@ class RetrievalDataset:
         judgements = Judgements.of(self.relevance_of(documents), direction, each_copy=True).with_near_misses()
         return labeled_lists(judgements, num_negatives, documents, seed)
 
-    def audit(self) -> AuditReport:
-        """What is odd about the data: counts and examples of everything that can hurt training or scores."""
-        return examine(self.relevance)
+    def audit(
+        self,
+        *,
+        content: bool = False,
+        against: Any = None,
+        num_examples: int | None = 5,
+        num_workers: int | None = None,
+        show_progress_bar: bool = True,
+    ) -> AuditReport:
+        """What is odd about the data: counts and examples of everything that can hurt training or scores.
+
+        Args:
+            content: Whether to decode every page, for near-copies, look-alikes, blank and damaged pages, and to read
+                the texts, for queries that are short or copied from their page; with sizes and lengths. Of a page a
+                thumbnail and a hash are kept, whatever their number. Minutes for 10,000 pages, where the tables alone
+                take a second.
+            against: Another dataset, such as the one to evaluate on, as a ``RetrievalDataset``, rows in a known layout,
+                or what ``load`` takes. Documents here that answer a query there are found by their bytes and, with
+                ``content=True``, as near-copies, and queries by their words.
+            num_examples: Examples a finding at most; ``None`` lists all. Of what ``content`` and ``against`` find all
+                are listed.
+            num_workers: Threads that decode and compare pages; ``None`` is one for each core.
+            show_progress_bar: Whether to show bars over the pages.
+
+        Raises:
+            ConfigError: An argument has a value it can't have.
+            DatasetError: ``against`` can't be used as a dataset.
+        """
+        require_flag("content", content)
+        require_flag("show_progress_bar", show_progress_bar)
+        if num_examples is not None:
+            num_examples = require_whole("num_examples", num_examples, at_least=0, or_else="None")
+        if num_workers is not None:
+            num_workers = require_whole("num_workers", num_workers, or_else="None")
+        other = None
+        if against is not None:
+            from mmtune.data.intake import as_retrieval_dataset  # it stands on this module
+
+            other = as_retrieval_dataset(against).relevance
+        if not content and other is None:
+            return examine(self.relevance, num_examples=num_examples)
+        found = look_into(
+            self.relevance, other, content=content, num_workers=num_workers, show_progress_bar=show_progress_bar
+        )
+        return examine(self.relevance, num_examples=num_examples, content=found)
+
+    def without(self, findings: Finding | Iterable[Finding]) -> "RetrievalDataset":
+        """The dataset without what findings name; nothing else is touched. Its audit lists what went.
+
+        ======================================================  ====================================================
+        finding                                                 what goes
+        ======================================================  ====================================================
+        ``near_copies``                                         all documents of a group but the first, which takes
+                                                                over their judgements and places among negatives
+        ``blank_pages``, ``damaged_pages``, ``leaked_*`` ...    the documents, with judgements and places in lists
+        ``short_queries``, ``copied_queries``,                  the queries
+        ``leaked_queries``
+        ``find_false_negatives``, ``relevant_negatives_*``      the documents from these queries' lists
+        ======================================================  ====================================================
+
+        A query to which nothing is relevant any more goes too, and is counted. ``look_alikes`` are for a person to
+        judge and are refused.
+
+        Args:
+            findings: A finding of ``audit``, or several: ``report["blank_pages"]``, what ``find_false_negatives``
+                gives, or a finding with some of its examples, ``finding.only(finding.examples[:3])``.
+
+        Raises:
+            ConfigError: They are no findings, of a kind that is not taken out, or do not list all that they count.
+            DatasetError: A finding is of another dataset, near-copies hold several texts a page, or no query is left.
+        """
+        return self.from_tables(take_out(self.relevance, findings))
 
     def select_queries(self, n_or_ids: int | Sequence[str]) -> "RetrievalDataset":
         """The dataset with some of its queries, in its order; the corpus stays.
@@ -555,7 +627,8 @@ class RetrievalDataset:
         Raises:
             ConfigError: ``documents`` is unknown, or the corpus lacks a column of it.
         """
-        return self.from_tables(merge_copies(self.relevance if documents is None else self.relevance_of(documents)))
+        relevance = self.relevance if documents is None else self.relevance_of(documents)
+        return self.from_tables(merge_copies(relevance, relevance.page))
 
     def check_pages(self, *, show_progress_bar: bool = True) -> None:
         """Make sure that every page can be decoded, from its header and its end rather than in full.

@@ -162,7 +162,7 @@ def _load_saved(path: Path) -> Tables:
             f"{_FORMAT_VERSION}. Update mmtune."
         )
     notes = dict(manifest["notes"])
-    for name in ("unknown_examples", "unreadable_sources"):
+    for name in ("unknown_examples", "unreadable_sources", "taken_out"):
         notes[name] = tuple((one, other) for one, other in notes.get(name, ()))
     named = {
         name: load_from_disk(str(path / name)) if (path / name).is_dir() else None for name in (*_BEIR, "negatives")

@@ -12,7 +12,8 @@ LABEL_CHANGES = "label_changes"
 """The column of the negatives that holds them."""
 
 _ENTRY = {"document_id": pa.string(), "label": pa.string(), "rank": pa.int64(), "score": pa.float64()}
-_CHANGES = pa.schema({"query_id": pa.string(), **_ENTRY})
+CHANGES = pa.schema({"query_id": pa.string(), **_ENTRY})
+"""The columns of the table that ``label_changes`` gives."""
 
 
 def label_changes(negatives: Dataset | None) -> pa.Table:
@@ -22,10 +23,10 @@ def label_changes(negatives: Dataset | None) -> pa.Table:
         DatasetError: The column holds something else.
     """
     if negatives is None or LABEL_CHANGES not in negatives.column_names:
-        return _CHANGES.empty_table()
+        return CHANGES.empty_table()
     rows, entries = flat_lists(column(negatives, LABEL_CHANGES))
     if not len(entries):
-        return _CHANGES.empty_table()
+        return CHANGES.empty_table()
     names = {field.name for field in entries.type} if pa.types.is_struct(entries.type) else set()
     if not names >= set(_ENTRY):
         raise DatasetError(
@@ -34,7 +35,7 @@ def label_changes(negatives: Dataset | None) -> pa.Table:
         )
     query_ids = column(negatives, "query_id").cast(pa.string()).take(pa.array(rows))
     fields = [pc.struct_field(entries, name).cast(kind) for name, kind in _ENTRY.items()]
-    return pa.table([query_ids, *fields], schema=_CHANGES)
+    return pa.table([query_ids, *fields], schema=CHANGES)
 
 
 def with_label_changes(negatives: Dataset, changes: pa.Table) -> Dataset:

@@ -59,6 +59,8 @@ class BuildNotes:
         held_out_negatives: Entries taken out of lists of negatives because ``split`` keeps them for evaluation.
         unreadable_sources: Files and pages of PDFs that can't be read, as (name, reason).
         neighbors_left_out: Pages beside a relevant one in its file that mining ranked high and left out.
+        taken_out: What ``RetrievalDataset.without`` took out, as (query id, document id): of a negative both, else the
+            other is ``None``.
         ids_are_row_numbers: The builder made up the ids from row numbers, so that they mean nothing elsewhere.
         dropped_queries: What ``generate_queries`` left out.
     """
@@ -73,6 +75,7 @@ class BuildNotes:
     held_out_negatives: int = 0
     unreadable_sources: tuple[tuple[str, str], ...] = ()
     neighbors_left_out: int = 0
+    taken_out: tuple[tuple[str | None, str | None], ...] = ()
     ids_are_row_numbers: bool = False
     dropped_queries: tuple[DroppedQuery, ...] = ()
 
