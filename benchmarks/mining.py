@@ -8,6 +8,7 @@ confuses, and goes on from there once with these negatives and once with random 
 """
 
 import argparse
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -148,8 +149,8 @@ def compare_searches(num_queries: int, num_documents: int, dimension: int) -> No
     searched = {threads: in_fresh_process(__file__, *given, "--threads", threads) for threads in (1, 2)}
     text = [
         f"`python benchmarks/mining.py`: `mine_hard_negatives` for {num_queries:,} queries among {num_documents:,} "
-        f"documents, with embeddings of {dimension} numbers that are made before; peak is memory above the process that "
-        "holds them.",
+        f"documents, with embeddings of {dimension} numbers that are made before; peak is memory above the process "
+        "that holds them.",
         markdown_table(
             ("threads", "seconds", "CPU seconds", "peak MB"),
             [
@@ -157,7 +158,8 @@ def compare_searches(num_queries: int, num_documents: int, dimension: int) -> No
                 for threads, found in searched.items()
             ],
         ),
-        f"Limits: {MOST_SECONDS} s and {MOST_MB:,} MB.",
+        f"Limits: {MOST_SECONDS} s and {MOST_MB:,} MB. Load of the machine at the end, this program's own included: "
+        f"{os.getloadavg()[0]:.1f}.",
     ]
     write_section("Mining among many", "\n\n".join(text))
 
