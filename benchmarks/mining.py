@@ -8,6 +8,7 @@ confuses, and goes on from there once with these negatives and once with random 
 """
 
 import argparse
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -157,7 +158,8 @@ def compare_searches(num_queries: int, num_documents: int, dimension: int) -> No
                 for threads, found in searched.items()
             ],
         ),
-        f"Limits: {MOST_SECONDS} s and {MOST_MB:,} MB.",
+        f"Limits: {MOST_SECONDS} s and {MOST_MB:,} MB. Load of the machine at the end, this program's own included: "
+        f"{os.getloadavg()[0]:.1f}.",
     ]
     write_section("Mining among many", "\n\n".join(text))
 
