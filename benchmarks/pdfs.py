@@ -95,11 +95,11 @@ def write_results(folder: str, data: str) -> None:
         store = run("--part", "store", "--pages", 100)
     peaks = [[f"{number:,}", f"{each['peak_mb']:.0f}"] for number, each in zip(NUM_PAGES, memory, strict=True)]
     more_mb = built["peak_mb"] - built["before_mb"]
-    ms_a_page = 1000 * built["seconds"] / built["pages"]
     text = f"""\
-`python benchmarks/pdfs.py{data}`, pypdfium2 {version("pypdfium2")}: {built["files"]:.0f} files with
-{built["pages"]:,.0f} pages. Building a dataset of them took {built["seconds"]:.1f} s, {ms_a_page:.1f} ms a page, most
-of it for the text layer, and {more_mb:.0f} MB beside the {built["before_mb"]:.0f} MB of the imports.
+`python benchmarks/pdfs.py{data}`, pypdfium2 {version("pypdfium2")}: {built["files"]:.0f} files,
+{built["pages"]:,.0f} pages. Building a dataset of them took {built["seconds"]:.1f} s,
+{1000 * built["seconds"] / built["pages"]:.1f} ms a page, most of
+it for the text layer, and {more_mb:.0f} MB beside the {built["before_mb"]:.0f} MB of the imports.
 
 400 pages in a random order, pages a second by workers of the data loader; with 0 the process itself reads, and starting
 the others is counted.
