@@ -440,6 +440,19 @@ def test_arguments_of_the_wrong_kind_are_named(folder: Path, changed: dict, erro
         RetrievalDataset.from_pdfs(**{"paths": folder, **changed})
 
 
+def test_a_folder_that_can_not_be_listed_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("2024"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DatasetError, match=r"The folder '.*2024' can't be read: Permission denied"):
+        RetrievalDataset.from_pdfs(folder)
+
+
 def test_numbers_of_numpy_are_numbers(folder: Path) -> None:
     built = RetrievalDataset.from_pdfs(folder, max_pixels=np.int64(10_000))
     assert np.prod(decode_page(built.corpus[0]["image"], "x").size) <= 10_000
@@ -449,8 +462,7 @@ def test_without_the_package_the_message_says_what_to_install(folder: Path, monk
     def refuse(name: str) -> None:
         raise ImportError(name)
 
-    for cached in (pdfs._pdfium, pdfs._documents):
-        monkeypatch.setattr(pdfs, cached.__name__, cached.__wrapped__)
+    monkeypatch.setattr(pdfs, "_pdfium", pdfs._pdfium.__wrapped__)
     monkeypatch.setattr(pdfs.importlib, "import_module", refuse)
     with pytest.raises(MissingExtraError, match=r"pip install pypdfium2 .*\[pdf\]"):
         RetrievalDataset.from_pdfs(folder)

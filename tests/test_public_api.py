@@ -47,7 +47,10 @@ PUBLIC = [
     "router_preset",
     "score_rows",
 ]
-TESTING = ["generated_pages", "tiny_clip", "tiny_llava", "tiny_qwen3_vl", "tiny_siglip", "tiny_text_encoder"]
+TESTING = [
+    *("generated_pages", "generated_pdfs"),
+    *("tiny_clip", "tiny_llava", "tiny_qwen3_vl", "tiny_siglip", "tiny_text_encoder"),
+]
 
 
 class Promised:
@@ -67,6 +70,10 @@ class Promised:
     ): ...
 
     def from_columns(self, rows, *, query_column="query", image_column="image", negative_columns=None): ...
+
+    def from_pdfs(
+        self, paths, queries=None, *, max_pixels=1_500_000, store=None, passwords=None, on_bad_file="report"
+    ): ...
 
     def load(self, name_or_path, config=None, *, split=None, revision=None): ...
 
@@ -216,6 +223,9 @@ class Promised:
     def generated_pages(num_queries, *, num_negatives=4, seed=0): ...
 
     @staticmethod
+    def generated_pdfs(folder, *, seed=0): ...
+
+    @staticmethod
     def tiny_clip(folder): ...
 
     tiny_siglip = tiny_text_encoder = tiny_qwen3_vl = tiny_llava = tiny_clip
@@ -223,7 +233,7 @@ class Promised:
 
 METHODS = [
     "__init__",
-    *("from_id_rows", "from_columns", "from_beir", "load", "concatenate"),
+    *("from_id_rows", "from_columns", "from_beir", "from_pdfs", "load", "concatenate"),
     *("training_rows", "labeled_pairs", "split", "select_queries", "deduplicate", "audit", "save"),
 ]
 FUNCTIONS = [

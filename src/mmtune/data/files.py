@@ -44,6 +44,9 @@ def save_tables(tables: Tables, folder: str | os.PathLike[str]) -> None:
     named = {"queries": tables.queries, "qrels": tables.qrels, "negatives": tables.negatives}
     try:
         path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DatasetError(f"{str(path)!r} can't be written to: {error}. Name another folder.") from error
+    try:
         with TemporaryDirectory(dir=path, prefix=".pages-") as rendered:
             store_pages(tables.corpus, rendered).save_to_disk(path / "corpus")
         for name, table in named.items():

@@ -95,11 +95,25 @@ def find_pdfs(paths: Paths) -> tuple[list[Path], list[Path]]:
             found = [path]
             if path.is_dir():
                 folders[path] = None
-                found = sorted(file for file in path.rglob("*") if file.suffix.lower() == ".pdf" and file.is_file())
+                found = _list_pdfs(path)
             files |= dict.fromkeys(found)
     if not files:
         raise DatasetError(f"There is no PDF in paths={paths!r:.200}: files are found by the ending '.pdf'. {advice}")
     return list(files), list(folders)
+
+
+def _list_pdfs(folder: Path) -> list[Path]:
+    """All PDFs below a folder, sorted."""
+
+    def refuse(error: OSError) -> None:
+        # Path.rglob would leave the folder out without a word
+        raise DatasetError(
+            f"The folder {error.filename!r} can't be read: {error.strerror}. Mend its permissions, or pass the other "
+            "folders and files alone."
+        ) from error
+
+    found = (Path(root) / name for root, _, names in os.walk(folder, onerror=refuse) for name in names)
+    return sorted(file for file in found if file.suffix.lower() == ".pdf" and file.is_file())
 
 
 def _expand(path: str) -> list[Path]:

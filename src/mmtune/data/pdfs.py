@@ -116,15 +116,14 @@ def inspect_pdf(path: str, password: str | None = None) -> PdfFile:
     Raises:
         ValueError: It can't be read as a PDF, or has no pages; the message says why.
     """
-    documents = _documents()
-    digest = documents.digest(path)
+    digest = _DOCUMENTS.digest(path)
     try:
-        return PdfFile(digest, documents.count_pages(path, None), None)
+        return PdfFile(digest, _DOCUMENTS.count_pages(path, None), None)
     except _PasswordNeededError:
         if password is None:
             raise
     try:
-        return PdfFile(digest, documents.count_pages(path, password), password)
+        return PdfFile(digest, _DOCUMENTS.count_pages(path, password), password)
     except _PasswordNeededError:
         raise ValueError("it is encrypted, and the password of passwords= does not open it") from None
 
@@ -135,7 +134,7 @@ def read_text_layer(path: str, page_number: int, password: str | None) -> str | 
     Raises:
         ValueError: The page can't be loaded.
     """
-    with _documents().page(path, page_number, password) as page:
+    with _DOCUMENTS.page(path, page_number, password) as page:
         text_page = page.get_textpage()
         try:
             text = text_page.get_text_bounded()
@@ -153,7 +152,7 @@ def measure_page(page: PdfPage, path: str, document_id: str) -> tuple[int, int]:
         ImageDecodeError: The file is gone or has changed, or the page can't be loaded.
         MissingExtraError: pypdfium2 is not installed.
     """
-    with _naming(page, path, document_id), _documents().page(path, page.page_number, page.password, page) as opened:
+    with _naming(page, path, document_id), _DOCUMENTS.page(path, page.page_number, page.password, page) as opened:
         return _full_size(opened, page.max_pixels)
 
 
@@ -172,7 +171,7 @@ def render_page(
         ImageDecodeError: The file is gone or has changed, or the page can't be loaded.
         MissingExtraError: pypdfium2 is not installed.
     """
-    with _naming(page, path, document_id), _documents().page(path, page.page_number, page.password, page) as opened:
+    with _naming(page, path, document_id), _DOCUMENTS.page(path, page.page_number, page.password, page) as opened:
         width, height = choose_size(_full_size(opened, page.max_pixels))
         return _render(opened, width, height)
 
@@ -227,6 +226,21 @@ class _Documents:
         self._opened: OrderedDict[tuple[str, str | None], tuple[_Stamp, Any]] = OrderedDict()
         self._digests: dict[str, tuple[_Stamp, str]] = {}
         self._inherited: list[Any] = []
+        self._is_known = False
+
+    def _make_known(self) -> None:
+        """Have files closed at the end, before pypdfium2 complains of them, and forks wait for the page at hand."""
+        self._is_known = True
+        atexit.register(self.close)
+        if hasattr(os, "register_at_fork"):
+
+            def wait() -> None:
+                self.lock.acquire()  # by its name: a child has another one
+
+            def go_on() -> None:
+                self.lock.release()
+
+            os.register_at_fork(before=wait, after_in_parent=go_on, after_in_child=self.start_anew)
 
     def close(self) -> None:
         """Close all files, as at the end of the process."""
@@ -296,6 +310,8 @@ class _Documents:
 
     def _open(self, path: str, password: str | None) -> Any:
         """The document, from those that are open where the file is as it was."""
+        if not self._is_known:
+            self._make_known()
         stamp, key = _stamp(path), (path, password)
         opened = self._opened.pop(key, None)
         if opened is not None and opened[0] != stamp:
@@ -307,6 +323,9 @@ class _Documents:
         while len(self._opened) > _MOST_OPEN:
             self._opened.popitem(last=False)[1][1].close()
         return opened[1]
+
+
+_DOCUMENTS = _Documents()
 
 
 def _load_document(path: str, password: str | None) -> Any:
@@ -325,23 +344,6 @@ def _load_document(path: str, password: str | None) -> Any:
 def _stamp(path: str) -> _Stamp:
     found = Path(path).stat()
     return found.st_size, found.st_mtime_ns, found.st_ino
-
-
-@cache
-def _documents() -> _Documents:
-    _pdfium()
-    documents = _Documents()
-    atexit.register(documents.close)  # before pypdfium2 complains of what is open
-    if hasattr(os, "register_at_fork"):
-        # A child begins between two pages, never within one, and opens files of its own.
-        def wait() -> None:
-            documents.lock.acquire()
-
-        def go_on() -> None:
-            documents.lock.release()
-
-        os.register_at_fork(before=wait, after_in_parent=go_on, after_in_child=documents.start_anew)
-    return documents
 
 
 @cache

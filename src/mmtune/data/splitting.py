@@ -36,7 +36,6 @@ def split_tables(
 
     What is held out last is drawn first, so that nothing before it holds what answers there, not even as a negative.
     """
-    relevance.require_queries()
     copies, sides = _number_sets(relevance, together), []
     for size in reversed(sizes):
         rest, kept, held_out = _hold_out(relevance, size, seed, group_column, stratify_column, copies)
@@ -59,7 +58,9 @@ def _hold_out(
         group_column = _OF_FILES[0]
     groups = None if group_column is None else _values(corpus, group_column, "group_column", "corpus")
     queries = relevance.tables.queries
-    strata = None if stratify_column is None else _values(queries, stratify_column, "stratify_column", "queries")
+    strata = (
+        None if stratify_column is None else _values(queries, stratify_column, "stratify_column", "table of queries")
+    )
     chosen = draw_evaluation_queries(relevance, eval_queries, seed=seed, groups=groups, strata=strata, together=copies)
     rest = np.setdiff1d(np.arange(len(relevance.query_ids)), chosen)
     if len(rest) < len(chosen):
@@ -76,7 +77,7 @@ def _values(table: Dataset, name: str, argument: str, what: str) -> pa.Array:
     require_columns(table, (name,), f"{argument}={name!r}: the {what}")
     values = column(table, name)
     if pa.types.is_nested(values.type):
-        raise DatasetError(f"Column {name!r} holds {values.type}, expected one value a row of the {what}.")
+        raise DatasetError(f"Column {name!r} holds {values.type}, expected one value a row.")
     return values
 
 

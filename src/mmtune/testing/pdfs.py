@@ -50,6 +50,7 @@ def generated_pdfs(folder: str | Path, *, seed: int = 0) -> str:
         seed: Seed of everything written. The same seed gives the same bytes.
 
     Example:
+        >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
         ...     sorted(path.name for path in Path(generated_pdfs(folder)).iterdir())
         ['2023', '2024', 'queries.csv']
