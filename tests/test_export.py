@@ -136,7 +136,7 @@ def test_the_host_reads_an_export_of_the_same_name_anew(tmp_path):
 
 def test_columns_may_hold_several_pages_of_a_query(tmp_path):
     data = dataset(judged=((0, 0), (0, 1), (1, 1)))
-    with pytest.warns(UserWarning, match="the ids of 2 queries and 4 pages. layout='beir' keeps everything"):
+    with pytest.warns(UserWarning, match=r"the ids of 2 queries and 4 pages. save\(folder\) keeps everything"):
         folder = data.export(tmp_path / "columns", "columns", **QUIET)
     again = RetrievalDataset.load(folder)
     assert by_content(again)[0] == by_content(data)[0]
@@ -307,7 +307,7 @@ def test_no_room_is_named(write, tmp_path, small_files):
 def test_a_place_that_is_no_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     for write in (dataset().save, dataset().export):
-        with pytest.raises(DatasetError, match="could not be written"):
+        with pytest.raises(DatasetError, match="can't be written to|could not be written"):
             write(tmp_path / "file" / "out")
 
 

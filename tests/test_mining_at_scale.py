@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from sentence_transformers import MultiVectorEncoder
 
@@ -106,7 +107,7 @@ def test_a_dataset_without_queries_is_refused(file_of_pages):
     alone = RetrievalDataset.from_tables(
         replace(tables, queries=tables.queries.select([]), qrels=tables.qrels.select([]))
     )
-    with pytest.raises(DatasetError, match="no queries to mine for"):
+    with pytest.raises(DatasetError, match="has no queries: 10 documents"):
         mine_texts(alone, VectorsInTexts())
 
 
@@ -175,6 +176,7 @@ def many_texts():
 def mine_in_rank(rank, port, folder, dataset, options):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the process that this one was forked from
     model = options.pop("kind", Noted)(folder / f"encoded-{rank}.txt")
     try:
         found = mine_texts(dataset, model, **options)

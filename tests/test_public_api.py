@@ -15,7 +15,6 @@ import mmtune
 import mmtune.testing
 
 PUBLIC = [
-    "ROUTER_PRESETS",
     "AuditReport",
     "ConfigError",
     "ConflictFreeBatchSampler",
@@ -28,6 +27,7 @@ PUBLIC = [
     "OpenAICompatible",
     "PipelineReport",
     "Plan",
+    "ROUTER_PRESETS",
     "RetrievalDataset",
     "RouterPreset",
     "TeacherScores",
@@ -40,6 +40,7 @@ PUBLIC = [
     "compose_router",
     "evaluate_pipeline",
     "extract_route",
+    "find_false_negatives",
     "finetune",
     "finetune_reranker",
     "generate_queries",
