@@ -36,6 +36,7 @@ PUBLIC = [
     "compose_router",
     "evaluate_pipeline",
     "extract_route",
+    "find_false_negatives",
     "finetune",
     "finetune_reranker",
     "load_model",
@@ -77,7 +78,9 @@ class Promised:
 
     def deduplicate(self): ...
 
-    def audit(self): ...
+    def audit(self, *, content=False, against=None): ...
+
+    def without(self, findings): ...
 
     def labeled_pairs(self, num_negatives=4, *, direction="text_to_image", documents="image", seed=42): ...
 
@@ -127,6 +130,9 @@ class Promised:
 
     @staticmethod
     def router_preset(name, **overrides): ...
+
+    @staticmethod
+    def find_false_negatives(dataset, model): ...
 
     @staticmethod
     def mine_hard_negatives(
@@ -201,11 +207,11 @@ class Promised:
 METHODS = [
     "__init__",
     *("from_id_rows", "from_columns", "from_beir", "load", "concatenate"),
-    *("training_rows", "labeled_pairs", "split", "select_queries", "deduplicate", "audit", "save"),
+    *("training_rows", "labeled_pairs", "split", "select_queries", "deduplicate", "audit", "without", "save"),
 ]
 FUNCTIONS = [
     *("build_evaluator", "build_reranking_evaluator", "build_reranker", "compose_router", "finetune"),
-    *("finetune_reranker", "load_model", "mine_hard_negatives", "router_preset"),
+    *("finetune_reranker", "load_model", "find_false_negatives", "mine_hard_negatives", "router_preset"),
 ]
 
 

@@ -219,7 +219,7 @@ class AlignedPage:
         """Gauss-Newton steps over affine maps to the highest correlation near a start."""
         _, turn, shift = start
         target = other._edges[::2, ::2].ravel()  # every fourth pixel says enough
-        best, worse = start._replace(correlation=-1.0), 0
+        best, worse = _Aligned(-1.0, turn, shift), 0
         for _ in range(_STEPS):
             at = (turn @ _PLACES + shift[:, None] + 1) * _ALIGN_PX / 2 - 0.5
             inside = _IS_INNER & (at >= 1).all(axis=0) & (at <= _ALIGN_PX - 2).all(axis=0)
