@@ -307,7 +307,7 @@ def test_no_room_is_named(write, tmp_path, small_files):
 def test_a_place_that_is_no_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     for write in (dataset().save, dataset().export):
-        with pytest.raises(DatasetError, match="can't be written to|could not be written"):
+        with pytest.raises(DatasetError, match=r"can't be written to|could not be written"):
             write(tmp_path / "file" / "out")
 
 

@@ -95,7 +95,9 @@ class Promised:
 
     def deduplicate(self): ...
 
-    def audit(self): ...
+    def audit(self, *, content=False, against=None): ...
+
+    def without(self, findings): ...
 
     def labeled_pairs(self, num_negatives=4, *, direction="text_to_image", documents="image", seed=42): ...
 
@@ -148,6 +150,9 @@ class Promised:
 
     @staticmethod
     def router_preset(name, **overrides): ...
+
+    @staticmethod
+    def find_false_negatives(dataset, model): ...
 
     @staticmethod
     def mine_hard_negatives(
@@ -245,13 +250,13 @@ class Promised:
 METHODS = [
     "__init__",
     *("from_id_rows", "from_columns", "from_beir", "from_pdfs", "load", "concatenate"),
-    *("training_rows", "labeled_pairs", "split", "select_queries", "deduplicate", "audit", "save"),
+    *("training_rows", "labeled_pairs", "split", "select_queries", "deduplicate", "audit", "without", "save"),
 ]
 FUNCTIONS = [
     *("build_evaluator", "build_reranking_evaluator", "build_reranker", "compare_per_query"),
     *("compose_router", "finetune"),
     *("finetune_reranker", "load_model", "mine_hard_negatives", "router_preset"),
-    *("generate_queries", "judge_negatives"),
+    *("find_false_negatives", "generate_queries", "judge_negatives"),
 ]
 
 
