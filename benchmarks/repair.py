@@ -189,10 +189,9 @@ def describe(results: list[tuple[dict[str, float], float, float]]) -> str:
         [
             f"`python benchmarks/repair.py`: {NUM_TRAINING} queries with {NUM_NEGATIVES} listed negatives, "
             f"{FALSE_SHARE:.0%} of which are answers; a judge that errs in {ERRORS:.0%} of the pairs. It found "
-            f"{found:.1%} of these and relabelled {lost:.1%} of the others. A tiny CLIP that has learnt "
-            f"other drawn pages (the row before), {THEN['max_steps']} steps of 32 with {THEN['num_negatives']} "
-            f"negatives a row; nDCG@10 on {NUM_EVALUATION} unseen queries with two pages each, one of them a scan; "
-            "mean and spread of "
+            f"{found:.1%} of these and relabelled {lost:.1%} of the others. A tiny CLIP that has learnt other drawn "
+            f"pages (the row before), {THEN['max_steps']} steps of 32 with {THEN['num_negatives']} negatives a row; "
+            f"nDCG@10 on {NUM_EVALUATION} unseen queries with two pages each, one of them a scan; mean and spread of "
             f"{len(SEEDS)} seeds.",
             "",
             "| labels | nDCG@10 | by seed | against filtered |",
