@@ -15,6 +15,7 @@ import mmtune
 import mmtune.testing
 
 PUBLIC = [
+    "ROUTER_PRESETS",
     "AuditReport",
     "ConfigError",
     "ConflictFreeBatchSampler",
@@ -27,7 +28,6 @@ PUBLIC = [
     "OpenAICompatible",
     "PipelineReport",
     "Plan",
-    "ROUTER_PRESETS",
     "RetrievalDataset",
     "RouterPreset",
     "TeacherScores",
