@@ -144,7 +144,7 @@ def as_jpeg(page: Pictures.Image, quality: int) -> Pictures.Image:
 
 
 def encode(page: Pictures.Image) -> bytes:
-    """The page as PNG."""
+    """The page as PNG, hardly compressed."""
     buffer = io.BytesIO()
     page.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
