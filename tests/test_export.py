@@ -199,13 +199,23 @@ def test_pages_without_queries(layout, tmp_path):
     data = dataset(negatives=None)
     queries, qrels = data.queries.select([]), data.qrels.select([])
     alone = RetrievalDataset.from_tables(replace(data.tables, queries=queries, qrels=qrels))
-    if layout in ("columns", "tevatron"):
-        with pytest.raises(DatasetError, match="has a row for each query, and the dataset has none"):
+    if layout != "id_rows":
+        with pytest.raises(DatasetError, match="has a table of queries, and the dataset has none"):
             alone.export(tmp_path / "out", layout, **QUIET)
     else:
-        folder = alone.export(tmp_path / "out", layout, **QUIET)
-        rows = load_dataset(str(folder), "corpus" if layout == "beir" else None, split="train")
-        assert [row["image"].getpixel((0, 0))[0] for row in rows] == [0, 1, 2, 3]
+        again = RetrievalDataset.load(alone.export(tmp_path / "out", layout, **QUIET))
+        assert (len(again), again.corpus["document_id"][:]) == (0, data.corpus["document_id"][:])
+
+
+@pytest.mark.parametrize("place", ["corpus/mine.pdf", "data/report.pdf", "corpus/2024/page.parquet", "data/notes.txt"])
+def test_overwrite_deletes_nothing_that_no_export_wrote(place, tmp_path):
+    own = tmp_path / "project" / place
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"of the user")
+    with pytest.raises(DatasetError, match=r"overwrite=True would delete .*which no export wrote"):
+        dataset().export(tmp_path / "project", overwrite=True, **QUIET)
+    assert own.read_bytes() == b"of the user"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["project"]
 
 
 def test_columns_that_agree_are_one(tmp_path):
@@ -439,7 +449,8 @@ def test_another_split_and_what_people_wrote_stay(hub):
     assert "path: corpus/test-*" in card
     assert tables_of(RetrievalDataset.load(path.parent, split="train")) == tables_of(dataset(negatives=None))
     assert tables_of(RetrievalDataset.load(path.parent, split="test")) == tables_of(dataset(**MANY_TO_MANY))
-    with pytest.raises(DatasetError, match=r"has the configurations \['corpus', 'qrels', 'queries'\]"):
+    refused = pytest.raises(DatasetError, match=r"has the configurations \['corpus', 'qrels', 'queries'\]")
+    with pytest.warns(UserWarning, match=r"layout='id_rows' has no place for"), refused:
         dataset().push_to_hub("me/pages", layout="id_rows", **QUIET)
 
 

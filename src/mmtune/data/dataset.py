@@ -729,7 +729,7 @@ class RetrievalDataset:
         ===============  =============================================================================
         ``layout``       what is written
         ===============  =============================================================================
-        ``"beir"``       ``corpus``, ``queries`` and ``qrels`` as in ViDoRe; nothing is lost
+        ``"beir"``       ``corpus``, ``queries`` and ``qrels`` as in ViDoRe; all but ``label_changes``
         ``"id_rows"``    one row per page, ``id, query, image, negatives``
         ``"columns"``    one row per query and relevant page, ``query, image, negative_0, ...``
         ``"tevatron"``   ``corpus`` and ``queries`` with lists of ids, as in Tevatron

@@ -1,6 +1,7 @@
 """Datasets on their way out: in layouts that other programs read, written whole, images as they are encoded."""
 
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -35,7 +36,8 @@ ExportLayout = Literal["beir", "columns", "id_rows", "tevatron"]
 Split = Literal["train", "dev", "validation", "test"]
 
 _ROWS_AT_ONCE, _BYTES_AT_ONCE, _BYTES_A_FILE = 1000, 32 << 20, 500 << 20
-_OWN_ENTRIES = {CARD, "data", "corpus", "queries", "qrels"}
+_OWN_FOLDERS = {"data", "corpus", "queries", "qrels"}
+_OWN_FILE = re.compile(r"\w+-\d{5}-of-\d{5}\.parquet")
 """What an export makes in its folder: ``overwrite`` deletes nothing else."""
 
 
@@ -73,10 +75,10 @@ def lay_out(relevance: Relevance, layout: ExportLayout) -> Outgoing:
     Raises:
         DatasetError: The layout has no place for something that can't be left out.
     """
-    if layout in ("columns", "tevatron") and not len(relevance.query_ids):
+    if layout != "id_rows" and not len(relevance.query_ids):
         raise DatasetError(
-            f"layout={layout!r} has a row for each query, and the dataset has none. Pass layout='beir', which also "
-            "holds pages alone, or write queries first."
+            f"layout={layout!r} has a table of queries, and the dataset has none: datasets can't read a table without "
+            "rows (5.2). Pass layout='id_rows', save(folder), or write queries first, with generate_queries."
         )
     makers: Mapping[str, Callable[[Relevance], Outgoing]] = {
         "beir": _lay_out_beir,
@@ -111,11 +113,7 @@ def export_dataset(
     _require_free(path, overwrite)
     outgoing = lay_out(relevance, layout)
     require_found(relevance.tables.corpus)
-    if outgoing.losses:
-        warnings.warn(
-            f"layout={layout!r} has no place for {'; '.join(outgoing.losses)}. save(folder) keeps everything.",
-            stacklevel=3,
-        )
+    warn_of_losses(outgoing, stacklevel=4)
     with writing_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         # Beside its place, so that renaming is enough to put it there.
@@ -129,6 +127,15 @@ def export_dataset(
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return path
+
+
+def warn_of_losses(outgoing: Outgoing, *, stacklevel: int) -> None:
+    """Warn of what a layout has no place for."""
+    if outgoing.losses:
+        warnings.warn(
+            f"layout={outgoing.layout!r} has no place for {'; '.join(outgoing.losses)}. save(folder) keeps everything.",
+            stacklevel=stacklevel,
+        )
 
 
 def write_files(
@@ -217,7 +224,8 @@ def _require_free(path: Path, overwrite: bool) -> None:
         if not path.is_dir():
             raise DatasetError(f"{str(path)!r} is a file. Name a new folder.")
         entries = sorted(entry.name for entry in path.iterdir())
-    foreign = [name for name in entries if name not in _OWN_ENTRIES]
+        found = [each for each in path.rglob("*") if not each.is_dir() or each.is_symlink()]
+    foreign = [each for each in found if not _is_own(each.relative_to(path))]
     if entries and not overwrite:
         raise DatasetError(
             f"{str(path)!r} is not empty: it holds {entries[:5]}. Export to a new folder, or pass overwrite=True to "
@@ -225,9 +233,16 @@ def _require_free(path: Path, overwrite: bool) -> None:
         )
     if foreign:
         raise DatasetError(
-            f"overwrite=True would delete {str(path / foreign[0])!r}, which no export wrote. Name another folder, or "
+            f"overwrite=True would delete {str(foreign[0])!r}, which no export wrote. Name another folder, or "
             "remove it yourself."
         )
+
+
+def _is_own(file: Path) -> bool:
+    """Whether an export writes a file of this name at this place in its folder."""
+    if len(file.parts) == 1:
+        return file.name == CARD
+    return len(file.parts) == 2 and file.parts[0] in _OWN_FOLDERS and _OWN_FILE.fullmatch(file.name) is not None
 
 
 def _put_in_place(partial: Path, path: Path) -> None:

@@ -11,7 +11,7 @@ from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, 
 
 from mmtune.arguments import require_one_of
 from mmtune.data.card import make_card
-from mmtune.data.export import ExportLayout, Outgoing, Split, lay_out, write_files, writing_to
+from mmtune.data.export import ExportLayout, Outgoing, Split, lay_out, warn_of_losses, write_files, writing_to
 from mmtune.data.files import CARD, require_found
 from mmtune.data.relevance import Relevance
 from mmtune.errors import ConfigError, DatasetError
@@ -48,6 +48,7 @@ def push_dataset(
             raise ConfigError(f"{name} is {type(value).__name__}: expected a text, or None.")
     outgoing = lay_out(relevance, layout) if layout else _choose_layout(relevance)
     require_found(relevance.tables.corpus)
+    warn_of_losses(outgoing, stacklevel=4)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with writing_to(folder):
@@ -64,7 +65,7 @@ def push_dataset(
 
 
 def _choose_layout(relevance: Relevance) -> Outgoing:
-    """A row for each page where that holds everything, else the three tables, which do."""
+    """A row for each page where that holds everything, else the three tables, which hold most."""
     try:
         outgoing = lay_out(relevance, "id_rows")
         if not outgoing.losses:

@@ -106,7 +106,7 @@ class Judgements:
         if not len(found) or self.direction == "text_to_image":
             return replace(self, near_misses=found if len(found) else None)
         count = len(relevance.query_ids)
-        of_judgement = found.by_query(count).take(relevance.judged_query)
+        of_judgement = found.by_judgement(relevance)
         rows, items = self.judged_rows[of_judgement.rows], count + of_judgement.values
         listed = self.candidates.lists
         lists = IntLists.grouped(np.r_[rows, listed.rows], np.r_[items, listed.values], len(self.asking))
@@ -181,6 +181,15 @@ class Judgements:
                 f"add {items}."
             )
 
+    @cached_property
+    def _num_apart(self) -> np.ndarray:
+        """For each row the different items that may be relevant to it, int64."""
+        relevance = self.relevance
+        texts, pages = relevance.pairs_apart
+        if self.direction == "text_to_image":
+            return np.bincount(texts, minlength=len(relevance.query_ids))[relevance.text[self.asking]]
+        return np.bincount(pages, minlength=len(relevance.document_ids))[relevance.page[self.asking]]
+
     def require_something_wrong(self) -> None:
         """Make sure that each row has an item that is not relevant to it.
 
@@ -188,8 +197,8 @@ class Judgements:
             ConfigError: Everything is relevant to a row, so that no ranking could be wrong.
         """
         asking, items = self.candidates.what
-        row, available = int(self.relevant.lengths.argmax()), len(self.distinct_items)
-        if self.relevant.lengths[row] >= available:
+        row, available = int(self._num_apart.argmax()), len(self.distinct_items)
+        if self._num_apart[row] >= available:
             raise ConfigError(
                 f"All {available} different {items} are relevant to {asking.lower()} "
                 f"{self.asking_ids[row].as_py()!r}, so that every order of them is right. Leave it out with "
@@ -218,7 +227,7 @@ class Judgements:
         """
         self.require_candidates(num_candidates)
         self.require_something_wrong()
-        num_wrong = np.minimum(len(self.distinct_items) - self.relevant.lengths, num_candidates - 1)
+        num_wrong = np.minimum(len(self.distinct_items) - self._num_apart, num_candidates - 1)
         source = self.candidates if ranked is None else replace(self.candidates, lists=IntLists.of_rows(ranked))
         wrong_by_row: dict[int, np.ndarray] = {}
         # All rows of a chosen set get equally many negatives.

@@ -1,5 +1,6 @@
 """Near misses: texts that the pages of a query seem to answer and do not, kept beside the query."""
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,6 +8,7 @@ import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
 from mmtune.data.arrow import IntLists, column, flat_lists, is_lists, is_text, table_dataset
+from mmtune.data.relevance import Relevance
 from mmtune.errors import DatasetError
 
 NEAR_MISSES = "near_misses"
@@ -51,14 +53,35 @@ class NearMisses:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def by_query(self, count: int) -> IntLists:
-        """Their numbers for each of ``count`` queries."""
-        return IntLists.grouped(self.query, np.arange(len(self)), count)
+    def by_judgement(self, relevance: Relevance) -> IntLists:
+        """Their numbers for each judgement: those of its query that its page does not answer.
+
+        Pages that became relevant later, by ``judge_negatives``, were never asked about near misses. And one that has
+        the words of a query, whatever their case and spacing, is no near miss of the pages that may answer that query.
+        """
+        count = len(relevance.query_ids)
+        found = IntLists.grouped(self.query, np.arange(len(self)), count).take(relevance.judged_query)
+        words = [_words(text) for text in self.texts.to_pylist()]
+        asked: defaultdict[str, list[int]] = defaultdict(list)
+        for query, text in enumerate(relevance.query_texts.to_pylist()):
+            asked[_words(text)].append(query)
+        pairs = [
+            (at, query) for at, number in enumerate(found.values.tolist()) for query in asked.get(words[number], ())
+        ]
+        at, queries = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+        is_answered = np.zeros(len(found.values), dtype=bool)
+        is_answered[at[relevance.may_be_relevant(queries, relevance.judged_document[found.rows[at]])]] = True
+        kept = ~is_answered & ~relevance.is_judged_by_machine[found.rows]
+        return IntLists.grouped(found.rows[kept], found.values[kept], len(relevance.judged_query))
 
     def below(self, queries: Dataset) -> Dataset:
         """A table of ``query_id`` and ``text`` of the queries, and of these behind them."""
         asked = queries.with_format(None).select_columns(["query_id", "text"])
         return concatenate_datasets([asked, table_dataset({"query_id": self.ids, "text": self.texts})])
+
+
+def _words(text: str) -> str:
+    return " ".join(text.casefold().split())
 
 
 def near_misses_of(queries: Dataset) -> list[list[str]]:

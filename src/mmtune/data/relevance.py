@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from mmtune.data.arrow import IntLists, as_texts, column, flat_lists, positions, table_dataset
 from mmtune.data.documents import DocumentKind
 from mmtune.data.identity import identical_documents, usual_kind
-from mmtune.data.label_changes import label_changes, with_label_changes
+from mmtune.data.label_changes import label_changes, mapped, with_label_changes
 from mmtune.data.tables import Tables
 from mmtune.errors import ConfigError, DatasetError
 
@@ -201,8 +201,47 @@ class Relevance:
         ids = {"query_id": self.query_ids.take(queries), "document_ids": within.ids(self.document_ids)}
         held_out = tables.notes.held_out_negatives + int((~kept).sum())
         notes = replace(tables.notes, held_out_negatives=held_out)
-        changes = label_changes(tables.negatives)
-        changed = self.document_ids.take(documents)
-        at = positions(changes["document_id"].combine_chunks(), changed)
-        changes = changes.filter(pa.array(at >= 0))
+        changes = self.label_changes_within(queries, documents)
         return replace(tables, negatives=with_label_changes(table_dataset(ids), changes), notes=notes)
+
+    def label_changes_within(self, queries: np.ndarray, documents: np.ndarray) -> pa.Table:
+        """The changes of labels for some queries and documents.
+
+        What is unknown holds for all queries of one text and all copies of a page: where the one that a change names is
+        not among these, the first of its equals stands in.
+
+        Args:
+            queries: Positions, ascending.
+            documents: Positions, ascending.
+        """
+        changes = label_changes(self.tables.negatives)
+        is_unknown = pc.equal(changes["label"], "unknown").to_numpy()
+        sides = {
+            "query_id": (self.query_ids, self.text, queries),
+            "document_id": (self.document_ids, self.page, documents),
+        }
+        ids = {}
+        for name, (all_ids, equals, kept) in sides.items():
+            rows = positions(changes[name].combine_chunks(), all_ids)
+            standing = np.where(np.isin(rows, kept), rows, -1)
+            values, first = np.unique(equals[kept], return_index=True)
+            looks = (standing < 0) & is_unknown & (rows >= 0) & np.isin(equals[rows], values)
+            standing[looks] = kept[first[np.searchsorted(values, equals[rows[looks]])]]
+            ids[name] = all_ids.take(pa.array(standing, mask=standing < 0))
+        return mapped(changes, **ids)
+
+    @cached_property
+    def is_judged_by_machine(self) -> np.ndarray:
+        """Which judgements ``judge_negatives`` made, bool."""
+        changes = label_changes(self.tables.negatives)
+        found = changes.filter(pc.equal(changes["label"], "relevant"))
+        query = positions(found["query_id"].combine_chunks(), self.query_ids)
+        document = positions(found["document_id"].combine_chunks(), self.document_ids)
+        size = len(self.document_ids)
+        return np.isin(self.judged_query * size + self.judged_document, query * size + document)
+
+    @property
+    def pairs_apart(self) -> tuple[np.ndarray, np.ndarray]:
+        """The texts and the pages of all pairs that may be relevant, each once, as ``relevant_pairs``."""
+        texts, pages = np.divmod(self._codes_that_may_be_relevant, len(self.document_ids))
+        return texts, pages

@@ -277,7 +277,7 @@ def _with_near_misses(ids: Mapping[str, pa.Array], judgements: Judgements, lengt
     """The pairs, and after the ``length`` pairs of each judgement its page with the near misses of its query."""
     relevance, near_misses = judgements.relevance, judgements.near_misses
     assert near_misses is not None, "the caller has looked"
-    of_judgement = near_misses.by_query(len(relevance.query_ids)).take(relevance.judged_query)
+    of_judgement = near_misses.by_judgement(relevance)
     pages = relevance.document_ids.take(relevance.judged_document[of_judgement.rows])
     further = [near_misses.ids.take(of_judgement.values), pages, pa.array(np.zeros(len(pages), dtype=np.int64))]
     at = np.r_[np.repeat(np.arange(len(relevance.judged_query)), length), of_judgement.rows]
