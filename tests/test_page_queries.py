@@ -173,6 +173,12 @@ def test_one_id_with_two_texts_is_an_error(folder: Path) -> None:
         build(folder, row(query_id="x"), row(query_id="x", text="other"))
 
 
+def test_ids_that_are_made_up_differ_from_those_that_are_given(folder: Path) -> None:
+    dataset = build(folder, row(query_id="q1"), row(text="without"), row(text="q1"))
+    assert dataset.queries["query_id"][:] == ["q1", "q0", "q2"]
+    assert dataset.queries["text"][:] == ["ask", "without", "q1"]
+
+
 def test_scores_that_contradict_each_other_are_an_error(folder: Path) -> None:
     with pytest.raises(DatasetError, match="judged twice"):
         build(folder, row(score=1), row(score=2))

@@ -29,6 +29,7 @@ from mmtune import (
 from mmtune.data import pdfs
 from mmtune.data.documents import DocumentReader
 from mmtune.data.images import decode_page
+from mmtune.data.intake import relevant_on_both_sides
 from mmtune.data.pages import Page
 from mmtune.testing import generated_pdfs
 from mmtune.testing.pdfs import PdfPageContent, show_text, write_pdf, write_scans
@@ -516,3 +517,129 @@ def test_finetuning_takes_a_folder(folder: Path, clip_path: str, tmp_path: Path)
     )
     assert result.after
     assert (tmp_path / "run" / "final" / "modules.json").is_file()
+
+
+def copied_under_another_name(tmp_path: Path) -> Path:
+    """Two files of one content, x.pdf and y.pdf, and another, z.pdf."""
+    write_pages(tmp_path / "a" / "x.pdf", 1, 2, 3, 4, 5, 6)
+    shutil.copy(tmp_path / "a" / "x.pdf", tmp_path / "a" / "y.pdf")
+    write_pages(tmp_path / "a" / "z.pdf", 11, 12, 13, 14, 15, 16)
+    return tmp_path / "a"
+
+
+def asking(*document_ids: str) -> list[dict]:
+    pages = (document_id.split("#") for document_id in document_ids)
+    return [{"text": f"ask {name} {number}", "source": name, "page_number": int(number)} for name, number in pages]
+
+
+@pytest.mark.parametrize("first_pixels", [100_000, 1_500_000])
+def test_a_page_is_the_same_at_any_size(tmp_path: Path, clip_path: str, first_pixels: int) -> None:
+    folder = copied_under_another_name(tmp_path)
+    one = RetrievalDataset.from_pdfs(folder / "x.pdf", asking("x.pdf#1", "x.pdf#3"), max_pixels=first_pixels)
+    other = RetrievalDataset.from_pdfs(folder / "y.pdf", asking("y.pdf#1", "y.pdf#2"), max_pixels=90_000)
+    assert relevant_on_both_sides(one, other) == [("x.pdf#1", "y.pdf#1")]
+    with pytest.raises(DatasetError, match=r"1 documents are relevant in training and in evaluation"):
+        finetune(clip_path, one, other, output_dir=tmp_path / "run", dry_run=True)
+    joined = RetrievalDataset.concatenate([one, other])
+    assert joined.relevance.page.tolist() == [0, 1, 2, 3, 4, 5] * 2
+    model = SentenceTransformer(clip_path, device="cpu")
+    mined = mine_hard_negatives(
+        joined, model, num_negatives=3, neighbors=0, relative_margin=None, show_progress_bar=False
+    ).negatives
+    listed = dict(zip(mined["query_id"], mined["document_ids"], strict=True))
+    for row in joined.qrels:
+        own = row["document_id"].partition("#")[2]
+        assert own not in {each.partition("#")[2] for each in listed[row["query_id"]]}
+    pages = [Page(each.corpus[0]["image"], "x").digest() for each in (one, other)]
+    assert pages[0] != pages[1], "what is stored of a page is stored by size"
+
+
+def test_a_page_is_the_same_with_and_without_a_password() -> None:
+    references = [pdfs.PdfPage("digest", 1, 5, password).encode() for password in (None, "sesame", "a\nb c")]
+    assert {pdfs.name_page(reference) for reference in references} == {b"%mmtune-pdf-page digest 1"}
+    assert [pdfs.PdfPage.decode(reference).password for reference in references] == [None, "sesame", "a\nb c"]
+
+
+def test_a_file_under_two_names_is_on_one_side_of_a_split(tmp_path: Path) -> None:
+    folder = copied_under_another_name(tmp_path)
+    rows = asking("x.pdf#1", "x.pdf#2", "y.pdf#3", "y.pdf#4", "z.pdf#1", "z.pdf#2")
+    built = RetrievalDataset.from_pdfs(folder, rows)
+    built.save(tmp_path / "saved")
+    for dataset in (built, RetrievalDataset.load(tmp_path / "saved")):
+        for seed in range(6):
+            held_out = dataset.split(2, seed=seed)[1]
+            assert sorted(held_out.qrels["document_id"]) == ["z.pdf#1", "z.pdf#2"]
+    part = built.split(2)[0].split(2, group_column="document_id")[0]
+    with pytest.raises(DatasetError, match=r"tied into 1 sets.*the group 'x\.pdf'"):
+        part.split(1)
+
+
+def test_files_of_one_name_stay_apart_when_datasets_are_joined(tmp_path: Path) -> None:
+    parts = []
+    for number, name in enumerate("ab"):
+        write_pages(tmp_path / name / "report.pdf", 10 * number + 1, 10 * number + 2)
+        write_pages(tmp_path / name / f"{name}.pdf", 50 + number)
+        write_pages(tmp_path / name / "shared.pdf", 99)
+        parts.append(RetrievalDataset.from_pdfs(tmp_path / name, asking(f"report.pdf#{number + 1}")))
+    expected = ["a.pdf", "0/report.pdf", "0/report.pdf", "shared.pdf", "b.pdf", "1/report.pdf", "1/report.pdf"]
+    joined = RetrievalDataset.concatenate(parts)
+    assert joined.corpus["source"][:] == [*expected, "shared.pdf"]
+    assert len(joined.split(1)[1]) == 1
+    for number, part in enumerate(parts):
+        part.save(tmp_path / f"saved-{number}")
+    loaded = [RetrievalDataset.load(tmp_path / f"saved-{number}") for number in range(2)]
+    sources = RetrievalDataset.concatenate(loaded).corpus["source"][:]
+    assert sources == [*expected[:3], "0/shared.pdf", *expected[4:], "1/shared.pdf"]
+
+
+def test_pages_without_queries_are_joined(tmp_path: Path) -> None:
+    parts = [
+        RetrievalDataset.from_pdfs(write_pages(tmp_path / name / "r.pdf", number)) for number, name in enumerate("ab")
+    ]
+    joined = RetrievalDataset.concatenate(parts)
+    assert joined.corpus["document_id"][:] == ["0/r.pdf#1", "1/r.pdf#1"]
+    asked = RetrievalDataset.from_pdfs(tmp_path / "a", asking("r.pdf#1"))
+    assert len(RetrievalDataset.concatenate([*parts, asked])) == 1
+
+
+def test_linked_folders_are_read_and_lead_round_in_no_circle(tmp_path: Path) -> None:
+    folder = tmp_path / "pdfs"
+    write_pages(folder / "b" / "inside.pdf", 1)
+    write_pages(tmp_path / "elsewhere" / "deep" / "linked.pdf", 2)
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "a").symlink_to(folder / "b")
+    (folder / "b" / "up").symlink_to(folder)
+    (tmp_path / "elsewhere" / "back").symlink_to(folder)
+    (folder / "gone.pdf").symlink_to(tmp_path / "nowhere.pdf")
+    for built in (RetrievalDataset.from_pdfs(folder), RetrievalDataset.load(folder, allow_outside=True)):
+        assert built.corpus["document_id"][:] == ["inside.pdf#1", "linked.pdf#1"]
+        assert built.notes.unreadable_sources == (("gone.pdf", "it can't be read: No such file or directory"),)
+
+
+def test_files_of_one_name_and_other_pages_leak_nothing(tmp_path: Path) -> None:
+    sides = []
+    for number, name in enumerate("ab"):
+        write_pages(tmp_path / name / "report.pdf", 10 * number + 1, 2)
+        sides.append(RetrievalDataset.from_pdfs(tmp_path / name, asking("report.pdf#1", "report.pdf#2")))
+    assert relevant_on_both_sides(*sides) == []
+    shutil.copy(tmp_path / "a" / "report.pdf", tmp_path / "b" / "report.pdf")
+    changed = RetrievalDataset.from_pdfs(tmp_path / "b", asking("report.pdf#1"), max_pixels=50_000)
+    assert relevant_on_both_sides(sides[0], changed) == [("report.pdf#1", "report.pdf#1")]
+
+
+def test_what_is_written_below_a_folder_of_pdfs_leaves_it_one(tmp_path: Path) -> None:
+    folder = tmp_path / "pdfs"
+    write_pages(folder / "deep" / "a.pdf", 1, 2)
+    built = RetrievalDataset.from_pdfs(folder, asking("a.pdf#1"))
+    built.save(folder / "saved")
+    built.export(folder / "exported", show_progress_bar=False)
+    assert RetrievalDataset.load(folder).corpus["document_id"][:] == ["a.pdf#1", "a.pdf#2"]
+    assert RetrievalDataset.load(folder / "exported").qrels["document_id"][:] == ["a.pdf#1"]
+    write_pages(folder / "exported" / "paper.pdf", 3)
+    assert RetrievalDataset.load(folder / "exported").qrels["document_id"][:] == ["a.pdf#1"], "a PDF beside tables"
+    shutil.copy(next((folder / "exported" / "corpus").glob("*.parquet")), folder / "rows.parquet")
+    with pytest.raises(
+        DatasetError, match=r"holds PDFs, e\.g\. 'deep/a\.pdf', and tables, e\.g\. 'rows\.parquet'.*from_pdfs\(.*load\("
+    ):
+        RetrievalDataset.load(folder)
+    assert len(RetrievalDataset.from_pdfs(folder).corpus) == 3

@@ -1,6 +1,7 @@
 """Several datasets into one, and copies of a page into one document."""
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Hashable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -9,8 +10,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 
-from mmtune.data.arrow import IntLists, column, flat_lists, lists_of_rows, positions, table_dataset
+from mmtune.data.arrow import IntLists, column, flat_lists, is_text, lists_of_rows, positions, table_dataset
+from mmtune.data.identity import pdf_pages
 from mmtune.data.label_changes import label_changes, lists_before, mapped, with_label_changes
+from mmtune.data.neighbors import FILE_COLUMN, PAGE_COLUMN
+from mmtune.data.pdfs import name_file
 from mmtune.data.relevance import Relevance
 from mmtune.data.tables import BuildNotes, Tables, check_tables, with_ids
 from mmtune.errors import DatasetError
@@ -18,6 +22,8 @@ from mmtune.errors import DatasetError
 
 def concatenate_tables(parts: Mapping[str, Tables]) -> Tables:
     """The tables of all parts under each other; ids that stand in several parts are prefixed with the part's name.
+
+    So is ``source``, where it names different files in several parts.
 
     Raises:
         DatasetError: There are no parts, or columns of one name have different types.
@@ -27,10 +33,12 @@ def concatenate_tables(parts: Mapping[str, Tables]) -> Tables:
     names, tables = list(parts), list(parts.values())
     document_ids = _distinguish_ids([column(part.corpus, "document_id") for part in tables], names)
     query_ids = _distinguish_ids([column(part.queries, "query_id") for part in tables], names)
+    sources = _distinguish_sources(tables, document_ids, names)
     corpora, queries, qrels, negatives = [], [], [], []
-    for part, documents, asking in zip(tables, document_ids, query_ids, strict=True):
+    for part, documents, asking, named in zip(tables, document_ids, query_ids, sources, strict=True):
         old_documents, old_asking = column(part.corpus, "document_id"), column(part.queries, "query_id")
-        corpora.append(with_ids(part.corpus, "document_id", documents))
+        corpus = part.corpus if named is None else with_ids(part.corpus, FILE_COLUMN, named)
+        corpora.append(with_ids(corpus, "document_id", documents))
         queries.append(with_ids(part.queries, "query_id", asking))
         judgements = {
             "query_id": asking.take(positions(column(part.qrels, "query_id"), old_asking)),
@@ -98,10 +106,45 @@ def _distinguish_ids(ids: list[pa.Array], names: list[str]) -> list[pa.Array]:
     """The ids of each part; those that another part has too with the part's name before them."""
     everything = pc.value_counts(pa.concat_arrays(ids))
     clashing = everything.field("values").filter(pc.greater(everything.field("counts"), 1))
+    return [_with_prefix(part, clashing, name) for name, part in zip(names, ids, strict=True)]
+
+
+def _distinguish_sources(tables: list[Tables], document_ids: list[pa.Array], names: list[str]) -> list[pa.Array | None]:
+    """The files of each part; the part's name before those that name another file elsewhere. ``None``: as it is.
+
+    A PDF is known by its content. Of other pages those whose ids are prefixed are taken for pages of another file.
+    """
+    sources = [_sources_of(part.corpus) for part in tables]
+    files: defaultdict[str, set[Hashable]] = defaultdict(set)
+    for part, ids, name, named in zip(tables, document_ids, names, sources, strict=True):
+        if named is None:
+            continue
+        of_pdfs = pdf_pages(part.corpus)
+        is_prefixed = pc.not_equal(ids, column(part.corpus, "document_id")).to_pylist()
+        for row, source in enumerate(named.to_pylist()):
+            if row in of_pdfs:
+                files[source].add(name_file(of_pdfs[row]))
+            elif is_prefixed[row]:
+                files[source].add(name)
+    clashing = pa.array([source for source, known in files.items() if source and len(known) > 1], pa.string())
+    if not len(clashing):
+        return [None] * len(tables)
     return [
-        pc.if_else(pc.is_in(part, value_set=clashing), pc.binary_join_element_wise(name, part, "/"), part)
-        for name, part in zip(names, ids, strict=True)
+        named if named is None else _with_prefix(named, clashing, name)
+        for name, named in zip(names, sources, strict=True)
     ]
+
+
+def _with_prefix(values: pa.Array, clashing: pa.Array, name: str) -> pa.Array:
+    return pc.if_else(pc.is_in(values, value_set=clashing), pc.binary_join_element_wise(name, values, "/"), values)
+
+
+def _sources_of(corpus: Dataset) -> pa.Array | None:
+    """The names of the files that the documents are pages of; ``None`` where they are of none."""
+    if not {FILE_COLUMN, PAGE_COLUMN} <= set(corpus.column_names):
+        return None
+    sources = column(corpus, FILE_COLUMN)
+    return sources.cast(pa.string()) if is_text(sources.type) else None
 
 
 def stack(parts: list[Dataset], what: str) -> Dataset:

@@ -246,7 +246,7 @@ class RetrievalDataset:
         kept, of the first row of each query. Sources are names or paths, with as many folders as tell them apart.
 
         Args:
-            paths: Files, folders (all PDFs below them), or globs such as ``"reports/**/*.pdf"``.
+            paths: Files, folders (all PDFs below them, also through links), or globs such as ``"reports/**/*.pdf"``.
             queries: A CSV or JSONL file in UTF-8, a ``datasets.Dataset``, a frame of pandas or polars, or a list of
                 dictionaries. ``None`` reads the ``queries.csv`` or ``queries.jsonl`` of each folder among ``paths``,
                 if there is one. Without queries the dataset has pages alone, for ``generate_queries``.
@@ -276,7 +276,7 @@ class RetrievalDataset:
     def concatenate(
         cls, datasets: Sequence["RetrievalDataset"] | Mapping[str, "RetrievalDataset"]
     ) -> "RetrievalDataset":
-        """Several datasets as one. Ids that stand in more than one are prefixed.
+        """Several datasets as one. Ids that stand in more than one are prefixed, and names of files in ``source``.
 
         Use this, not ``datasets.concatenate_datasets`` on training rows, which loses the view of the rows without a
         word.
@@ -327,8 +327,8 @@ class RetrievalDataset:
                 else could name any file of this machine, so that is an error otherwise.
 
         Raises:
-            DatasetError: There is nothing, it can't be read, it has several splits, its columns are no known layout, or
-                images lie outside its folder.
+            DatasetError: There is nothing, it can't be read, it has several splits, its columns are no known layout, it
+                holds PDFs and tables alike, or images lie outside its folder.
             ConfigError: An argument is of the wrong type.
         """
         for name, value in {"config": config, "split": split, "revision": revision}.items():

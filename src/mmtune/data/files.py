@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict, get_dataset_config_names, load_datase
 from mmtune.arguments import nearest_name, require_path
 from mmtune.data.images import EncodedImages
 from mmtune.data.layouts import build_from_beir, build_from_known_layout
-from mmtune.data.pdf_corpus import build_from_pdfs, store_pages
+from mmtune.data.pdf_corpus import build_from_pdfs, list_files, store_pages
 from mmtune.data.tables import BuildNotes, DroppedQuery, Tables, advise_on
 from mmtune.errors import ConfigError, DatasetError
 from mmtune.host import describe_offline
@@ -25,6 +25,7 @@ CARD = "README.md"
 """What describes a dataset to people and to the Hub."""
 _BEIR = ("corpus", "queries", "qrels")
 _TEVATRON = ("corpus", "queries")
+_SAVED_BY_DATASETS = ("state.json", "dataset_dict.json")
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?", re.ASCII)
 _READERS = {".csv": "from_csv(path)", ".tsv": 'from_csv(path, sep="\\t")', ".json": "from_json(path)"}
@@ -177,7 +178,7 @@ def _load_saved(path: Path) -> Tables:
 
 
 def _load_folder(path: Path, config: str | None, split: str | None) -> Dataset | dict[str, Dataset]:
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+    if any((path / name).is_file() for name in _SAVED_BY_DATASETS):
         loaded = load_from_disk(str(path))
         return loaded if isinstance(loaded, Dataset) else _pick_split(loaded, str(path), split)
     files = {name: by_split for name in _BEIR if (by_split := _files_by_split(path, name))}
@@ -300,11 +301,31 @@ def _require_parquet(path: Path) -> None:
 
 
 def _holds_pdfs(path: Path) -> bool:
-    """Whether this is a PDF, or a folder of PDFs without a table."""
+    """Whether this is a PDF, or a folder of PDFs whose only tables are those of datasets and runs below it.
+
+    Raises:
+        DatasetError: It is a folder of PDFs and a folder of tables alike.
+    """
     if path.is_file():
         return path.suffix.lower() == ".pdf"
-    suffixes = {file.suffix.lower() for file in path.rglob("*") if file.is_file()}
-    return ".pdf" in suffixes and not suffixes & {".parquet", ".arrow"}
+    files = list_files(path)
+    pdf = next((file for file in files if file.suffix.lower() == ".pdf"), None)
+    if pdf is None or any((path / name).is_file() for name in _SAVED_BY_DATASETS):
+        return False
+    own = [file for file in files if file.suffix.lower() == ".parquet" and not _is_of_another(file, path)]
+    if not own or (path / CARD).is_file() or all(_files_by_split(path, name) for name in _TEVATRON):
+        return not own
+    raise DatasetError(
+        f"{str(path)!r} holds PDFs, e.g. {str(pdf.relative_to(path))!r}, and tables, e.g. "
+        f"{str(own[0].relative_to(path))!r}. For the PDFs call RetrievalDataset.from_pdfs({str(path)!r}), for the "
+        f"table RetrievalDataset.load({str(own[0])!r}), or keep them in folders of their own."
+    )
+
+
+def _is_of_another(file: Path, folder: Path) -> bool:
+    """Whether a file belongs to what was written into a folder below, such as an export, or to what is hidden."""
+    below = [parent for parent in file.parents if folder in parent.parents]
+    return any(parent.name.startswith(".") or (parent / CARD).is_file() for parent in below)
 
 
 def _advise_on(path: Path) -> str:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from mmtune.arguments import require_whole, require_wholes
 from mmtune.data.arrow import column, stored_image_column
-from mmtune.data.pdfs import LONGEST_REFERENCE, PdfPage, is_pdf_page, measure_page, render_page
+from mmtune.data.pdfs import LONGEST_REFERENCE, PdfPage, is_pdf_page, measure_page, name_page, render_page
 from mmtune.errors import ConfigError, ImageDecodeError
 
 MAX_DECODED_PIXELS = 2 * 89_478_485
@@ -302,7 +302,8 @@ class EncodedImages:
         corpus: A table with an ``Image(decode=False)`` column ``image``.
 
     Attributes:
-        lengths: Bytes of each image, int64; a different negative number for each image that can't be found.
+        lengths: Bytes of each image, int64, as ``read_identity`` gives them; a different negative number for each image
+            that can't be found.
         rows_elsewhere: The rows whose image is not in the table: in a file of its own, in a PDF, or nowhere.
         pdf_rows: Those in a PDF. What is read of these names the content of the file and the page.
     """
@@ -325,6 +326,8 @@ class EncodedImages:
                 size_by_path[path] = _file_size(path)
             if size_by_path[path] < 0 or lengths[row] < 0:
                 lengths[row] = size_by_path[path] if size_by_path[path] >= 0 else -1 - int(row)
+        for row in self.pdf_rows[lengths[self.pdf_rows] >= 0]:
+            lengths[row] = len(name_page(self._bytes[int(self._order[row])].as_buffer()))
         self.lengths = lengths
 
     def path(self, row: int) -> str | None:
@@ -346,6 +349,15 @@ class EncodedImages:
         """
         content = self._bytes[int(self._order[row])].as_buffer()
         return memoryview(content) if content is not None else self._read_file(row, None)
+
+    def read_identity(self, row: int) -> memoryview | bytes:
+        """What tells the image in this row from others: its bytes; of a page of a PDF its file and number, at any size.
+
+        Raises:
+            ImageDecodeError: Its file can't be read; the message names the document.
+        """
+        content = self.read(row)
+        return name_page(content) if is_pdf_page(content) else content
 
     def read_ends(self, row: int) -> bytes:
         """The first and the last bytes of the image in this row, or all where they are few; see ``looks_whole``.

@@ -7,6 +7,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -25,6 +26,9 @@ _COLUMNS = "Expected text, source, page_number, and optionally score, query_id a
 
 _Rows: TypeAlias = tuple[list[tuple[int, Mapping[str, Any]]], list[str]]
 """Rows with their numbers, and the names of the columns."""
+
+_Key: TypeAlias = tuple[str | None, str]
+"""What rows of one query share: its id, or its text where it has none."""
 
 
 def find_table(folder: Path) -> Path | None:
@@ -181,20 +185,21 @@ def resolve_page_queries(
         MissingDocumentError: A source is no file of the dataset or one of several, or a page is not in its file.
     """
     find = _SourceFinder(names)
-    query_by_key: dict[str, PageQuery] = {}
-    judgements: list[tuple[str, str, int]] = []
+    query_by_key: dict[_Key, PageQuery] = {}
+    judgements: list[tuple[_Key, str, int]] = []
     num_blank = num_irrelevant = num_unreadable = 0
     for row in asked:
         text = _text_of(row, "text", required=False)
         if not (text or "").strip():
             num_blank += 1
             continue
-        key = _text_of(row, "query_id", required=False) or text
+        query_id = _text_of(row, "query_id", required=False)
+        key = (query_id, "" if query_id else text)
         first = query_by_key.setdefault(key, row)
         if first.values["text"] != text:
             raise DatasetError(
-                f"{row.where}: query_id {key!r} has the text {text!r:.80} here and {first.values['text']!r:.80} in "
-                f"{first.where}. One query has one text: give it another id."
+                f"{row.where}: query_id {query_id!r} has the text {text!r:.80} here and "
+                f"{first.values['text']!r:.80} in {first.where}. One query has one text: give it another id."
             )
         source, page_number = find(row), _whole_of(row, "page_number")
         document_id = f"{source}#{page_number}"
@@ -214,12 +219,14 @@ def resolve_page_queries(
 
 
 def _make_tables(
-    query_by_key: Mapping[str, PageQuery], judgements: Sequence[tuple[str, str, int]]
+    query_by_key: Mapping[_Key, PageQuery], judgements: Sequence[tuple[_Key, str, int]]
 ) -> tuple[Dataset, Dataset]:
     """The queries and the qrels."""
     rows = [row.values for row in query_by_key.values()]
     given = [row.get("query_id") for row in rows]
-    ids = [f"q{number}" if _is_missing(value) else str(value) for number, value in enumerate(given)]
+    taken = {str(value) for value in given if not _is_missing(value)}
+    free = (name for name in (f"q{number}" for number in count()) if name not in taken)
+    ids = [next(free) if _is_missing(value) else str(value) for value in given]
     id_by_key = dict(zip(query_by_key, ids, strict=True))
     columns = {"query_id": pa.array(ids, pa.string()), "text": pa.array([row["text"] for row in rows], pa.string())}
     for name in dict.fromkeys(name for row in rows for name in row if name not in (*columns, *_OWN)):

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -112,8 +112,30 @@ def _list_pdfs(folder: Path) -> list[Path]:
             "folders and files alone."
         ) from error
 
-    found = (Path(root) / name for root, _, names in os.walk(folder, onerror=refuse) for name in names)
-    return sorted(file for file in found if file.suffix.lower() == ".pdf" and file.is_file())
+    return [file for file in list_files(folder, refuse) if file.suffix.lower() == ".pdf"]
+
+
+def list_files(folder: Path, onerror: Callable[[OSError], None] | None = None) -> list[Path]:
+    """All files below a folder, sorted, also in folders that are links.
+
+    Args:
+        folder: Where to look.
+        onerror: Takes what a folder can't be listed for; ``None`` leaves such a folder out.
+    """
+    found: list[Path] = []
+    seen: set[str] = set()
+    links = [folder]
+    # Links last: a link to what lies in the folder anyway, or back up to it, then adds no second name.
+    while links:
+        for root, folders, names in os.walk(links.pop(0), onerror=onerror):
+            if (real := os.path.realpath(root)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            found += (Path(root, name) for name in names)
+            links += sorted(link for name in folders if (link := Path(root, name)).is_symlink())
+    # a link to nothing is listed, and then named among what can't be read
+    return sorted(file for file in found if file.is_file() or not file.exists())
 
 
 def _expand(path: str) -> list[Path]:

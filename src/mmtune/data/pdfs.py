@@ -1,7 +1,8 @@
 """Pages of PDFs: measured, read and rendered by PDFium when they are used, one at a time.
 
-In a corpus such a page is a short text among the encoded images, which names the content of its file and the page; the
-path beside it says where the file lay. So one file under two names holds the same pages, and rows carry no pixels.
+In a corpus such a page is a short text among the encoded images, which names the content of its file, the page, and
+then how it is read; the path beside it says where the file lay. So one file under two names holds the same pages, at
+any size, and rows carry no pixels.
 """
 
 import atexit
@@ -12,7 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,8 @@ class PdfPage:
 
     def encode(self) -> bytes:
         """The page in place of the bytes of an image."""
-        known = {name: value for name, value in asdict(self).items() if value is not None}
-        return _START + json.dumps(known, sort_keys=True).encode()
+        how = {"max_pixels": self.max_pixels} | ({} if self.password is None else {"password": self.password})
+        return _START + f"{self.file_digest} {self.page_number} {json.dumps(how, sort_keys=True)}".encode()
 
     @classmethod
     def decode(cls, content: Any) -> "PdfPage":
@@ -72,7 +73,8 @@ class PdfPage:
             ValueError: It is none.
         """
         try:
-            return cls(**json.loads(bytes(content[len(_START) :])))
+            file_digest, page_number, how = bytes(content[len(_START) :]).decode().split(" ", 2)
+            return cls(file_digest, int(page_number), **json.loads(how))
         except (TypeError, ValueError) as error:
             raise ValueError(f"the reference to a page of a PDF is damaged: {error}") from None
 
@@ -80,6 +82,16 @@ class PdfPage:
 def is_pdf_page(content: Any) -> bool:
     """Whether what stands in place of the bytes of an image names a page of a PDF."""
     return content is not None and len(content) <= LONGEST_REFERENCE and bytes(content[: len(_START)]) == _START
+
+
+def name_page(reference: Any) -> bytes:
+    """Of what ``PdfPage.encode`` gave the part that names file and page, whatever the page is read at."""
+    return b" ".join(bytes(reference).split(b" ", 3)[:3])
+
+
+def name_file(reference: Any) -> bytes:
+    """Of what ``PdfPage.encode`` gave the part that names the content of the file."""
+    return b" ".join(bytes(reference).split(b" ", 2)[:2])
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from mmtune.data.arrow import IntLists, as_texts, column, positions
+from mmtune.data.identity import pdf_pages
+from mmtune.data.neighbors import FILE_COLUMN, PAGE_COLUMN
+from mmtune.data.pdfs import name_file
 from mmtune.data.relevance import Relevance
 from mmtune.data.tables import Tables, require_columns
 from mmtune.errors import ConfigError, DatasetError
-
-_OF_FILES = ("source", "page_number")
-"""The columns of a corpus whose documents are pages of files, as of PDFs; the first names the file."""
 
 
 def split_tables(
@@ -54,9 +54,11 @@ def _hold_out(
 ) -> tuple[Tables, np.ndarray, Tables]:
     """What is left, the documents in it, and what is held out."""
     corpus = relevance.tables.corpus
-    if group_column is None and set(_OF_FILES) <= set(corpus.column_names):
-        group_column = _OF_FILES[0]
+    if group_column is None and {FILE_COLUMN, PAGE_COLUMN} <= set(corpus.column_names):
+        group_column = FILE_COLUMN
     groups = None if group_column is None else _values(corpus, group_column, "group_column", "corpus")
+    if groups is not None and group_column == FILE_COLUMN:
+        groups = _name_files(relevance, groups)
     queries = relevance.tables.queries
     strata = (
         None if stratify_column is None else _values(queries, stratify_column, "stratify_column", "table of queries")
@@ -79,6 +81,22 @@ def _values(table: Dataset, name: str, argument: str, what: str) -> pa.Array:
     if pa.types.is_nested(values.type):
         raise DatasetError(f"Column {name!r} holds {values.type}, expected one value a row.")
     return values
+
+
+def _name_files(relevance: Relevance, sources: pa.Array) -> pa.Array:
+    """For each document what its file is called: a file that stands under several names, by the first of these.
+
+    Names are of one file where they are of the same PDF, or where all their pages are the same.
+    """
+    content, of_pdfs = relevance.page.copy(), pdf_pages(relevance.tables.corpus)
+    files = np.array([name_file(page) for page in of_pdfs.values()], dtype=object)
+    content[list(of_pdfs)] = len(content) + np.unique(files, return_inverse=True)[1]
+    encoded, numbers = sources.dictionary_encode(), _number_values(sources)
+    named = np.flatnonzero(numbers >= 0)
+    contents = IntLists.grouped(numbers[named], content[named], len(encoded.dictionary))
+    first: dict[bytes, int] = {}
+    same = [first.setdefault(np.unique(contents[at]).tobytes(), at) for at in range(len(encoded.dictionary))]
+    return encoded.dictionary.take(pa.array(np.array([*same, -1])[numbers], mask=numbers < 0))
 
 
 def _number_sets(relevance: Relevance, together: Sequence[Sequence[str]]) -> np.ndarray:
