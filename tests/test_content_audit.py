@@ -15,6 +15,7 @@ from mmtune import ConfigError, DatasetError, RetrievalDataset
 from mmtune.data.content import split_words
 from mmtune.data.findings import Example, Finding
 from mmtune.data.near_copies import AlignedPage, find_candidates, make_raster, sketch_page
+from mmtune.testing.pdfs import PdfPageContent, show_text, write_pdf
 
 SYLLABLES = (
     "ka",
@@ -192,6 +193,25 @@ def test_text_decides_before_pixels(distinct):
     assert found["near_copies"].count == found["look_alikes"].count == 0
 
 
+def invoice(amount: int) -> PdfPageContent:
+    lines = ("Invoice of Smith Ltd", f"Total due: {amount} EUR", "Thank you")
+    return PdfPageContent(b"".join(show_text(60, 700 - 40 * at, 20, line) for at, line in enumerate(lines)))
+
+
+def test_pages_of_few_words_with_other_numbers_are_look_alikes(tmp_path):
+    write_pdf(tmp_path / "bills.pdf", [invoice(amount) for amount in (1250, 1350, 8250, 1200)])
+    found = look(RetrievalDataset.from_pdfs(tmp_path))
+    assert ids(found["near_copies"]) == []
+    assert ids(found["look_alikes"]) == [tuple(f"bills.pdf#{k}" for k in range(1, 5))]
+
+
+def test_few_words_tell_pages_apart_that_look_alike(distinct):
+    pages = {"a": encoded(text_page(7)), "b": encoded(text_page(7), quality=50), "t": encoded(text_page(8))}
+    for text, is_copy in {"Total 12": True, "": True, None: True, "Total 13": False, "Sum 12": False}.items():
+        found = look(build(pages, {"a": "Total 12", "b": text}))
+        assert ids(found["near_copies" if is_copy else "look_alikes"]) == [("a", "b")]
+
+
 def test_texts_alone_are_compared_by_their_words():
     text = " ".join(words(random.Random(3), 30))
     data = RetrievalDataset(
@@ -285,6 +305,38 @@ def test_a_split_leaks_nothing(pages):
         "leaked_documents": 0,
         "leaked_queries": 0,
     }
+
+
+def test_answers_of_another_dataset_that_cannot_be_read_are_listed(distinct, tmp_path):
+    for at in range(4):
+        (tmp_path / f"{at}.png").write_bytes(distinct[f"page {at}"]["bytes"])
+    pages = {f"e{at}": {"bytes": None, "path": str(tmp_path / f"{at}.png")} for at in range(4)}
+    other = build(pages, qrels=[("q0", each, 1) for each in ("e0", "e1", "e2")], negatives=None)
+    train = build(distinct)
+    assert ids(train.audit(against=other)["leaked_documents"]) == [(f"page {at}", f"e{at}") for at in range(3)]
+    (tmp_path / "0.png").unlink()
+    (tmp_path / "1.png").write_bytes(b"cut")
+    (tmp_path / "3.png").unlink()  # no answer
+    found = train.audit(against=other)
+    assert ids(found["leaked_documents"]) == [("page 2", "e2")]
+    assert ids(found["unread_answers"]) == [("e0",)]
+    assert found["unread_answers"] in found.problems
+    assert ids(look(train, against=other)["unread_answers"]) == [("e0",), ("e1",)]
+
+
+def test_pages_of_pdfs_are_found_in_another_dataset_without_their_file(tmp_path):
+    folders = tmp_path / "a", tmp_path / "b"
+    for folder in folders:
+        folder.mkdir()
+        write_pdf(folder / "bills.pdf", [invoice(amount) for amount in (1250, 8250)])
+    train, other = map(RetrievalDataset.from_pdfs, folders)
+    (folders[1] / "bills.pdf").unlink()
+    for found in (train.audit(against=other), look(train, against=other)):
+        assert ids(found["leaked_documents"]) == [(f"bills.pdf#{k}",) * 2 for k in (1, 2)]
+        assert found["unread_answers"].count == 2
+    write_pdf(folders[1] / "bills.pdf", [invoice(7), invoice(8)])
+    assert look(train, against=other)["unread_answers"].count == 2
+    assert ids(other.audit(against=train)["leaked_documents"]) == [(f"bills.pdf#{k}",) * 2 for k in (1, 2)]
 
 
 # --- the report ---------------------------------------------------------------------------------------------------

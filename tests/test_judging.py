@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +25,7 @@ from mmtune import (
 )
 from mmtune import judge_negatives as judge_with_bars
 from mmtune.data.arrow import table_dataset
+from mmtune.data.findings import Example, FalseNegative
 from mmtune.inference.encoder import DatasetReader
 from mmtune.inference.judging import Thresholds
 from mmtune.inference.store import Pair
@@ -239,6 +241,87 @@ def test_changes_survive_other_steps(tmp_path):
     table = Dataset.from_dict({"document_id": repaired.corpus["document_id"][:], "text": copies})
     merged = RetrievalDataset(table, repaired.queries, repaired.qrels, repaired.negatives).deduplicate()
     assert [each["document_id"] for each in merged.label_changes] == ["d21", "d22"]
+
+
+def judged_copies(listed, relevant=(), unknown=()):
+    """What a judge makes of the list of `q0`, which x#1 answers; `q1` has many true negatives."""
+    ids = [f"{letter}#{k}" for letter in "xyz" for k in (1, 2, 3)] + [f"n{k}" for k in range(20)]
+    data = RetrievalDataset(
+        Dataset.from_dict({"document_id": ids, "text": [f"page {each}" for each in ids]}),
+        Dataset.from_dict({"query_id": ["q0", "q1"], "text": ["one", "two"]}),
+        Dataset.from_dict({"query_id": ["q0", "q1"], "document_id": ["x#1", "z#1"], "score": [2, 1]}),
+        Dataset.from_dict({"query_id": ["q0", "q1"], "document_ids": [listed, ids[9:]]}),
+    )
+    answers = {("q0", each) for each in ("x#1", *relevant)} | {("q1", "z#1")}
+    maybe = {("q0", each) for each in unknown}
+    scores = scores_of(data, lambda pair: 1.0 if pair in answers else 0.5 if pair in maybe else 0.0)
+    repaired = judge_negatives(data, scores)
+    assert changed(repaired)["relevant"] == {("q0", each) for each in relevant}
+    assert changed(repaired)["unknown"] == maybe
+    return repaired
+
+
+def join(data, *groups, also=()):
+    found = data.audit(content=True, show_progress_bar=False)["near_copies"]
+    return data.without([found.only([Example((), group) for group in groups]), *also])
+
+
+def of_q0(data):
+    judged = [row for row in data.qrels.to_list() if row["query_id"] == "q0"]
+    return {row["document_id"]: row["score"] for row in judged}, data.negatives["document_ids"][0]
+
+
+@pytest.mark.parametrize("label", ["relevant", "unknown"])
+@pytest.mark.parametrize("how", ["without", "deduplicate"])
+def test_a_change_of_a_copy_of_an_answer_is_none_any_more(how, label):
+    repaired = judged_copies(["z#3", "y#1", "x#2"], **{label: ["y#1"]})
+    if how == "without":
+        merged = join(repaired, ("x#1", "y#1"))
+    else:
+        same = repaired.corpus.map(lambda row: {"text": row["text"].replace("y#1", "x#1")})
+        merged = RetrievalDataset(same, repaired.queries, repaired.qrels, repaired.negatives).deduplicate()
+    assert len(merged.label_changes) == 0
+    assert of_q0(merged) == of_q0(merged.undo_label_changes()) == ({"x#1": 2}, ["z#3", "x#2"])
+
+
+@pytest.mark.parametrize("also", ["relevant", "unknown"])
+def test_changed_copies_are_one_change(also):
+    found = {"relevant": {"relevant": ["x#2", "y#2"]}, "unknown": {"unknown": ["x#2"], "relevant": ["y#2"]}}
+    repaired = judged_copies(["z#3", "x#2", "y#2", "x#3"], **found[also])
+    merged = join(repaired, ("x#2", "y#2"))
+    assert of_q0(merged) == ({"x#1": 2, "x#2": 1}, ["z#3", "x#3"])
+    assert [(each["document_id"], each["label"], each["rank"]) for each in merged.label_changes] == [
+        ("x#2", "relevant", 1)
+    ]
+    assert of_q0(merged.undo_label_changes()) == ({"x#1": 2}, ["z#3", "x#2", "x#3"])
+
+
+@pytest.mark.parametrize("label", ["relevant", "unknown"])
+def test_a_listed_copy_follows_what_was_changed(label):
+    repaired = judged_copies(["y#2", "z#3", "x#2", "y#3", "x#3"], **{label: ["x#2", "x#3"]})
+    merged = join(repaired, ("x#2", "y#2"))
+    assert merged.negatives["document_ids"][0] == ["z#3", "y#3"]
+    undone = merged.undo_label_changes()
+    assert of_q0(undone) == ({"x#1": 2}, ["x#2", "z#3", "y#3", "x#3"])
+    assert undone.audit().problems == ()
+
+
+def test_false_negatives_and_copies_taken_out_at_once_come_back_once():
+    data = judged_copies(["y#2", "x#2", "z#3"])
+    false = FalseNegative(
+        "false_negatives", 1, True, "", "", (Example(("q0",), ("y#2", "x#1")),), "q0", "y#2", "x#1", 0.9, 0.5
+    )
+    merged = join(data, ("x#2", "y#2"), also=[false])
+    assert of_q0(merged)[1] == ["z#3"]
+    assert of_q0(merged.undo_label_changes()) == ({"x#1": 2}, ["x#2", "z#3"])
+
+
+def test_changes_keep_their_place_when_others_leave_the_list():
+    repaired = judged_copies(["z#3", "x#2", "y#2", "x#3"], relevant=["y#2"])
+    gone = replace(repaired.audit()["unreferenced_pages"], count=1, examples=(Example((), ("z#3",)),))
+    merged = repaired.without(gone)
+    assert [each["rank"] for each in merged.label_changes] == [1]
+    assert of_q0(merged.undo_label_changes()) == ({"x#1": 2}, ["x#2", "y#2", "x#3"])
 
 
 def test_graded_judgements_and_integer_ids_are_kept():

@@ -71,9 +71,12 @@ def examine(relevance: Relevance, *, num_examples: int | None = 5, content: Cont
         "judgements": len(tables.qrels),
         "negatives": len(examiner.documents),
     }
+    # What a corpus without images must have, another one may lack.
+    has_images = "image" in tables.corpus.column_names
+    problems = {key: told for key, told in PROBLEMS.items() if not (has_images and key in GOOD_TO_KNOW)}
     findings = (
-        Finding(key, count_by_key[key].number, key in PROBLEMS, title, meaning, count_by_key[key].examples)
-        for key, (title, meaning) in (PROBLEMS | GOOD_TO_KNOW).items()
+        Finding(key, count_by_key[key].number, key in problems, title, meaning, count_by_key[key].examples)
+        for key, (title, meaning) in {**problems, **GOOD_TO_KNOW, **problems}.items()
         if key in count_by_key
     )
     return AuditReport(sizes, queries_by_length, tuple(findings), content.measures)
@@ -189,7 +192,7 @@ class _Examiner:
         }
 
     def count_missing_content(self) -> dict[str, _Count]:
-        """Documents without what they are made of: images where the corpus has them, else texts."""
+        """Documents without an image, or without a text, where the corpus has such a column."""
         corpus = self._relevance.tables.corpus
         no_image, unreadable, no_text = (np.zeros(len(corpus), dtype=bool) for _ in range(3))
         if "image" in corpus.column_names:
@@ -197,7 +200,7 @@ class _Examiner:
             for row in np.flatnonzero(images.lengths <= 0):
                 is_null = images.lengths[row] < 0 and images.path(int(row)) is None
                 (no_image if is_null else unreadable)[row] = True
-        else:
+        if "text" in corpus.column_names:
             no_text = is_blank(column(corpus, "text"))
         return {
             "documents_without_image": self._count_documents(no_image),

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Hashable, Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -67,14 +67,19 @@ def concatenate_tables(parts: Mapping[str, Tables]) -> Tables:
     )
 
 
-def merge_copies(relevance: Relevance, page: np.ndarray) -> Tables:
-    """The tables with one document for each page: the first of its copies. Qrels and negatives follow.
+def merge_copies(
+    relevance: Relevance, page: np.ndarray, *, is_listed: np.ndarray | None = None, changes: pa.Table | None = None
+) -> Tables:
+    """The tables with one document for each page: the first of its copies. Qrels, negatives and label changes follow.
 
-    Of several scores that copies of one page have for a query, the highest is kept.
+    Of several scores that copies of one page have for a query, the highest is kept. A changed label of a page that is
+    relevant by another judgement than the judge's is no change any more: taking it back would take that judgement, too.
 
     Args:
         relevance: The judgements by position.
         page: For each document the position of the one that stays, e.g. ``relevance.page``.
+        is_listed: Which of ``relevance.listed_negatives`` are kept; ``None`` keeps all.
+        changes: The label changes, where there are others than those of the negatives.
     """
     tables, num_documents, scores = relevance.tables, len(page), relevance.judged_score
     pages = page[relevance.judged_document]
@@ -86,20 +91,63 @@ def merge_copies(relevance: Relevance, page: np.ndarray) -> Tables:
         "document_id": relevance.document_ids.take(pages[kept]),
         "score": pa.array(scores[kept]),
     }
-    negatives = None
-    if tables.negatives is not None:
-        listed = relevance.listed_negatives
-        rows, pages = listed.rows, page[listed.values]
-        _, first = np.unique(rows * num_documents + pages, return_index=True)
-        first.sort()
-        distinct = IntLists.grouped(rows[first], pages[first], len(relevance.query_ids))
-        ids = {"query_id": relevance.query_ids, "document_ids": distinct.ids(relevance.document_ids)}
-        changes = label_changes(tables.negatives)
-        changed = positions(changes["document_id"].combine_chunks(), relevance.document_ids)
-        changes = mapped(changes, document_id=relevance.document_ids.take(page[changed]))
-        negatives = with_label_changes(table_dataset(ids), changes)
+    negatives = tables.negatives
+    if negatives is not None:
+        changes = _merge_changes(relevance, page, label_changes(negatives) if changes is None else changes)
+        negatives = _merge_negatives(relevance, page, negatives, is_listed, changes)
     corpus = tables.corpus.select(np.unique(page))
     return check_tables(corpus, tables.queries, table_dataset(qrels), negatives, notes=tables.notes)
+
+
+def _merge_negatives(
+    relevance: Relevance, page: np.ndarray, negatives: Dataset, is_listed: np.ndarray | None, changes: pa.Table
+) -> Dataset:
+    """The lists of the pages that stay, with these changes: each page once for a query, in a list or changed."""
+    query_ids, document_ids, num_documents = relevance.query_ids, relevance.document_ids, len(page)
+    changed_query = positions(changes["query_id"].combine_chunks(), query_ids)
+    changed_page = positions(changes["document_id"].combine_chunks(), document_ids)
+
+    listed = relevance.listed_negatives
+    codes = listed.rows * num_documents + page[listed.values]
+    codes = codes if is_listed is None else codes[is_listed]
+    first = np.sort(np.unique(codes, return_index=True)[1])
+    rows, pages = np.divmod(codes[first], num_documents)
+    is_left = ~np.isin(codes[first], changed_query * num_documents + changed_page)
+    left = IntLists.grouped(rows[is_left], pages[is_left], len(query_ids))
+    merged = table_dataset({"query_id": query_ids, "document_ids": left.ids(document_ids)})
+    if not len(changes):
+        return merged
+
+    # What is gone from a list no longer counts in the ranks of what was taken from it.
+    stays = dict(zip(document_ids.to_pylist(), document_ids.take(page).to_pylist(), strict=True))
+    before, changed = lists_before(negatives), changes.to_pylist()
+    present = {query_id: set(ids) for query_id, ids in zip(query_ids.to_pylist(), merged["document_ids"], strict=True)}
+    for change in changed:
+        present[change["query_id"]].add(change["document_id"])
+    for change in changed:
+        order = dict.fromkeys(stays[each] for each in before[change["query_id"]])
+        change["rank"] = [each for each in order if each in present[change["query_id"]]].index(change["document_id"])
+    return with_label_changes(merged, pa.Table.from_pylist(changed, schema=changes.schema))
+
+
+def _merge_changes(relevance: Relevance, page: np.ndarray, changes: pa.Table) -> pa.Table:
+    """The changes of the pages that stay, one for a query and page, without those that are relevant all the same."""
+    num_documents = len(page)
+    queries = positions(changes["query_id"].combine_chunks(), relevance.query_ids)
+    documents = positions(changes["document_id"].combine_chunks(), relevance.document_ids)
+    became_relevant = pc.equal(changes["label"], "relevant").to_numpy()
+
+    judged_query, judged_document = relevance.judged_query, relevance.judged_document
+    added = (queries * num_documents + documents)[became_relevant]
+    is_own = ~np.isin(judged_query * num_documents + judged_document, added)
+    own = (relevance.text[judged_query] * num_documents + page[judged_document])[is_own]
+
+    # Of a page that is relevant under one id and unknown under another, the judgement has to go with the change.
+    order = np.lexsort((changes["rank"].to_numpy(), ~became_relevant))
+    kept = order[np.sort(np.unique((queries * num_documents + page[documents])[order], return_index=True)[1])]
+    kept = kept[~np.isin(relevance.text[queries[kept]] * num_documents + page[documents[kept]], own)]
+    ids = relevance.document_ids.take(page[documents[kept]])
+    return mapped(changes.take(pa.array(kept)), document_id=ids)
 
 
 def _distinguish_ids(ids: list[pa.Array], names: list[str]) -> list[pa.Array]:
@@ -183,8 +231,12 @@ def undo_label_changes(tables: Tables) -> Tables:
     added = set(zip(found["query_id"].to_pylist(), found["document_id"].to_pylist(), strict=True))
     judged = zip(tables.qrels["query_id"][:], tables.qrels["document_id"][:], strict=True)
     lists = lists_before(tables.negatives)
-    return replace(
-        tables,
-        qrels=tables.qrels.select([row for row, pair in enumerate(judged) if pair not in added]),
-        negatives=table_dataset({"query_id": pa.array(list(lists)), "document_ids": pa.array(list(lists.values()))}),
+    return check_tables(
+        tables.corpus,
+        tables.queries,
+        tables.qrels.select([row for row, pair in enumerate(judged) if pair not in added]),
+        table_dataset(
+            {"query_id": pa.array(list(lists)), "document_ids": pa.array(list(lists.values()), pa.list_(pa.string()))}
+        ),
+        notes=tables.notes,
     )

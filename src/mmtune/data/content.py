@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from mmtune.data.arrow import IntLists, column
 from mmtune.data.findings import Example
 from mmtune.data.identity import match_documents, text_digest
-from mmtune.data.images import decode_page, stored_size
+from mmtune.data.images import EncodedImages, decode_page, stored_size
 from mmtune.data.near_copies import RASTER_PX, AlignedPage, Sketch, find_candidates, make_raster, sketch_page
 from mmtune.data.relevance import Relevance
 from mmtune.errors import ImageDecodeError
@@ -26,7 +26,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _BLANK_INK = 0.001  # of a page: a page number alone is less
-_MIN_WORDS = 20  # of a page, for its text to say something about copies
+_MIN_WORDS = 20  # of a page, for its text to say something about copies whatever it looks like
 _MIN_SHARED = 0.5  # of the words of two pages that may be copies
 _SHORT_WORDS, _COPIED_WORDS = 3, 5
 _RASTERS_KEPT, _TEXTS_KEPT = 256, 256  # a raster has 147 kB
@@ -76,6 +76,7 @@ def look_into(
     if against is not None:
         others = _Pages(against, run, rows=_find_answers(against))
         entries |= _find_leaks(relevance, against, others.rows)
+        entries["unread_answers"] = others.find_unread(decode=content)
         if content:
             known = {example.document_ids[0] for example in entries["leaked_documents"]}
             entries["leaked_near_copies"] = [
@@ -204,6 +205,15 @@ class _Pages:
         page = self.relevance.page.tolist()
         return {key: [Example((), (self.ids[k],)) for k in range(len(page)) if page[k] in kinds[key]] for key in kinds}
 
+    def find_unread(self, *, decode: bool) -> list[Example]:
+        """Every page that can't be compared: its image is missing or empty or, where all are decoded, damaged."""
+        if not self.has_images:
+            return []
+        unread = self.rows[EncodedImages(self.corpus).lengths[self.rows] <= 0].tolist()
+        if decode:
+            unread += [row for row, page in self.looked.items() if page.sketch is None]
+        return [Example((), (self.ids[row],)) for row in sorted(set(unread))]
+
     def documents_of(self, rows: Iterable[int]) -> tuple[str, ...]:
         """The ids of all documents that have one of these pages."""
         return tuple(self.ids[k] for k in sorted(int(k) for row in rows for k in self._documents_of_page[row]))
@@ -263,10 +273,8 @@ def _compare(pages: _Pages, others: _Pages | None = None) -> list[tuple[int, int
                 continue
             page = page or pages.align(one)
             match = page.compare(right.align(other))
-            # Where texts are there, another number makes another page.
-            is_other = has_words and _numbers(words[0]) != _numbers(words[1])
             if match.is_alike or match.is_copy:
-                found.append((one, other, is_same_text or (match.is_copy and not is_other)))
+                found.append((one, other, is_same_text or (match.is_copy and not _tell_apart(*words))))
         return found
 
     verified = pages.run.map(verify, list(others_of), "Comparing pages")
@@ -276,6 +284,15 @@ def _compare(pages: _Pages, others: _Pages | None = None) -> list[tuple[int, int
 def _share_words(one: Sequence[str], other: Sequence[str]) -> float:
     """The share of words that two texts have in common (Jaccard)."""
     return len(set(one) & set(other)) / len(set(one) | set(other))
+
+
+def _tell_apart(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether two texts make two pages of what looks alike: by another number and, of few words, by any other word."""
+    if not one or not other:
+        return False
+    if min(len(one), len(other)) < _MIN_WORDS:
+        return one != other
+    return _numbers(one) != _numbers(other)
 
 
 def _numbers(words: Sequence[str]) -> list[str]:

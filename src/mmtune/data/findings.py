@@ -51,7 +51,7 @@ PROBLEMS = {
     ),
     "documents_without_text": (
         "documents with a null or blank text, and no image",
-        "There is nothing to embed, and reading a null raises an error. Leave them out.",
+        "There is nothing to embed, and reading a null raises an error. Take them out with without().",
     ),
     "damaged_pages": (
         "pages that can't be decoded",
@@ -76,6 +76,10 @@ PROBLEMS = {
     "leaked_near_copies": (
         "documents that show the same as an answer in the other dataset",
         "Training on them is training on what is tested. without() takes them out.",
+    ),
+    "unread_answers": (
+        "answers in the other dataset whose image can't be read",
+        "Leaks of them may go unseen. Restore their files and audit again.",
     ),
     "leaked_queries": (
         "queries whose words are those of a query in the other dataset",
@@ -137,6 +141,10 @@ GOOD_TO_KNOW = {
         "pages that are neither relevant to a query nor a negative",
         "Random negatives are drawn from them too, and evaluation ranks them with the others.",
     ),
+    "documents_without_text": (
+        "documents with a null or blank text in a corpus of images",
+        "Reading a null as a text raises an error. without() takes them out.",
+    ),
     "look_alikes": (
         "documents that look like others but for some spots, as filled-in forms do",
         "For a person to judge: keep them on one side of a split. They are never merged or taken out.",
@@ -150,11 +158,11 @@ GOOD_TO_KNOW = {
         "As the findings said that it was given.",
     ),
 }
-"""What is good to know, in the same form."""
+"""What is good to know, in the same form. A key of both is a problem only where the corpus has no images."""
 
 LOOKED_FOR = {
     "content=True": ("damaged_pages", "blank_pages", "near_copies", "copied_queries", "look_alikes", "short_queries"),
-    "against=other": ("leaked_documents", "leaked_queries"),
+    "against=other": ("leaked_documents", "unread_answers", "leaked_queries"),
     "content=True, against=other": ("leaked_near_copies",),
 }
 """The kinds that an audit only looks for when it is asked to, by its arguments."""

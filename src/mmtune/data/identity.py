@@ -81,11 +81,13 @@ def match_documents(
         return []
     keys: list[list[tuple[Hashable, int]]] = []
     if have_images[0]:
-        # Only images of a length that both sides have are read.
+        # Only images of a length that both sides have are read. What stands for a page of a PDF names its content, so
+        # that the file need not be there.
         images = [EncodedImages(corpus) for corpus, _ in sides]
         lengths = np.intersect1d(*(each.lengths[rows] for each, (_, rows) in zip(images, sides, strict=True)))
         for each, (_, rows) in zip(images, sides, strict=True):
-            alike = rows[np.isin(each.lengths[rows], lengths[lengths >= 0])].tolist()
+            is_read = np.isin(each.lengths[rows], lengths[lengths >= 0]) | np.isin(rows, each.pdf_rows)
+            alike = rows[is_read].tolist()
             keys.append([(xxhash.xxh3_128_intdigest(each.read_identity(row)), row) for row in alike])
     else:
         for corpus, rows in sides:

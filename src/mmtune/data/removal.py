@@ -8,7 +8,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from mmtune.arguments import shown
-from mmtune.data.arrow import IntLists, as_texts, column, positions, table_dataset
+from mmtune.data.arrow import as_texts, column, positions
 from mmtune.data.combining import merge_copies
 from mmtune.data.findings import Finding, count_entries
 from mmtune.data.label_changes import CHANGES, label_changes, lists_before, with_label_changes
@@ -176,17 +176,16 @@ def _apply(
     became = moved[np.isin(codes, np.array(sorted(judged), dtype=np.int64))]
     dropped |= set(zip(listed.rows[became].tolist(), listed.values[became].tolist(), strict=True))
 
-    if tables.negatives is not None:
-        kept = [pair not in dropped for pair in zip(listed.rows.tolist(), listed.values.tolist(), strict=True)]
-        kept = np.array(kept, dtype=bool) & ~gone[0][listed.values]
-        lists = IntLists.grouped(listed.rows[kept], listed.values[kept], len(relevance.query_ids))
-        ids = {"query_id": relevance.query_ids, "document_ids": lists.ids(relevance.document_ids)}
-        tables = replace(tables, negatives=with_label_changes(table_dataset(ids), changes))
-    merged = merge_copies(Relevance(tables, relevance.documents), stays)
+    leaving = relevance.document_ids.take(np.flatnonzero(gone[0]))
+    is_listed = np.array(
+        [pair not in dropped for pair in zip(listed.rows.tolist(), listed.values.tolist(), strict=True)]
+    )
+    is_listed = is_listed.astype(bool) & ~gone[0][listed.values]
+    changes = changes.filter(pa.array(positions(changes["document_id"].combine_chunks(), leaving) < 0))
+    merged = merge_copies(relevance, stays, is_listed=is_listed, changes=changes)
 
     queries = np.flatnonzero(~gone[1])
     remaining = relevance.query_ids.take(queries)
-    leaving = relevance.document_ids.take(np.flatnonzero(gone[0]))
     qrels = merged.qrels
     is_left = (positions(column(qrels, "query_id"), remaining) >= 0) & (
         positions(column(qrels, "document_id"), leaving) < 0

@@ -14,7 +14,7 @@ from sentence_transformers import CrossEncoder
 from mmtune.arguments import require_number, require_path, require_whole
 from mmtune.data.arrow import IntLists, lists, table_dataset
 from mmtune.data.dataset import RetrievalDataset
-from mmtune.data.documents import DocumentKind
+from mmtune.data.documents import DocumentKind, check_texts
 from mmtune.data.intake import DatasetLike, as_retrieval_dataset
 from mmtune.data.label_changes import label_changes, with_label_changes
 from mmtune.data.neighbors import find_neighbors
@@ -255,6 +255,7 @@ def mine_hard_negatives(
         require_path("cache_folder", cache_folder)
     data = as_retrieval_dataset(dataset)
     data.relevance.require_queries()
+    check_texts(data.corpus, documents)
     reader = DatasetReader(data.corpus, data.queries, documents)
     processes = Processes.running(model.device)
 
