@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from mmtune import RetrievalDataset, build_reranking_evaluator
+from mmtune import DatasetError, RetrievalDataset, build_reranking_evaluator
 from mmtune.data.findings import Example, FalseNegative
 
 TITLE, REMEDY = "negatives that the model scores above every relevant document of their query", "Look."
@@ -55,6 +55,24 @@ def test_a_copy_of_what_is_unknown_is_unknown_where_only_the_copy_stays():
     data = texts_dataset(texts, ["one", "two"], [("q1", "a"), ("q2", "b")], listed).without(unknown("q1", "c", "a"))
     kept = data.relevance.subset(np.array([0]), np.array([0, 1, 3, 4, 5]))  # without c, whose copy is d
     assert drawn(RetrievalDataset.from_tables(kept), "q1") == {"b", "e", "f"}
+
+
+def test_a_copy_of_what_is_unknown_is_unknown_also_when_the_other_is_taken_out():
+    listed = {"q1": ["c"], "q2": ["e"]}
+    data = texts_dataset(["u", "v", "same", "same", "x"], ["one", "two"], [("q1", "a"), ("q2", "b")], listed)
+    found = data.without(unknown("q1", "c", "a"))
+    alone = found.without(found.audit(num_examples=None)["unreferenced_pages"].only([Example((), ("c",))]))
+    assert "c" not in alone.corpus["document_id"][:]
+    assert drawn(alone, "q1") == {"b", "e"}
+
+
+def test_a_false_negative_that_is_in_no_list_is_refused_and_one_is_taken_out_once():
+    data = texts_dataset(list("uvwx"), ["one"], [("q1", "a")], {"q1": ["c", "d"]})
+    with pytest.raises(DatasetError, match="'b' as a negative of the query 'q1', whose list has no such document"):
+        data.without(unknown("q1", "b", "a"))
+    twice = data.without(unknown("q1", "c", "a")).without(unknown("q1", "c", "a"))
+    assert len(twice.label_changes) == 1
+    assert twice.undo_label_changes().negatives["document_ids"][:] == [["c", "d"]]
 
 
 @pytest.mark.parametrize("words", ["beta question", " Beta  QUESTION"])

@@ -125,7 +125,8 @@ def _merge_negatives(
     for change in changed:
         present[change["query_id"]].add(change["document_id"])
     for change in changed:
-        order = dict.fromkeys(stays[each] for each in before[change["query_id"]])
+        # a copy that stands in for a document that went was in no list: it is behind them
+        order = dict.fromkeys([*(stays[each] for each in before[change["query_id"]]), change["document_id"]])
         change["rank"] = [each for each in order if each in present[change["query_id"]]].index(change["document_id"])
     return with_label_changes(merged, pa.Table.from_pylist(changed, schema=changes.schema))
 

@@ -204,7 +204,9 @@ class Relevance:
         changes = self.label_changes_within(queries, documents)
         return replace(tables, negatives=with_label_changes(table_dataset(ids), changes), notes=notes)
 
-    def label_changes_within(self, queries: np.ndarray, documents: np.ndarray) -> pa.Table:
+    def label_changes_within(
+        self, queries: np.ndarray, documents: np.ndarray, changes: pa.Table | None = None
+    ) -> pa.Table:
         """The changes of labels for some queries and documents.
 
         What is unknown holds for all queries of one text and all copies of a page: where the one that a change names is
@@ -213,8 +215,9 @@ class Relevance:
         Args:
             queries: Positions, ascending.
             documents: Positions, ascending.
+            changes: Where there are others than those of the negatives.
         """
-        changes = label_changes(self.tables.negatives)
+        changes = label_changes(self.tables.negatives) if changes is None else changes
         is_unknown = pc.equal(changes["label"], "unknown").to_numpy()
         sides = {
             "query_id": (self.query_ids, self.text, queries),

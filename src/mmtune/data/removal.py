@@ -11,7 +11,7 @@ from mmtune.arguments import shown
 from mmtune.data.arrow import as_texts, column, positions
 from mmtune.data.combining import merge_copies
 from mmtune.data.findings import Finding, count_entries
-from mmtune.data.label_changes import CHANGES, label_changes, lists_before, with_label_changes
+from mmtune.data.label_changes import CHANGES, label_changes, lists_before
 from mmtune.data.relevance import Relevance
 from mmtune.data.tables import Tables, check_tables
 from mmtune.errors import ConfigError, DatasetError
@@ -150,11 +150,15 @@ def _join(stays: np.ndarray, rows: np.ndarray) -> None:
 def _unknown_labels(negatives: Dataset | None, entries: Sequence[tuple[str, str, float | None]]) -> pa.Table:
     """False negatives as changes of labels: nobody knows what they are, so that nothing draws them as negatives."""
     before = {} if negatives is None or not entries else lists_before(negatives)
-    rows = [
-        {"query_id": query, "document_id": document, "label": "unknown", "rank": rank, "score": score}
-        for query, document, score in dict.fromkeys(entries)
-        for rank in [at for at, other in enumerate(before.get(query, ())) if other == document][:1]
-    ]
+    rows = []
+    for query, document, score in dict.fromkeys(entries):
+        if document not in before.get(query, ()):
+            raise DatasetError(
+                f"A finding names {document!r} as a negative of the query {query!r}, whose list has no such document. "
+                "Pass what find_false_negatives gives for this dataset."
+            )
+        rank = before[query].index(document)
+        rows.append({"query_id": query, "document_id": document, "label": "unknown", "rank": rank, "score": score})
     return pa.Table.from_pylist(rows, schema=CHANGES)
 
 
@@ -181,10 +185,10 @@ def _apply(
         [pair not in dropped for pair in zip(listed.rows.tolist(), listed.values.tolist(), strict=True)]
     )
     is_listed = is_listed.astype(bool) & ~gone[0][listed.values]
-    changes = changes.filter(pa.array(positions(changes["document_id"].combine_chunks(), leaving) < 0))
+    queries = np.flatnonzero(~gone[1])
+    changes = relevance.label_changes_within(queries, np.flatnonzero(~gone[0]), changes)
     merged = merge_copies(relevance, stays, is_listed=is_listed, changes=changes)
 
-    queries = np.flatnonzero(~gone[1])
     remaining = relevance.query_ids.take(queries)
     qrels = merged.qrels
     is_left = (positions(column(qrels, "query_id"), remaining) >= 0) & (
@@ -194,10 +198,6 @@ def _apply(
     if negatives is not None:
         negatives = negatives.select(np.flatnonzero(positions(column(negatives, "query_id"), remaining) >= 0))
     corpus = merged.corpus.select(np.flatnonzero(positions(column(merged.corpus, "document_id"), leaving) < 0))
-    if negatives is not None:
-        changed = label_changes(negatives)
-        is_here = positions(changed["document_id"].combine_chunks(), column(corpus, "document_id")) >= 0
-        negatives = with_label_changes(negatives, changed.filter(pa.array(is_here)))
     taken = _describe(relevance, np.flatnonzero(gone[0] | (stays != np.arange(num_documents))), gone[1], dropped)
     notes = replace(tables.notes, taken_out=(*tables.notes.taken_out, *taken))
     return check_tables(
