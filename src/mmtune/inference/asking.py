@@ -127,11 +127,12 @@ class Asker:
         if store is not None and self.name is None:
             raise ConfigError(
                 f"store={str(store)!r}: replies are kept by the name of who gave them, and {generator!r:.80} has none. "
-                "Give it an attribute `name`, or pass a function with a name of its own."
+                "Give it an attribute `name`, or pass a function that is defined in a module, not inside another."
             )
         self._generator, self._pages = generator, pages
         self._store = None if store is None else ReplyStore(store)
         self._max_workers, self._shows_progress = max_workers, show_progress_bar
+        self._has_answered = False
 
     def ask(self, calls: Sequence[Call], what: str) -> list[str | Failure]:
         """The reply to each call, in their order; equal calls are made once.
@@ -141,18 +142,18 @@ class Asker:
             what: What is done, for the progress bar.
 
         Raises:
-            ConfigError: No call was answered, the generator refuses all, or the store can't be written to.
+            ConfigError: No call was answered, nor one of those before, the generator refuses all, or the store can't be
+                written to.
         """
         replies: dict[Call, str | Failure] = {}
-        answered = False
         pool = ThreadPoolExecutor(self._max_workers)
         try:
             call_by_future = {pool.submit(self._reply, call): call for call in dict.fromkeys(calls)}
             with tqdm(total=len(call_by_future), desc=what, disable=not self._shows_progress, leave=False) as bar:
                 for future in as_completed(call_by_future):
                     reply = replies[call_by_future[future]] = future.result()
-                    answered = answered or isinstance(reply, str)
-                    if not answered and len(replies) >= _HOPELESS:
+                    self._has_answered = self._has_answered or isinstance(reply, str)
+                    if not self._has_answered and len(replies) >= _HOPELESS:
                         break
                     tokens = getattr(self._generator, "tokens_spent", None)
                     if tokens is not None:
@@ -161,7 +162,7 @@ class Asker:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
         failed = next((reply for reply in replies.values() if isinstance(reply, Failure)), None)
-        if failed is not None and not answered:
+        if failed is not None and not self._has_answered:
             raise ConfigError(
                 f"{what}: none of {len(replies)} calls to {self.name or self._generator!r} was answered. Document "
                 f"{failed.document_id!r}: {failed.reason}"

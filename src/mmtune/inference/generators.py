@@ -165,7 +165,8 @@ def require_generator(name: str, value: object) -> None:
 def generator_name(generator: object) -> str | None:
     """What tells a generator from others: its ``name`` or ``model``, else the qualified name of a function or a class.
 
-    ``None`` for a lambda and a ``functools.partial``, which all have one name.
+    ``None`` for a lambda and a ``functools.partial``, which all have one name, and for what is defined inside a
+    function: each call of that makes another one of the same name.
     """
     for attribute in ("name", "model"):
         given = getattr(generator, attribute, None)
@@ -173,12 +174,34 @@ def generator_name(generator: object) -> str | None:
             return given
     named = generator if hasattr(generator, "__qualname__") else type(generator)
     name = f"{named.__module__}.{named.__qualname__}"  # type: ignore[attr-defined] - a function, a method or a class
-    return None if name.endswith("<lambda>") or name == "functools.partial" else name
+    return None if "<lambda>" in name or "<locals>" in name or name == "functools.partial" else name
 
 
 _THOUGHTS = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)
-_VERDICT = re.compile(r"\W*(yes|true|no|not|false|partly|partially|unsure|unclear)\b", re.IGNORECASE)
-_SCORES = {"yes": 1.0, "true": 1.0, "no": 0.0, "not": 0.0, "false": 0.0}
+_YES = re.compile(r"\W*(?:yes(?! and no)|true)\b", re.IGNORECASE)
+_NO = re.compile(
+    r"\W*(?:no(?! (?:doubt|question|problem))|false|not (?:at all|answer\w*|relevant|given|stated|found|mentioned))\b",
+    re.IGNORECASE,
+)
+_HEDGE = re.compile(
+    r"\W*(?:i(?:'m| am)? |it(?:'s| is) )?(?:yes and no|no|not|partly|partially|unsure|unclear|uncertain|maybe|perhaps"
+    r"|possibly|can(?:no|'| no)t (?:tell|say|judge|determine|be)|(?:don't|do not) know|hard to (?:say|tell))\b",
+    re.IGNORECASE,
+)
+_VERDICT_KEYS = frozenset(
+    [
+        "answers",
+        "answer",
+        "answered",
+        "answerable",
+        "isanswered",
+        "isanswerable",
+        "answersquestion",
+        "verdict",
+        "result",
+    ]
+).union(["relevant", "isrelevant", "relevance", "judgement", "judgment", "decision", "label", "score"])
+"""What judges call their verdict who do not keep to ``answers``: in small letters, without what is between words."""
 
 
 def read_json(reply: str) -> Any:
@@ -212,14 +235,26 @@ def _read_query(part: Any) -> tuple[str, str | None] | None:
 
 
 def read_verdict(reply: str) -> float | None:
-    """What a judge says, from 0 (no) to 1 (yes); ``None`` where the reply says neither."""
+    """What a judge says, from 0 (no) to 1 (yes); ``None`` where the reply says neither.
+
+    Hedges ("not sure") are 0.5, and so is JSON under no key that is known to hold a verdict.
+    """
     found = read_json(reply)
-    said = [found.get("answers"), *found.values()] if isinstance(found, dict) else [found, _THOUGHTS.sub("", reply)]
+    if not isinstance(found, dict):
+        said = [found, _THOUGHTS.sub("", reply).replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")]
+    elif _read_score(found.get("answers")) is not None:
+        said = [found["answers"]]
+    else:
+        said = [value for key, value in found.items() if re.sub(r"[\W_]", "", key).lower() in _VERDICT_KEYS]
+        if found and not said:
+            return 0.5
+        # A yes or no is a verdict; a text may be the answer itself, and a number how sure the judge is.
+        said.sort(key=lambda value: (not isinstance(value, bool), not isinstance(value, str)))
     return next((score for score in map(_read_score, said) if score is not None), None)
 
 
 def _read_score(said: Any) -> float | None:
     if isinstance(said, (bool, int, float)):
         return float(said) if 0 <= said <= 1 else None
-    word = _VERDICT.match(said) if isinstance(said, str) else None
-    return _SCORES.get(word[1].lower(), 0.5) if word else None
+    by_words = ((_YES, 1.0), (_NO, 0.0), (_HEDGE, 0.5))
+    return next((score for words, score in by_words if isinstance(said, str) and words.match(said)), None)

@@ -25,7 +25,7 @@ from mmtune.inference.drafts import (
     is_text,
     keep_answered,
     keep_findable,
-    keep_first_of_words,
+    share_words,
     with_drafts,
 )
 from mmtune.inference.encoder import Retriever, require_retriever
@@ -54,9 +54,12 @@ def generate_queries(
     """The dataset with queries about its pages, written by a generator.
 
     Every different page is asked about; of byte-identical ones the first. Left out is a query that points at its page
-    ("this figure"), has the words of another, and, where it can be told, asks for what another query of its page asks
-    for, finds too many other pages before its own, or is not answered by its page. ``notes.dropped_queries`` of the
-    result lists what was left out with the reason, failed calls among it, and ``audit()`` counts it.
+    ("this figure"), has the words of another of its page, and, where it can be told, asks for what another query of its
+    page asks for, finds too many other pages before its own, or is not answered by its page. ``notes.dropped_queries``
+    of the result lists what was left out with the reason, failed calls among it, and ``audit()`` counts it.
+
+    A query that is written in the same words for several pages is one query, and all of them are relevant to it. One
+    with the words of a query that was there has that query's text and an id of its own: equal texts share judgements.
 
     A reply is JSON with ``query`` and ``answer``; a reply that is no such JSON is a query itself. Order and ids do not
     depend on ``max_workers``.
@@ -78,7 +81,7 @@ def generate_queries(
         existing: ``"keep"``, or ``"replace"`` to leave out the queries that there are, with judgements and negatives.
         store: A folder for the replies, by page content, instruction and name of the generator: a second call asks
             nothing that was answered, also after a kill. A generator's name is its attribute ``name`` or ``model``,
-            else the qualified name of the function or class.
+            else the qualified name of the function or class; a lambda, and what is defined inside a function, has none.
         max_workers: Calls at a time.
         show_progress_bar: Whether to show bars, with the tokens spent.
         max_rank: With a retriever, a query's own page is among so many first.
@@ -89,8 +92,8 @@ def generate_queries(
         digest of the instruction) besides, and ``near_misses`` where these were asked for.
 
     Raises:
-        ConfigError: An argument has a value it can't have, near misses are asked for without a judge, or no call was
-            answered.
+        ConfigError: An argument has a value it can't have, near misses are asked for without a judge, or the generator
+            or the judge answered no call.
         DatasetError: The data can't be used, or its queries have a column of one of these names and another type.
     """
     num_queries = require_whole("queries_per_page", queries_per_page, at_least=0)
@@ -124,16 +127,17 @@ def generate_queries(
     drafts = _write(writer, pages, rows, num_queries, prompt_by_kind, asked_languages, sieve)
     drafts = sieve.keep(drafts, [is_text(each.text) for each in drafts], "it is blank, or no text")
     drafts = sieve.keep(drafts, [not points_at_its_page(each.text) for each in drafts], "it points at its page")
-    drafts = keep_first_of_words(drafts, tables, sieve)
+    drafts = share_words(drafts, tables, first, sieve)
     if retriever is not None and drafts:
         bars = {"batch_size": size, "show_progress_bar": show_progress_bar}
         drafts = keep_findable(drafts, tables, retriever, depth, sieve, **bars)
     if checker is not None:
-        drafts = keep_answered(drafts, checker, sieve)
+        drafts = keep_answered(drafts, tables, checker, sieve)
+    num_before = len(tables.queries)
     tables = with_drafts(tables, drafts, writer.name)
     if num_near_misses and checker is not None and len(tables.queries):
         tables = _with_near_misses(tables, num_near_misses, writer, checker, sieve)
-    sieve.report(len(drafts), len(rows))
+    sieve.report(len(tables.queries) - num_before, len(rows))
     notes = replace(tables.notes, dropped_queries=(*tables.notes.dropped_queries, *sieve.dropped))
     return RetrievalDataset.from_tables(replace(tables, notes=notes))
 

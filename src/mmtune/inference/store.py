@@ -60,7 +60,10 @@ class EmbeddingStore:
         try:
             # Opened here: np.load leaves a file that it can't read open (numpy 2.4).
             with path.open("rb") as file, np.load(file) as stored:
-                return _as_embeddings(stored["values"], stored["lengths"])
+                embeddings, count = _as_embeddings(stored["values"], stored["lengths"]), int(stored["count"])
+            if len(embeddings) != count:
+                raise ValueError(f"{len(embeddings)} items, expected {count}")
+            return embeddings
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             logger.warning("The embeddings in %s can't be read (%s) and are made again.", path, error)
             return None
@@ -75,7 +78,7 @@ class EmbeddingStore:
 
         def write(path: Path) -> None:
             with path.open("wb") as file:
-                np.savez(file, values=values, lengths=lengths)
+                np.savez(file, values=values, lengths=lengths, count=len(embeddings))
 
         with _writing_to(self._folder):
             _write_whole(self._folder / f"{key}.npz", write)
@@ -175,25 +178,29 @@ class ScoreStore:
         score_by_content: All scores that the folder holds.
 
     Raises:
-        ConfigError: The folder holds something else.
+        ConfigError: The folder holds something else, or can't be written to.
     """
 
     def __init__(self, folder: str | os.PathLike[str], teacher: str) -> None:
         self._folder = Path(folder)
         manifest = self._folder / _MANIFEST
-        if manifest.is_file():
-            found = json.loads(manifest.read_text())
-            if found["teacher"] != teacher or found["format_version"] != _FORMAT_VERSION:
+        found = _read_manifest(manifest) if manifest.is_file() else None
+        if found is None:
+            # What a killed process had begun to write is nobody's.
+            there = [path for path in self._folder.glob("*") if path != manifest and path.suffix != ".partial"]
+            if there or (self._folder.exists() and not self._folder.is_dir()):
                 raise ConfigError(
-                    f"{str(self._folder)!r} holds scores of another teacher, or over another kind of documents "
-                    f"({found['teacher']}, this one is {teacher}). Scores of two teachers do not mix: pass another "
-                    "folder."
+                    f"{str(self._folder)!r} is not empty and holds no scores, or none that tell their teacher. Pass a "
+                    "new folder."
                 )
-        else:
-            if self._folder.exists() and (not self._folder.is_dir() or any(self._folder.iterdir())):
-                raise ConfigError(f"{str(self._folder)!r} is not empty and holds no scores. Pass a new folder.")
-            self._folder.mkdir(parents=True, exist_ok=True)
-            manifest.write_text(json.dumps({"format_version": _FORMAT_VERSION, "teacher": teacher}, indent=2) + "\n")
+            content = json.dumps({"format_version": _FORMAT_VERSION, "teacher": teacher}, indent=2) + "\n"
+            with _writing_to(self._folder):
+                _write_whole(manifest, lambda partial: partial.write_text(content))
+        elif found != (teacher, _FORMAT_VERSION):
+            raise ConfigError(
+                f"{str(self._folder)!r} holds scores of another teacher, or over another kind of documents "
+                f"({found[0]}, this one is {teacher}). Scores of two teachers do not mix: pass another folder."
+            )
         query_ids, document_ids, contents, scores = (part.to_pylist() for part in read_scores(folder).columns)
         self.score_by_content: dict[str, float] = dict(zip(contents, scores, strict=True))
         self._written = set(zip(map(Pair, query_ids, document_ids), contents, strict=True))
@@ -214,8 +221,18 @@ class ScoreStore:
         self._num_files += 1
 
 
+def _read_manifest(path: Path) -> tuple[str, int] | None:
+    """The teacher and the version; ``None`` where the file is damaged."""
+    try:
+        found = json.loads(path.read_text())
+        return found["teacher"], found["format_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s can't be read: %r.", path, error)
+        return None
+
+
 def read_scores(folder: str | os.PathLike[str]) -> pa.Table:
-    """All rows that a ``ScoreStore`` wrote to a folder, in the order they were written.
+    """All rows that a ``ScoreStore`` wrote to a folder, in the order they were written; without damaged files.
 
     Raises:
         ConfigError: The folder holds no scores.
@@ -224,7 +241,13 @@ def read_scores(folder: str | os.PathLike[str]) -> pa.Table:
     if not (Path(folder) / _MANIFEST).is_file():
         raise ConfigError(f"{str(folder)!r} holds no scores. Pass the folder that was given to score_rows.")
     files = sorted(Path(folder).glob("scores-*.parquet"))
-    return pa.concat_tables([_SCORES.empty_table(), *(pq.read_table(path, schema=_SCORES) for path in files)])
+    tables = [_SCORES.empty_table()]
+    for path in files:
+        try:
+            tables.append(pq.read_table(path, schema=_SCORES))
+        except (OSError, pa.ArrowException) as error:
+            logger.warning("The scores in %s can't be read (%s): scoring makes them again.", path, error)
+    return pa.concat_tables(tables)
 
 
 def score_table(pairs: Sequence[Pair], contents: Sequence[str], scores: Sequence[float]) -> pa.Table:
@@ -293,7 +316,7 @@ class ReplyStore:
         return self._folder / key[:2] / f"{key}.json"
 
 
-def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
     # Under its name only when it is whole; with the process in its name until then, since two may write the same.
     # And with the thread, for the same reason.
     partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
