@@ -156,7 +156,6 @@ BUILDERS = {
     ),
     "a null id": (lambda: RetrievalDataset.from_id_rows(id_rows(id=["p0", None, "x", "y"])), DatasetError, "Row 1"),
     "numbers as queries": (lambda: RetrievalDataset.from_id_rows(id_rows(query=[1, 2, 3, 4])), DatasetError, "int64"),
-    "only blank queries": (lambda: RetrievalDataset.from_id_rows(id_rows(query=[" "] * 4)), DatasetError, "No query"),
     "numbers as images": (lambda: RetrievalDataset.from_id_rows(id_rows(image=[1, 2, 3, 4])), DatasetError, "int64"),
     "a null image": (
         lambda: RetrievalDataset.from_id_rows(id_rows(image=[png(), None, png(), png()])),
@@ -280,7 +279,7 @@ FILES = {
     "rows.tsv": r"Dataset\.from_csv\(path, sep=",
     "rows.jsonl": r"Dataset\.from_json\(path\)",
     "rows.json": r"Dataset\.from_json\(path\)",
-    "report.pdf": r"is a PDF\. Make an image of each page",
+    "report.pdf": r"No page of 1 PDFs can be read, e\.g\. report\.pdf: it is no PDF",
     "rows.parquet": "could not be loaded",
 }
 
@@ -292,7 +291,12 @@ def test_files_of_other_kinds_say_how_they_are_read(name, tmp_path):
         RetrievalDataset.load(tmp_path / name)
 
 
-FOLDERS = {"a.pdf": "These are PDFs", "a.png": "These are images", "a.csv": "from_csv", "a.xyz": r"it has \['a\.xyz'\]"}
+FOLDERS = {
+    "a.pdf": "No page of 1 PDFs",
+    "a.png": "These are images",
+    "a.csv": "from_csv",
+    "a.xyz": r"it has \['a\.xyz'\]",
+}
 
 
 @pytest.mark.parametrize("name", FOLDERS)

@@ -194,7 +194,7 @@ def test_wrong_arguments_are_named(calls: dict, name: str, given: dict, message:
 
 
 def test_a_dataset_without_queries_is_named(calls: dict) -> None:
-    rows = generated_pages(4).map(lambda row: {"query": None})
+    rows = generated_pages(4).map(lambda row: {"query": None, "text": "a page"})
     for name in ("evaluator", "reranking", "pipeline", "mine"):
         with pytest.raises(DatasetError, match="quer"):
             calls[name](dataset=rows)

@@ -93,9 +93,33 @@ def test_a_blank_query_makes_a_document_only(blank):
 
 
 @pytest.mark.parametrize("queries", [[None] * 3, ["", " ", None]])
-def test_no_query_at_all_is_an_error(queries):
-    with pytest.raises(DatasetError, match=r"No query is left.*null or blank"):
-        RetrievalDataset.from_id_rows(id_rows(3, query=queries))
+def test_pages_without_a_query_are_a_dataset_that_can_be_joined_saved_and_audited(queries, tmp_path):
+    dataset = RetrievalDataset.from_id_rows(id_rows(3, query=queries))
+    assert (len(dataset), len(dataset.corpus), dataset.notes.blank_queries) == (0, 3, 3)
+    assert "queries    0" in repr(dataset)
+    assert dataset.audit().counts["unreferenced_pages"] == 3
+    assert len(dataset.deduplicate().corpus) == 3
+    dataset.save(tmp_path / "saved")
+    loaded = RetrievalDataset.load(tmp_path / "saved")
+    joined = RetrievalDataset.concatenate([loaded, RetrievalDataset.from_id_rows(id_rows(2))])
+    assert (len(joined), len(joined.corpus)) == (2, 5)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda dataset: dataset.training_rows(),
+        lambda dataset: dataset.labeled_pairs(),
+        lambda dataset: dataset.labeled_lists(),
+        lambda dataset: dataset.split(1),
+        lambda dataset: dataset.select_queries(1),
+        lambda dataset: dataset.select_queries(["q"]),
+    ],
+)
+def test_what_asks_something_refuses_pages_without_a_query(call):
+    dataset = RetrievalDataset.from_id_rows(id_rows(3, query=[None] * 3))
+    with pytest.raises(DatasetError, match=r"no queries: 3 rows have a null .* generate_queries\(dataset, generator\)"):
+        call(dataset)
 
 
 def test_zero_rows_are_an_error():
@@ -335,10 +359,6 @@ def test_id_rows_in_any_order_give_what_stands_in_them(data, count):
     order = data.draw(st.permutations(range(count)))
     rows = id_rows(count, id=names, query=queries, negatives=negatives).select(order)
     asking = [k for k in order if (queries[k] or "").strip()]
-    if not asking:
-        with pytest.raises(DatasetError, match="No query is left"):
-            RetrievalDataset.from_id_rows(rows)
-        return
     dataset = RetrievalDataset.from_id_rows(rows)
     assert dataset.corpus["document_id"][:] == [names[k] for k in order]
     assert numbers_by_id(dataset) == {names[k]: k for k in range(count)}

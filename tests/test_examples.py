@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import runpy
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,7 +11,7 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
-from mmtune.testing import generated_pages
+from mmtune.testing import generated_pages, generated_pdfs
 
 ROOT = Path(__file__).parents[1]
 
@@ -111,6 +112,19 @@ def test_the_recipes_for_rerankers_ask_for_what_the_guide_trains(run, monkeypatc
 def test_a_table_of_ones_own_in_tiny_mode(run, tmp_path: Path) -> None:
     run("examples/own_table.py", "--tiny", "--output", "mine")
     assert (tmp_path / "mine" / "final" / "modules.json").is_file()
+
+
+def test_a_folder_of_ones_own_pdfs_in_eight_lines(monkeypatch, tmp_path: Path, clip_path: str) -> None:
+    pytest.importorskip("pypdfium2")
+    script = ROOT / "examples" / "own_pdfs.py"
+    code = script.read_text(encoding="utf-8").split('"""')[2]
+    assert len([line for line in code.splitlines() if line.strip()]) == 8
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(script), generated_pdfs("pdfs"), clip_path, "tuned"])
+    runpy.run_path(str(script), run_name="__main__")
+    metrics = json.loads((tmp_path / "tuned" / "metrics.json").read_text())
+    assert (tmp_path / "tuned" / "final" / "modules.json").is_file()
+    assert metrics["before"].keys() == metrics["after"].keys() != set()
 
 
 def test_a_table_of_ones_own_with_groups(run, tmp_path: Path, clip_path: str) -> None:

@@ -413,7 +413,7 @@ def with_value(name: str, value: object) -> Dataset:
     [
         (lambda: with_value("negatives", ["nowhere"]), MissingDocumentError, "'nowhere'"),
         (lambda: with_value("id", "twice"), DatasetError, "'twice' stands in 7 rows"),
-        (lambda: with_value("query", None), DatasetError, "No query"),
+        (lambda: with_value("query", None), DatasetError, "has no queries"),
         (lambda: with_value("query", 7), DatasetError, "'query' holds int64, expected text"),
         (lambda: with_value("negatives", "a"), DatasetError, "'negatives' holds string, expected lists"),
         (lambda: with_value("image", 1.0), DatasetError, "'image' holds double, which can't be images"),

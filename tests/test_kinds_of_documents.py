@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from PIL import Image
+from sentence_transformers import SentenceTransformer
 
-from mmtune import ConfigError, RetrievalDataset, build_evaluator, mine_hard_negatives
+from mmtune import ConfigError, DatasetError, RetrievalDataset, build_evaluator, mine_hard_negatives
 from mmtune.data.judgements import Judgements
 from mmtune.data.rows import view_of
 
@@ -52,6 +53,28 @@ def test_chunks_of_one_page_image_are_negatives_of_each_other(documents):
     ids = rows.with_format(None)[:]
     assert ids["negative_document_ids"] == [[f"p{page}c0", f"p{page}c1"] for page in range(4)]
     assert view.relevant_to(np.array(ids["relevance_group"]))[1].to_pylist() == ids["document_id"]
+
+
+@pytest.mark.parametrize("documents", ["text", "text+image"])
+def test_pages_without_a_text_are_named_before_models_run_and_can_be_taken_out(documents, clip_path, monkeypatch):
+    data = chunks()
+    texts = [None if at in (1, 4) else text for at, text in enumerate(data.corpus["text"][:])]
+    corpus = data.corpus.remove_columns("text").add_column("text", texts)
+    data = RetrievalDataset(corpus, data.queries, data.qrels, data.negatives)
+    model = SentenceTransformer(str(clip_path), device="cpu")
+    message = r"2 documents have no text, e\.g\. 'p0c1'.*audit\(num_examples=None\)\['documents_without_text'\]"
+    with monkeypatch.context() as patched:
+        patched.setattr(model, "forward", None)
+        with pytest.raises(DatasetError, match=message):
+            mine_hard_negatives(data, model, documents=documents, show_progress_bar=False)
+    with pytest.raises(DatasetError, match=message):
+        build_evaluator(data, documents=documents)
+    found = data.audit(num_examples=None)["documents_without_text"]
+    assert (found.count, found.is_problem) == (2, False)
+    whole = data.without(found)
+    assert set(data.corpus["document_id"]) - set(whole.corpus["document_id"]) == {"p0c1", "p1c1"}
+    build_evaluator(whole, documents=documents)
+    mine_hard_negatives(whole, model, documents="text", show_progress_bar=False)
 
 
 def test_as_images_they_are_one_page():

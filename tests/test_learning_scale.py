@@ -62,3 +62,19 @@ def test_evaluation_of_five_times_the_pages_takes_little_more_memory(benchmark):
     few, many = (evaluation_memory.measure("mmtune", pages, None) for pages in (30, 150))
     # the host keeps every page decoded, 5 MB each
     assert many["peak_mb"] - few["peak_mb"] < 200
+
+
+@pytest.mark.slow
+def test_mining_among_forty_thousand_documents_takes_a_fifth_of_the_limits(benchmark):
+    mining = benchmark("mining")
+    size = ("--queries", 10_000, "--documents", 40_000, "--dimension", 256, "--threads", 1)
+    found = benchmark("measure").in_fresh_process(mining.__file__, *size)
+    assert found["cpu_seconds"] < mining.MOST_SECONDS / 5
+    assert found["peak_mb"] < mining.MOST_MB / 5
+
+
+@pytest.mark.slow
+def test_training_on_mined_negatives_beats_training_on_random_ones(benchmark):
+    found = benchmark("mining").train_on_both(0)
+    assert found["mined steps"] == found["random steps"]
+    assert found["mined"] > found["random"] + 0.03

@@ -18,7 +18,7 @@ from mmtune.data.documents import DocumentReader
 from mmtune.inference import mining
 from mmtune.inference.encoder import read_ahead
 from mmtune.inference.mining import mine_hard_negatives
-from mmtune.inference.search import find_nearest, top_columns
+from mmtune.inference.search import find_nearest, merge_nearest, top_columns
 from mmtune.inference.store import model_fingerprint
 
 WORDS = (
@@ -101,7 +101,21 @@ def mine_texts(dataset, model, **options):
 # ---- what may be a negative
 
 
-def brute_force(dataset, num_negatives, relative, absolute, range_min, range_max, max_score):
+def texts_beside(dataset, relevant, neighbors):
+    """The texts of the documents near a relevant one in its file, that are not relevant themselves."""
+    rows = [row for row in dataset.corpus if row.get("source") is not None and row["page_number"] is not None]
+    return {
+        row["text"]
+        for row in rows
+        for other in rows
+        if neighbors
+        and other["text"] in relevant
+        and other["source"] == row["source"]
+        and abs(other["page_number"] - row["page_number"]) <= neighbors
+    } - relevant
+
+
+def brute_force(dataset, num_negatives, relative, absolute, range_min, range_max, max_score, neighbors=1):
     """The rule in plain Python, for texts that are vectors."""
     texts, document_ids = dataset.corpus["text"][:], dataset.corpus["document_id"][:]
     text_by_query = dict(zip(dataset.queries["query_id"], dataset.queries["text"], strict=True))
@@ -113,6 +127,10 @@ def brute_force(dataset, num_negatives, relative, absolute, range_min, range_max
         return sum(float(a) * float(b) for a, b in zip(query.split(), document.split(), strict=True))
 
     most_relevant = max(len({page for other, page in judged if other == text}) for text, _ in judged)
+    beside = {
+        text: texts_beside(dataset, {page for other, page in judged if other == text}, neighbors) for text, _ in judged
+    }
+    most_beside = max(map(len, beside.values()))
     result = {}
     for query_id, text in text_by_query.items():
         relevant = {page for other, page in judged if other == text}
@@ -120,8 +138,8 @@ def brute_force(dataset, num_negatives, relative, absolute, range_min, range_max
         ranking = sorted(first_by_text, key=lambda page: (-score(text, page), texts.index(page)))
         left = [
             page
-            for page in ranking[: range_max + most_relevant]
-            if page not in relevant
+            for page in ranking[: range_max + most_relevant + most_beside]
+            if page not in relevant | beside[text]
             and (relative is None or score(text, page) <= lowest - abs(lowest) * relative)
             and (absolute is None or score(text, page) <= lowest - absolute)
             and (max_score is None or score(text, page) <= max_score)
@@ -138,10 +156,21 @@ def datasets_of_vectors(draw):
     documents = draw(st.lists(vector, min_size=1, max_size=12))
     queries = draw(st.lists(vector, min_size=1, max_size=6))
     pairs = st.tuples(st.integers(0, len(queries) - 1), st.integers(0, len(documents) - 1))
-    return text_dataset(documents, queries, draw(st.lists(pairs, min_size=1, max_size=10)))
+    dataset = text_dataset(documents, queries, draw(st.lists(pairs, min_size=1, max_size=10)))
+    if not draw(st.booleans()):
+        return dataset
+    count = {"min_size": len(documents), "max_size": len(documents)}
+    files = draw(st.lists(st.sampled_from(["a.pdf", "b.pdf", None]), **count))
+    return of_files(dataset, files, draw(st.lists(st.sampled_from([1, 2, 3, 4, 6, None]), **count)))
 
 
-@settings(max_examples=40, deadline=None)
+def of_files(dataset, files, page_numbers):
+    """The dataset with the file and the page that each document is from."""
+    columns = {**dataset.corpus.to_dict(), "source": files, "page_number": page_numbers}
+    return RetrievalDataset(Dataset.from_dict(columns), dataset.queries, dataset.qrels, dataset.negatives)
+
+
+@settings(max_examples=60, deadline=None)
 @given(
     dataset=datasets_of_vectors(),
     num_negatives=st.integers(1, 4),
@@ -150,8 +179,11 @@ def datasets_of_vectors(draw):
     range_min=st.integers(0, 3),
     more=st.integers(0, 8),
     max_score=st.sampled_from([None, -1, 3]),
+    neighbors=st.integers(0, 2),
 )
-def test_the_rule_is_that_of_brute_force(dataset, num_negatives, relative, absolute, range_min, more, max_score):
+def test_the_rule_is_that_of_brute_force(
+    dataset, num_negatives, relative, absolute, range_min, more, max_score, neighbors
+):
     range_max = range_min + num_negatives + more
     found = mine_texts(
         dataset,
@@ -162,9 +194,11 @@ def test_the_rule_is_that_of_brute_force(dataset, num_negatives, relative, absol
         range_min=range_min,
         range_max=range_max,
         max_score=max_score,
+        neighbors=neighbors,
         batch_size=2,
     )
-    assert found == brute_force(dataset, num_negatives, relative, absolute, range_min, range_max, max_score)
+    limits = num_negatives, relative, absolute, range_min, range_max, max_score, neighbors
+    assert found == brute_force(dataset, *limits)
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +240,16 @@ def test_the_nearest_are_the_same_however_the_corpus_is_cut(data):
     assert found.items.tolist() == order.tolist()
     assert found.scores.tolist() == np.take_along_axis(scores, order, axis=1).tolist()
     assert found.relevant_scores.tolist() == scores[wanted.rows, wanted.values].tolist()
+
+    # In two parts, as two processes find them.
+    place = data.draw(st.integers(0, len(shards)))
+    halves = [
+        find_nearest(lambda a, b: a @ b.T, queries, part, first=sum(map(len, before)), **options)
+        for part, before in ((shards[:place], ()), (shards[place:], shards[:place]))
+    ]
+    merged = merge_nearest(halves, depth)
+    for one, other in zip(vars(merged).values(), vars(found).values(), strict=True):
+        assert one.tolist() == other.tolist()
 
 
 def test_what_is_relevant_to_the_same_text_under_another_id_is_no_negative():

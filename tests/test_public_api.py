@@ -25,6 +25,7 @@ PUBLIC = [
     "MissingDocumentError",
     "MissingExtraError",
     "MmtuneError",
+    "OpenAICompatible",
     "PipelineReport",
     "Plan",
     "RetrievalDataset",
@@ -39,15 +40,21 @@ PUBLIC = [
     "compose_router",
     "evaluate_pipeline",
     "extract_route",
+    "find_false_negatives",
     "finetune",
     "finetune_reranker",
+    "generate_queries",
+    "judge_negatives",
     "load_model",
     "merge_lora",
     "mine_hard_negatives",
     "router_preset",
     "score_rows",
 ]
-TESTING = ["generated_pages", "tiny_clip", "tiny_llava", "tiny_qwen3_vl", "tiny_siglip", "tiny_text_encoder"]
+TESTING = [
+    *("generated_pages", "generated_pdfs"),
+    *("tiny_clip", "tiny_llava", "tiny_qwen3_vl", "tiny_siglip", "tiny_text_encoder"),
+]
 
 
 class Promised:
@@ -68,6 +75,10 @@ class Promised:
 
     def from_columns(self, rows, *, query_column="query", image_column="image", negative_columns=None): ...
 
+    def from_pdfs(
+        self, paths, queries=None, *, max_pixels=1_500_000, store=None, passwords=None, on_bad_file="report"
+    ): ...
+
     def load(self, name_or_path, config=None, *, split=None, revision=None): ...
 
     def from_beir(self, corpus, queries, qrels): ...
@@ -76,11 +87,17 @@ class Promised:
 
     def save(self, folder): ...
 
+    def export(self, folder, layout="beir"): ...
+
+    def push_to_hub(self, repo_id): ...
+
     def select_queries(self, n_or_ids): ...
 
     def deduplicate(self): ...
 
-    def audit(self): ...
+    def audit(self, *, content=False, against=None): ...
+
+    def without(self, findings): ...
 
     def labeled_pairs(self, num_negatives=4, *, direction="text_to_image", documents="image", seed=42): ...
 
@@ -135,6 +152,9 @@ class Promised:
     def router_preset(name, **overrides): ...
 
     @staticmethod
+    def find_false_negatives(dataset, model): ...
+
+    @staticmethod
     def mine_hard_negatives(
         dataset,
         model,
@@ -150,6 +170,26 @@ class Promised:
         cache_folder=None,
         show_progress_bar=True,
     ): ...
+
+    @staticmethod
+    def generate_queries(
+        dataset,
+        generator,
+        *,
+        queries_per_page=2,
+        kinds=None,
+        languages=None,
+        judge=None,
+        retriever=None,
+        near_misses=0,
+        existing="keep",
+        store=None,
+        max_workers=8,
+        show_progress_bar=True,
+    ): ...
+
+    @staticmethod
+    def judge_negatives(dataset, judge, *, store=None, show_progress_bar=True): ...
 
     @staticmethod
     def finetune_reranker(
@@ -199,6 +239,9 @@ class Promised:
     def generated_pages(num_queries, *, num_negatives=4, seed=0): ...
 
     @staticmethod
+    def generated_pdfs(folder, *, seed=0): ...
+
+    @staticmethod
     def tiny_clip(folder): ...
 
     tiny_siglip = tiny_text_encoder = tiny_qwen3_vl = tiny_llava = tiny_clip
@@ -206,13 +249,14 @@ class Promised:
 
 METHODS = [
     "__init__",
-    *("from_id_rows", "from_columns", "from_beir", "load", "concatenate"),
-    *("training_rows", "labeled_pairs", "split", "select_queries", "deduplicate", "audit", "save"),
+    *("from_id_rows", "from_columns", "from_beir", "from_pdfs", "load", "concatenate"),
+    *("training_rows", "labeled_pairs", "split", "select_queries", "deduplicate", "audit", "without", "save"),
 ]
 FUNCTIONS = [
     *("build_evaluator", "build_reranking_evaluator", "build_reranker", "compare_per_query"),
     *("compose_router", "finetune"),
     *("finetune_reranker", "load_model", "mine_hard_negatives", "router_preset"),
+    *("find_false_negatives", "generate_queries", "judge_negatives"),
 ]
 
 

@@ -307,3 +307,126 @@ def test_the_error_names_the_number_of_queries_that_would_do():
     with pytest.raises(DatasetError, match=r"Pass eval_queries=3 or more"):
         grouped.split(2, group_column="pdf")
     assert len(grouped.split(3, group_column="pdf")[1]) == 3
+
+
+def of_files(*files: str, **options) -> RetrievalDataset:
+    """A query for each page, of files with these names."""
+    dataset = independent(len(files), groups=list(files), **options)
+    numbered = dataset.corpus.add_column("page_number", list(range(len(files))))
+    return RetrievalDataset(numbered, dataset.queries, dataset.qrels, dataset.negatives)
+
+
+def test_pages_of_files_are_split_by_file_unless_another_column_is_named():
+    dataset = of_files(*"aaabbbccc")
+    train, evaluation = dataset.split(4)
+    assert len(evaluation) == 3
+    assert len(set(evaluation.corpus["source"])) == 1
+    assert set(train.corpus["source"]) == set("abc") - set(evaluation.corpus["source"])
+    by_page = dataset.split(4, group_column="document_id")
+    assert len(by_page[1]) == 4
+    with pytest.raises(DatasetError, match=r"the group 'a'.* 'document_id' splits by page"):
+        of_files(*"aaa").split(1)
+    plain = independent(9, groups=list("aaabbbccc"))
+    assert len(plain.split(4)[1]) == 4, "a column of that name alone does not say that these are files"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_three_sides_share_nothing(seed):
+    negatives = [[(k + 1) % 30, (k + 2) % 30] for k in range(30)]
+    dataset = of_files(*[str(k // 3) for k in range(30)], negatives=negatives)
+    train, evaluation, test = dataset.split(6, test_queries=9, seed=seed)
+    assert [len(side) for side in (train, evaluation, test)] == [15, 6, 9]
+    files = [set(side.qrels["document_id"]) for side in (train, evaluation, test)]
+    number = {name: int(name[1:]) // 3 for name in dataset.corpus["document_id"]}
+    for one, other in combinations(files, 2):
+        assert not {number[name] for name in one} & {number[name] for name in other}
+    for side, later in ((train, files[1] | files[2]), (evaluation, files[2])):
+        assert not set(side.corpus["document_id"]) & later
+    with pytest.raises(DatasetError, match="No split"):
+        dataset.split(1, test_queries=9)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, 0.5, "3", True])
+def test_queries_of_a_third_side_are_a_whole_number(value):
+    with pytest.raises(ConfigError, match="test_queries="):
+        independent(6).split(1, test_queries=value)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_each_language_gets_its_share(seed):
+    dataset = of_files(*[str(k // 2) for k in range(120)])
+    languages = ["en"] * 60 + ["de"] * 40 + [None] * 20
+    queries = dataset.queries.add_column("language", languages)
+    dataset = RetrievalDataset(dataset.corpus, queries, dataset.qrels)
+    train, evaluation = dataset.split(24, seed=seed, stratify_column="language")
+    held_out = evaluation.queries["language"][:]
+    assert [held_out.count(value) for value in ("en", "de", None)] == [12, 8, 4]
+    assert len(train) == 96
+    drawn = {
+        tuple(sorted(dataset.split(24, seed=other, stratify_column="language")[1].queries["text"])) for other in (1, 2)
+    }
+    assert len(drawn) == 2
+    sides = dataset.split(12, test_queries=12, seed=seed, stratify_column="language")
+    for side in sides[1:]:
+        assert [side.queries["language"][:].count(value) for value in ("en", "de", None)] == [6, 4, 2]
+
+
+def test_strata_that_do_not_fit_leave_the_size_as_it_is():
+    dataset = independent(10)
+    dataset = RetrievalDataset(dataset.corpus, dataset.queries.add_column("kind", list("abcdefghij")), dataset.qrels)
+    assert len(dataset.split(3, stratify_column="kind")[1]) == 3
+    with pytest.raises(DatasetError, match=r"stratify_column='language': the table of queries has no column"):
+        dataset.split(3, stratify_column="language")
+
+
+@given(
+    groups=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=4), max_size=4),
+    content=st.lists(st.integers(0, 7), min_size=10, max_size=10),
+    seed=st.integers(0, 3),
+)
+@settings(max_examples=40, deadline=None)
+def test_near_copies_stay_on_one_side_with_the_copies_of_their_pages(groups, content, seed):
+    dataset = tables(content, [f"ask {k}" for k in range(6)], [(k, k) for k in range(6)])
+    together = [[f"d{k}" for k in group] for group in groups]
+    marks = {k: {k, *(other for other in range(10) if content[other] == content[k])} for k in range(10)}
+    for _ in range(10):
+        for group in groups:
+            joined = set().union(*(marks[k] for k in group))
+            for k in joined:
+                marks[k] = marks[k] | joined
+    try:
+        train, evaluation = dataset.split(3, seed=seed, together=together)
+    except DatasetError as error:
+        if "No split" not in str(error):
+            raise
+        return
+    answers = {int(name[1:]) for name in evaluation.qrels["document_id"]}
+    held_out = set().union(*(marks[k] for k in answers))
+    assert {int(name[1:]) for name in train.corpus["document_id"]} == set(range(10)) - held_out
+
+
+def test_three_sides_keep_near_copies_apart():
+    dataset = independent(9)
+    together = [["d0", "d1"], ["d1", "d2"], ["d3", "d4"]]
+    for seed in range(5):
+        sides = dataset.split(3, test_queries=3, seed=seed, together=together)
+        for ids in ({"d0", "d1", "d2"}, {"d3", "d4"}):
+            assert sum(bool(ids & set(side.qrels["document_id"])) for side in sides) == 1
+
+
+@pytest.mark.parametrize(
+    ("together", "error", "message"),
+    [
+        ([["d0", "d99"]], DatasetError, "'d99', which is the id of no document"),
+        ([["d0", 5]], DatasetError, "'?5'?, which is the id of no document"),
+        *[(value, ConfigError, "together=") for value in ("d0", ["d0", "d1"], [5], 5, None)],
+    ],
+)
+def test_what_stays_together_is_named_by_lists_of_ids(together, error, message):
+    with pytest.raises(error, match=message):
+        independent(4).split(1, together=together)
+
+
+def test_what_ties_near_copies_is_named():
+    with pytest.raises(DatasetError, match="tied by the set of copies of 'd0'"):
+        independent(3).split(1, together=[["d0", "d1", "d2"]])

@@ -17,7 +17,15 @@ from mmtune.evaluation import (
     compare_per_query,
     evaluate_pipeline,
 )
-from mmtune.inference import TeacherScores, mine_hard_negatives, score_rows
+from mmtune.inference import (
+    OpenAICompatible,
+    TeacherScores,
+    find_false_negatives,
+    generate_queries,
+    judge_negatives,
+    mine_hard_negatives,
+    score_rows,
+)
 from mmtune.models import (
     ROUTER_PRESETS,
     RouterPreset,
@@ -44,6 +52,7 @@ __all__ = [
     "MissingDocumentError",
     "MissingExtraError",
     "MmtuneError",
+    "OpenAICompatible",
     "PipelineReport",
     "Plan",
     "RetrievalDataset",
@@ -58,8 +67,11 @@ __all__ = [
     "compose_router",
     "evaluate_pipeline",
     "extract_route",
+    "find_false_negatives",
     "finetune",
     "finetune_reranker",
+    "generate_queries",
+    "judge_negatives",
     "load_model",
     "merge_lora",
     "mine_hard_negatives",

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetInfo, Image, concatenate_datasets
+from datasets import Dataset, DatasetInfo, Features, Image, concatenate_datasets
 from datasets.fingerprint import generate_random_fingerprint
 
 from mmtune.errors import DatasetError
@@ -183,6 +183,10 @@ def with_columns(rows: Dataset, new: Mapping[str, pa.Array]) -> Dataset:
         rows: Any dataset, with or without an indices mapping.
         new: Arrays of ``len(rows)``, in the order of the rows.
     """
+    if not len(rows):
+        # concatenate_datasets leaves out what has no rows, with its columns (datasets 5.2)
+        features = Features({**table_dataset(new).features, **rows.features})
+        return Dataset.from_dict({name: [] for name in features}, features=features)
     stored_rows = stored_positions(rows)
     if stored_rows is None:
         return concatenate_datasets([table_dataset(new), rows], axis=1)

@@ -1,5 +1,6 @@
-"""What may be wrong with a dataset: counted, with examples by id, before it is trained on. No image is decoded."""
+"""What may be wrong with a dataset: counted, with examples by id, before it is trained on. No image is decoded here."""
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -7,10 +8,11 @@ import numpy as np
 import pyarrow as pa
 
 from mmtune.data.arrow import column
-from mmtune.data.findings import GOOD_TO_KNOW, PROBLEMS, AuditReport, Example, Finding, most_common
+from mmtune.data.content import Content
+from mmtune.data.findings import GOOD_TO_KNOW, PROBLEMS, AuditReport, Example, Finding, count_entries, most_common
 from mmtune.data.images import EncodedImages
 from mmtune.data.relevance import Relevance
-from mmtune.data.tables import is_blank
+from mmtune.data.tables import DroppedQuery, is_blank
 
 _Positions: TypeAlias = Sequence[int] | np.ndarray
 
@@ -30,23 +32,38 @@ class _Count(NamedTuple):
     examples: tuple[Example, ...] = ()
 
 
-def examine(relevance: Relevance, *, num_examples: int = 5) -> AuditReport:
-    """What is odd about a dataset, with ``num_examples`` a finding at most; see ``RetrievalDataset.audit``."""
+def examine(relevance: Relevance, *, num_examples: int | None = 5, content: Content | None = None) -> AuditReport:
+    """What is odd about a dataset; see ``RetrievalDataset.audit``.
+
+    Args:
+        relevance: The judgements by position.
+        num_examples: Examples a finding at most; ``None`` gives all.
+        content: What was found in pages, in queries, and in comparison with another dataset.
+    """
     tables = relevance.tables
-    examiner = _Examiner(relevance, num_examples)
+    examiner = _Examiner(relevance, sys.maxsize if num_examples is None else num_examples)
+    content = content or Content()
     queries_by_length: dict[int, int] = {}
     if tables.negatives is not None:
         lengths, queries = np.unique(examiner.usable, return_counts=True)
         queries_by_length = dict(zip(lengths.tolist(), queries.tolist(), strict=True))
+    taken_out = tuple(
+        Example(*((() if part is None else (part,)) for part in entry)) for entry in tables.notes.taken_out
+    )
     unknown = [Example((query_id,), (document_id,)) for query_id, document_id in tables.notes.unknown_examples]
+    sources = [Example((), (name,)) for name, _ in tables.notes.unreadable_sources]
     count_by_key = {
         **{key: _Count(getattr(tables.notes, key)) for key in _COUNTED_BY_BUILDERS},
+        "unreadable_sources": _Count(len(sources), tuple(sources[:num_examples])),
         "unknown_negatives": _Count(tables.notes.unknown_negatives, tuple(unknown[:num_examples])),
+        "dropped_queries": _count_dropped(tables.notes.dropped_queries, num_examples),
         **examiner.count_relevant_negatives(),
         **examiner.count_lists(most_common(queries_by_length) if queries_by_length else None),
         **examiner.count_texts(),
         **examiner.count_pages(),
         **examiner.count_missing_content(),
+        "taken_out": _Count(len(taken_out), taken_out[:num_examples]),
+        **{key: _Count(count_entries(key, entries), entries) for key, entries in content.entries_by_key.items()},
     }
     sizes = {
         "documents": len(tables.corpus),
@@ -54,11 +71,20 @@ def examine(relevance: Relevance, *, num_examples: int = 5) -> AuditReport:
         "judgements": len(tables.qrels),
         "negatives": len(examiner.documents),
     }
+    # What a corpus without images must have, another one may lack.
+    has_images = "image" in tables.corpus.column_names
+    problems = {key: told for key, told in PROBLEMS.items() if not (has_images and key in GOOD_TO_KNOW)}
     findings = (
-        Finding(key, count_by_key[key].number, key in PROBLEMS, title, meaning, count_by_key[key].examples)
-        for key, (title, meaning) in (PROBLEMS | GOOD_TO_KNOW).items()
+        Finding(key, count_by_key[key].number, key in problems, title, meaning, count_by_key[key].examples)
+        for key, (title, meaning) in {**problems, **GOOD_TO_KNOW, **problems}.items()
+        if key in count_by_key
     )
-    return AuditReport(sizes, queries_by_length, tuple(findings))
+    return AuditReport(sizes, queries_by_length, tuple(findings), content.measures)
+
+
+def _count_dropped(dropped: Sequence[DroppedQuery], num_examples: int | None) -> _Count:
+    """The pages whose written queries were left out."""
+    return _Count(len(dropped), tuple(Example((), (each.document_id,)) for each in dropped[:num_examples]))
 
 
 class _Examiner:
@@ -166,7 +192,7 @@ class _Examiner:
         }
 
     def count_missing_content(self) -> dict[str, _Count]:
-        """Documents without what they are made of: images where the corpus has them, else texts."""
+        """Documents without an image, or without a text, where the corpus has such a column."""
         corpus = self._relevance.tables.corpus
         no_image, unreadable, no_text = (np.zeros(len(corpus), dtype=bool) for _ in range(3))
         if "image" in corpus.column_names:
@@ -174,7 +200,7 @@ class _Examiner:
             for row in np.flatnonzero(images.lengths <= 0):
                 is_null = images.lengths[row] < 0 and images.path(int(row)) is None
                 (no_image if is_null else unreadable)[row] = True
-        else:
+        if "text" in corpus.column_names:
             no_text = is_blank(column(corpus, "text"))
         return {
             "documents_without_image": self._count_documents(no_image),

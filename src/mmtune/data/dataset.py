@@ -4,21 +4,30 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import get_args
+from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 from datasets import Dataset
 
-from mmtune.arguments import is_whole, require_one_of, require_seed, require_whole
+from mmtune.arguments import is_whole, require_flag, require_one_of, require_seed, require_whole
 from mmtune.data import files, layouts
-from mmtune.data.arrow import as_texts
+from mmtune.data.arrow import as_texts, table_dataset
 from mmtune.data.audit import AuditReport, examine
-from mmtune.data.combining import concatenate_tables, merge_copies
+from mmtune.data.card import make_card
+from mmtune.data.combining import concatenate_tables, merge_copies, undo_label_changes
+from mmtune.data.content import look_into
 from mmtune.data.documents import DocumentKind, document_columns
+from mmtune.data.export import ExportLayout, Split, export_dataset
+from mmtune.data.findings import Finding
+from mmtune.data.hub import push_dataset
 from mmtune.data.images import InputSize, check_pages, require_input_size
 from mmtune.data.judgements import Judgements
+from mmtune.data.label_changes import label_changes
 from mmtune.data.negatives import OnShort
+from mmtune.data.pdf_corpus import build_from_pdfs
 from mmtune.data.relevance import Direction, Relevance
+from mmtune.data.removal import take_out
 from mmtune.data.rows import labeled_lists, labeled_pairs, training_rows
 from mmtune.data.splitting import split_tables
 from mmtune.data.tables import BuildNotes, Tables, check_tables
@@ -37,8 +46,9 @@ class RetrievalDataset:
     ``negatives``  ``query_id``, ``document_ids`` (best first); ``None`` where there are none
     =============  ====================================================================================
 
-    Every query has at least one relevant document; queries without are left out and counted. Ids are strings. Images
-    stay bytes or paths, and no method copies them.
+    Every query has at least one relevant document; queries without are left out and counted. There may be no query at
+    all: pages to be encoded, or asked about with ``generate_queries``. Ids are strings. Images stay bytes or paths, and
+    no method copies them.
 
     Args:
         corpus: The documents.
@@ -47,8 +57,8 @@ class RetrievalDataset:
         negatives: For each query the documents that look relevant and are not.
 
     Raises:
-        DatasetError: A column is missing or of the wrong type, an id stands twice, a query is blank, or no query has
-            a relevant document.
+        DatasetError: A column is missing or of the wrong type, an id stands twice, a query is blank, or none of the
+            queries has a relevant document.
         MissingDocumentError: A judgement or a negative refers to an id that is not there.
 
     Example:
@@ -115,8 +125,8 @@ class RetrievalDataset:
             on_missing: ``"error"``, or ``"drop"`` to leave out negative ids that no row has, and count them.
 
         Raises:
-            DatasetError: A column is missing or of the wrong type, an id stands twice, a row has no image, there are
-                no rows, or no row has a query.
+            DatasetError: A column is missing or of the wrong type, an id stands twice, a row has no image, or there are
+                no rows.
             MissingDocumentError: A negative is the id of no row, and ``on_missing="error"``.
         """
         require_one_of("on_missing", on_missing, ("error", "drop"))
@@ -199,10 +209,74 @@ class RetrievalDataset:
         return cls.from_tables(layouts.build_from_beir(corpus, queries, qrels))
 
     @classmethod
+    def from_pdfs(
+        cls,
+        paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        queries: Any = None,
+        *,
+        max_pixels: int = 1_500_000,
+        store: str | os.PathLike[str] | None = None,
+        passwords: str | Mapping[str, str] | None = None,
+        on_bad_file: str = "report",
+    ) -> "RetrievalDataset":
+        """A dataset of the pages of PDFs, which are rendered when they are read, and queries about them.
+
+        ================  ==============  ============  ===============  ===========
+        document_id       image           text          source           page_number
+        ================  ==============  ============  ===============  ===========
+        "report.pdf#1"    <page 1>        "Sales ..."   "report.pdf"     1
+        "report.pdf#2"    <page 2>        None          "report.pdf"     2
+        ================  ==============  ============  ===============  ===========
+
+        ``text`` is the text layer, ``None`` where a page has none, as a scan. Documents are made of images all the
+        same, unless ``documents="text"`` says otherwise. A page is rendered at the size that a model reads it at, with
+        the values of its forms. One file under two names holds the same pages. A file that has changed since is
+        noticed when one of its pages is read: an ``ImageDecodeError`` says to build the dataset again.
+
+        Queries name pages by file and number, from 1:
+
+        ======================  ============  ===========  =====  ========
+        text                    source        page_number  score  query_id
+        ======================  ============  ===========  =====  ========
+        "How many work here?"   "report.pdf"  2            2      "staff"
+        "How many work here?"   "old.pdf"     7            1      "staff"
+        ======================  ============  ===========  =====  ========
+
+        ``score`` (else 1) and ``query_id`` may be left out: rows of one text are one query then. Further columns are
+        kept, of the first row of each query. Sources are names or paths, with as many folders as tell them apart.
+
+        Args:
+            paths: Files, folders (all PDFs below them, also through links), or globs such as ``"reports/**/*.pdf"``.
+            queries: A CSV or JSONL file in UTF-8, a ``datasets.Dataset``, a frame of pandas or polars, or a list of
+                dictionaries. ``None`` reads the ``queries.csv`` or ``queries.jsonl`` of each folder among ``paths``,
+                if there is one. Without queries the dataset has pages alone, for ``generate_queries``.
+            max_pixels: Upper bound of width times height of a page. Nothing is rendered at more than 300 dpi.
+            store: A folder where each page is kept as a PNG file, rendered once, by the content of its file: for scans,
+                which take longer to render than to read. Several processes may share it, and one that was killed is
+                gone on with. ``None`` renders pages whenever they are read.
+            passwords: Of encrypted files: one for all, or by name or path of the file. In memory they stay with the
+                pages; ``save`` writes pages as images, and no password.
+            on_bad_file: ``"report"`` leaves out files and pages that can't be read, with a warning at the end that
+                names them; ``audit()`` counts them. ``"error"`` raises then.
+
+        Raises:
+            DatasetError: A path does not exist, there is no PDF, none can be read, ``on_bad_file="error"`` and one
+                can't be, the table of queries can't be read or lacks a column, or pages can't be written to ``store``.
+            MissingDocumentError: A query names a file or a page that is not there.
+            ConfigError: An argument is of the wrong type.
+            MissingExtraError: pypdfium2 is not installed.
+        """
+        return cls.from_tables(
+            build_from_pdfs(
+                paths, queries, max_pixels=max_pixels, store=store, passwords=passwords, on_bad_file=on_bad_file
+            )
+        )
+
+    @classmethod
     def concatenate(
         cls, datasets: Sequence["RetrievalDataset"] | Mapping[str, "RetrievalDataset"]
     ) -> "RetrievalDataset":
-        """Several datasets as one. Ids that stand in more than one are prefixed.
+        """Several datasets as one. Ids that stand in more than one are prefixed, and names of files in ``source``.
 
         Use this, not ``datasets.concatenate_datasets`` on training rows, which loses the view of the rows without a
         word.
@@ -241,8 +315,9 @@ class RetrievalDataset:
         """A dataset from a folder, a file or the Hub; the layout is recognised by its columns.
 
         Args:
-            name_or_path: A folder written by ``save``, a parquet file or folder, or the name of a Hub dataset. A folder
-                or a Hub dataset with ``corpus``, ``queries`` and ``qrels`` is read as ``from_beir`` reads these.
+            name_or_path: A folder written by ``save``, a parquet file or folder, a PDF or a folder of PDFs as
+                ``from_pdfs`` reads it, or the name of a Hub dataset. A folder or a Hub dataset with ``corpus``,
+                ``queries`` and ``qrels`` is read as ``from_beir`` reads these.
             config: The configuration of a Hub dataset, e.g. ``"en"``.
             split: The split; needed where there are several. In a folder of three tables, files named ``train``,
                 ``dev``, ``validation`` or ``test`` are splits, e.g. ``qrels/test.parquet``; a table without any is
@@ -252,8 +327,8 @@ class RetrievalDataset:
                 else could name any file of this machine, so that is an error otherwise.
 
         Raises:
-            DatasetError: There is nothing, it can't be read, it has several splits, its columns are no known layout, or
-                images lie outside its folder.
+            DatasetError: There is nothing, it can't be read, it has several splits, its columns are no known layout, it
+                holds PDFs and tables alike, or images lie outside its folder.
             ConfigError: An argument is of the wrong type.
         """
         for name, value in {"config": config, "split": split, "revision": revision}.items():
@@ -413,7 +488,7 @@ class RetrievalDataset:
         """
         num_negatives = require_whole("num_negatives", num_negatives, at_least=0)
         seed = require_seed("seed", seed)
-        judgements = Judgements.of(self.relevance_of(documents), direction, each_copy=True)
+        judgements = Judgements.of(self.relevance_of(documents), direction, each_copy=True).with_near_misses()
         return labeled_pairs(judgements, num_negatives, documents, seed)
 
     def labeled_lists(
@@ -441,12 +516,81 @@ class RetrievalDataset:
         """
         num_negatives = require_whole("num_negatives", num_negatives, at_least=0)
         seed = require_seed("seed", seed)
-        judgements = Judgements.of(self.relevance_of(documents), direction, each_copy=True)
+        judgements = Judgements.of(self.relevance_of(documents), direction, each_copy=True).with_near_misses()
         return labeled_lists(judgements, num_negatives, documents, seed)
 
-    def audit(self) -> AuditReport:
-        """What is odd about the data: counts and examples of everything that can hurt training or scores."""
-        return examine(self.relevance)
+    def audit(
+        self,
+        *,
+        content: bool = False,
+        against: Any = None,
+        num_examples: int | None = 5,
+        num_workers: int | None = None,
+        show_progress_bar: bool = True,
+    ) -> AuditReport:
+        """What is odd about the data: counts and examples of everything that can hurt training or scores.
+
+        Args:
+            content: Whether to decode every page, for near-copies, look-alikes, blank and damaged pages, and to read
+                the texts, for queries that are short or copied from their page; with sizes and lengths. Of a page a
+                thumbnail and a hash are kept, whatever their number. Minutes for 10,000 pages, where the tables alone
+                take a second.
+            against: Another dataset, such as the one to evaluate on, as a ``RetrievalDataset``, rows in a known layout,
+                or what ``load`` takes. Documents here that answer a query there are found by their bytes and, with
+                ``content=True``, as near-copies, and queries by their words.
+            num_examples: Examples a finding at most; ``None`` lists all. Of what ``content`` and ``against`` find all
+                are listed.
+            num_workers: Threads that decode and compare pages; ``None`` is one for each core.
+            show_progress_bar: Whether to show bars over the pages.
+
+        Raises:
+            ConfigError: An argument has a value it can't have.
+            DatasetError: ``against`` can't be used as a dataset.
+        """
+        require_flag("content", content)
+        require_flag("show_progress_bar", show_progress_bar)
+        if num_examples is not None:
+            num_examples = require_whole("num_examples", num_examples, at_least=0, or_else="None")
+        if num_workers is not None:
+            num_workers = require_whole("num_workers", num_workers, or_else="None")
+        other = None
+        if against is not None:
+            from mmtune.data.intake import as_retrieval_dataset  # it stands on this module
+
+            other = as_retrieval_dataset(against).relevance
+        if not content and other is None:
+            return examine(self.relevance, num_examples=num_examples)
+        found = look_into(
+            self.relevance, other, content=content, num_workers=num_workers, show_progress_bar=show_progress_bar
+        )
+        return examine(self.relevance, num_examples=num_examples, content=found)
+
+    def without(self, findings: Finding | Iterable[Finding]) -> "RetrievalDataset":
+        """The dataset without what findings name; nothing else is touched. Its audit lists what went.
+
+        ======================================================  ====================================================
+        finding                                                 what goes
+        ======================================================  ====================================================
+        ``near_copies``                                         all documents of a group but the first, which takes
+                                                                over their judgements and places among negatives
+        ``blank_pages``, ``damaged_pages``, ``leaked_*`` ...    the documents, with judgements and places in lists
+        ``short_queries``, ``copied_queries``,                  the queries
+        ``leaked_queries``
+        ``find_false_negatives``, ``relevant_negatives_*``      the documents from these queries' lists
+        ======================================================  ====================================================
+
+        A query to which nothing is relevant any more goes too, and is counted. ``look_alikes`` are for a person to
+        judge and are refused.
+
+        Args:
+            findings: A finding of ``audit``, or several: ``report["blank_pages"]``, what ``find_false_negatives``
+                gives, or a finding with some of its examples, ``finding.only(finding.examples[:3])``.
+
+        Raises:
+            ConfigError: They are no findings, of a kind that is not taken out, or do not list all that they count.
+            DatasetError: A finding is of another dataset, near-copies hold several texts a page, or no query is left.
+        """
+        return self.from_tables(take_out(self.relevance, findings))
 
     def select_queries(self, n_or_ids: int | Sequence[str]) -> "RetrievalDataset":
         """The dataset with some of its queries, in its order; the corpus stays.
@@ -459,11 +603,12 @@ class RetrievalDataset:
             ConfigError: ``n_or_ids`` is neither a list of ids nor a number of 1 or more, or the list is empty.
         """
         if is_whole(n_or_ids) or isinstance(n_or_ids, bool):
+            self.relevance.require_queries()
             rows = np.arange(min(require_whole("n_or_ids", n_or_ids), len(self)))
         elif isinstance(n_or_ids, (str, bytes)) or not isinstance(n_or_ids, Iterable):
             raise ConfigError(
                 f"n_or_ids={n_or_ids!r:.80}: expected a number of queries, or a list of their ids. Pass e.g. "
-                f"[{self.relevance.query_ids[0].as_py()!r}]."
+                f"{self.relevance.query_ids[:1].to_pylist()}."
             )
         else:
             rows = self.relevance.find_queries(n_or_ids)
@@ -482,7 +627,8 @@ class RetrievalDataset:
         Raises:
             ConfigError: ``documents`` is unknown, or the corpus lacks a column of it.
         """
-        return self.from_tables(merge_copies(self.relevance if documents is None else self.relevance_of(documents)))
+        relevance = self.relevance if documents is None else self.relevance_of(documents)
+        return self.from_tables(merge_copies(relevance, relevance.page))
 
     def check_pages(self, *, show_progress_bar: bool = True) -> None:
         """Make sure that every page can be decoded, from its header and its end rather than in full.
@@ -497,45 +643,186 @@ class RetrievalDataset:
             check_pages(self.corpus, show_progress_bar=show_progress_bar)
 
     def split(
-        self, eval_queries: int, *, seed: int = 42, group_column: str | None = None
-    ) -> tuple["RetrievalDataset", "RetrievalDataset"]:
+        self,
+        eval_queries: int,
+        *,
+        test_queries: int | None = None,
+        seed: int = 42,
+        group_column: str | None = None,
+        stratify_column: str | None = None,
+        together: Sequence[Sequence[str]] = (),
+    ) -> tuple["RetrievalDataset", ...]:
         """Two datasets ``(train, evaluation)`` such that no document relevant on one side is relevant on the other.
 
         Queries that share a relevant page, or whose texts are equal, stay on one side. The evaluation corpus holds the
         relevant documents and the negatives of its queries. The training corpus holds everything but the documents
         that are relevant in evaluation: they are no training negatives either, and ``notes`` counts those taken out.
+        Pages of files, as of PDFs, are split by file.
 
         Args:
             eval_queries: Queries for evaluation, at most; as many as the sharing of pages allows.
+            test_queries: Queries for a third dataset, at most: ``(train, evaluation, test)``.
             seed: Of the draw.
             group_column: A column of the corpus, such as the PDF that a page is from: no group has relevant pages on
-                both sides. ``None`` splits by page.
+                both sides. ``None`` is ``"source"`` where the corpus has the columns ``source`` and ``page_number``,
+                as ``from_pdfs`` makes them; otherwise, and with ``"document_id"``, the split is by page.
+            stratify_column: A column of the queries, such as their language: each value has the same share of both
+                sides, as nearly as what stays together allows.
+            together: Lists of ids of documents that stay on one side, such as near-copies; also as negatives.
 
         Raises:
-            DatasetError: The pages that queries share allow no split, or the corpus lacks the column.
-            ConfigError: ``eval_queries`` is no positive whole number, or ``seed`` none from 0 to 2**32 - 1.
+            DatasetError: The pages that queries share allow no split, there are no queries, a column is missing, or an
+                id is of no document.
+            ConfigError: ``eval_queries`` or ``test_queries`` is no positive whole number, ``seed`` none from 0 to
+                2**32 - 1, or ``together`` holds no lists.
 
         Warns:
             UserWarning: Fewer queries are left to train on than to evaluate.
         """
-        if isinstance(eval_queries, float) and 0 < eval_queries < 1:
-            raise ConfigError(
-                f"eval_queries={eval_queries!r}: expected a number of queries, and no share of them. Of these "
-                f"{len(self)} that share is eval_queries={max(1, round(eval_queries * len(self)))}."
-            )
-        eval_queries = require_whole("eval_queries", eval_queries)
-        seed = require_seed("seed", seed)
-        train, evaluation = split_tables(self.relevance, eval_queries, seed=seed, group_column=group_column)
-        return self.from_tables(train), self.from_tables(evaluation)
+        self.relevance.require_queries()
+        for name, value in {"eval_queries": eval_queries, "test_queries": test_queries}.items():
+            if isinstance(value, float) and 0 < value < 1:
+                raise ConfigError(
+                    f"{name}={value!r}: expected a number of queries, and no share of them. Of these "
+                    f"{len(self)} that share is {name}={max(1, round(value * len(self)))}."
+                )
+        sizes = [require_whole("eval_queries", eval_queries)]
+        if test_queries is not None:
+            sizes.append(require_whole("test_queries", test_queries))
+        sides = split_tables(
+            self.relevance,
+            sizes,
+            seed=require_seed("seed", seed),
+            group_column=group_column,
+            stratify_column=stratify_column,
+            together=together,
+        )
+        return tuple(map(self.from_tables, sides))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the dataset to a new folder, which ``load`` reads; images are stored as they are encoded.
+        """Write the dataset to a new folder, which ``load`` reads, on this machine or another.
+
+        Images are stored as they are encoded. Pages of PDFs are stored as PNG, rendered at their ``max_pixels``: the
+        folder needs neither the PDFs nor their passwords. Where the PDFs stay in place, ``from_pdfs`` is quicker and
+        takes no space.
+
+        A card, ``README.md``, says what it holds.
 
         Raises:
-            DatasetError: The folder is not empty, or the file of a page is missing.
+            DatasetError: The folder is not empty or can't be written to, or the file of a page is missing.
+            ImageDecodeError: The PDF of a page has changed since the dataset was built.
             ConfigError: ``folder`` is no path.
         """
-        files.save_tables(self.tables, folder)
+        files.save_tables(self.tables, folder, make_card(self.relevance, None, (), "all", name=str(folder)))
+
+    def export(
+        self,
+        folder: str | os.PathLike[str],
+        layout: ExportLayout = "beir",
+        *,
+        split: Split = "train",
+        overwrite: bool = False,
+        show_progress_bar: bool = True,
+    ) -> Path:
+        """Write the dataset to a folder of parquet files that other programs read, and ``load`` reads back.
+
+        ===============  =============================================================================
+        ``layout``       what is written
+        ===============  =============================================================================
+        ``"beir"``       ``corpus``, ``queries`` and ``qrels`` as in ViDoRe; all but ``label_changes``
+        ``"id_rows"``    one row per page, ``id, query, image, negatives``
+        ``"columns"``    one row per query and relevant page, ``query, image, negative_0, ...``
+        ``"tevatron"``   ``corpus`` and ``queries`` with lists of ids, as in Tevatron
+        ===============  =============================================================================
+
+        Images are written as they are encoded, a few at a time. A card, ``README.md``, lets ``datasets.load_dataset``
+        read the folder too. The folder gets its name when it is whole: what a killed process leaves beside it begins
+        with a dot and ends in ``.partial``.
+
+        Args:
+            folder: A new or empty folder.
+            layout: The layout.
+            split: The split that the files are named after; ViDoRe and MTEB read ``"test"``.
+            overwrite: Whether an export that the folder holds may be replaced; nothing else is deleted.
+            show_progress_bar: Whether to show bars.
+
+        Returns:
+            The folder, as an absolute path.
+
+        Raises:
+            DatasetError: The folder holds something or can't be written to, the file of a page is missing, or the
+                layout has no place for something that can't be left out, such as several relevant pages of a query in
+                ``"id_rows"``.
+            ConfigError: An argument has a value it can't have.
+
+        Warns:
+            UserWarning: What is left out, counted: scores, and in ``"columns"`` ids and pages that no row has.
+        """
+        return export_dataset(
+            self.relevance, folder, layout, split=split, overwrite=overwrite, show_progress_bar=show_progress_bar
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        layout: ExportLayout | None = None,
+        split: Split = "train",
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        show_progress_bar: bool = True,
+    ) -> str:
+        """Write the dataset to a repository of the Hub in one commit, with a card; ``load(repo_id)`` reads it back.
+
+        What the repository holds under other splits stays, and so does what people wrote in its card. The card gives
+        no licence: that is for who shares the pages.
+
+        Args:
+            repo_id: ``"user/name"``; it is made where it is not there.
+            layout: As for ``export``. ``None`` is ``"id_rows"`` where nothing is lost by it, else ``"beir"``.
+            split: The split to write, in the place of an older one of that name.
+            private: Whether a new repository is private; ``None`` is the setting of the account.
+            token: Of the Hub; ``None`` is the one that ``hf auth login`` stored.
+            revision: A branch other than ``main``, which has to exist.
+            show_progress_bar: Whether to show bars.
+
+        Returns:
+            The address of the repository.
+
+        Raises:
+            DatasetError: It could not be pushed, holds another layout, or see ``export``.
+            ConfigError: An argument has a value it can't have.
+        """
+        return push_dataset(
+            self.relevance,
+            repo_id,
+            layout=layout,
+            split=split,
+            private=private,
+            token=token,
+            revision=revision,
+            show_progress_bar=show_progress_bar,
+        )
+
+    @property
+    def label_changes(self) -> Dataset:
+        """The negatives that ``judge_negatives`` took for something else, a row each.
+
+        ===========  ==============  ====================================  ====================  =======
+        query_id     document_id     label                                 rank                  score
+        ===========  ==============  ====================================  ====================  =======
+        ``"q1"``     ``"p7"``        ``"relevant"``, then it stands in     its place in the      that of
+                                     the qrels, or ``"unknown"``, then     list that it was      the
+                                     nothing uses it                       taken from, from 0    judge
+        ===========  ==============  ====================================  ====================  =======
+        """
+        changes = label_changes(self.negatives)
+        return table_dataset({name: changes[name].combine_chunks() for name in changes.column_names})
+
+    def undo_label_changes(self) -> "RetrievalDataset":
+        """The dataset with all ``label_changes`` put back: as negatives, in their places, and out of the qrels."""
+        return self.from_tables(undo_label_changes(self.tables))
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -543,14 +830,14 @@ class RetrievalDataset:
     def __repr__(self) -> str:
         kinds = "+".join(name for name in ("text", "image") if name in self.corpus.column_names)
         negatives = "none"
-        if self.negatives is not None:
+        if self.negatives is not None and len(self):
             lengths = self.relevance.listed_negatives.lengths
             negatives = f"{lengths.min()} to {lengths.max()} a query, {lengths.mean():.1f} on average"
         lines = [
             "RetrievalDataset",
             f"  corpus     {len(self.corpus):,} documents ({kinds})",
             f"  queries    {len(self):,}",
-            f"  qrels      {len(self.qrels):,} judgements, {len(self.qrels) / len(self):.1f} a query",
+            f"  qrels      {len(self.qrels):,} judgements, {len(self.qrels) / max(1, len(self)):.1f} a query",
             f"  negatives  {negatives}",
         ]
         return "\n".join(lines)

@@ -133,18 +133,22 @@ def document_columns(corpus: Dataset, documents: DocumentKind) -> list[str]:
     return columns
 
 
-def check_texts(corpus: Dataset) -> None:
-    """Make sure that every document of a corpus has a text.
+def check_texts(corpus: Dataset, documents: DocumentKind) -> None:
+    """Make sure that every document of a corpus has a text, where texts are read.
 
     Raises:
+        ConfigError: ``documents`` is unknown, or the corpus lacks a column of it.
         DatasetError: Some have none; the message names the first.
     """
+    if "text" not in document_columns(corpus, documents):
+        return
     missing = np.flatnonzero(column(corpus, "text").is_null().to_numpy(zero_copy_only=False))
     if len(missing):
         first = column(corpus, "document_id")[int(missing[0])].as_py()
+        others = ', or pass documents="image"' if "image" in corpus.column_names else ""
         raise DatasetError(
-            f"{len(missing)} documents have no text, e.g. {first!r}, and texts are read. Give them one, leave them "
-            'out, or pass documents="image".'
+            f"{len(missing)} documents have no text, e.g. {first!r}, and texts are read. Give them one, take them out "
+            f"with dataset.without(dataset.audit(num_examples=None)['documents_without_text']){others}."
         )
 
 

@@ -6,20 +6,26 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import datasets
-from datasets import Dataset, DatasetDict, get_dataset_config_names, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, get_dataset_config_names, load_dataset, load_dataset_builder, load_from_disk
 
 from mmtune.arguments import nearest_name, require_path
 from mmtune.data.images import EncodedImages
 from mmtune.data.layouts import build_from_beir, build_from_known_layout
-from mmtune.data.tables import BuildNotes, Tables, advise_on
+from mmtune.data.pdf_corpus import build_from_pdfs, list_files, store_pages
+from mmtune.data.tables import BuildNotes, DroppedQuery, Tables, advise_on
 from mmtune.errors import ConfigError, DatasetError
 from mmtune.host import describe_offline
 
 _MANIFEST = "mmtune_dataset.json"
 _FORMAT_VERSION = 1
+CARD = "README.md"
+"""What describes a dataset to people and to the Hub."""
 _BEIR = ("corpus", "queries", "qrels")
+_TEVATRON = ("corpus", "queries")
+_SAVED_BY_DATASETS = ("state.json", "dataset_dict.json")
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?", re.ASCII)
 _READERS = {".csv": "from_csv(path)", ".tsv": 'from_csv(path, sep="\\t")', ".json": "from_json(path)"}
@@ -28,30 +34,43 @@ _FILES = {".parquet", ".pdf", ".arrow", ".zip", *_READERS}
 _SPLIT = re.compile(r"(train|dev|valid|val|validation|test|eval|evaluation)(?:[-_.]\d+)*(?:-of-\d+)?")
 
 
-def save_tables(tables: Tables, folder: str | os.PathLike[str]) -> None:
-    """The tables as Arrow files below ``folder``, images encoded as they are.
+def save_tables(tables: Tables, folder: str | os.PathLike[str], card: str) -> None:
+    """The tables as Arrow files below ``folder``, with a card; images encoded as they are, pages of PDFs rendered.
 
     Raises:
-        DatasetError: ``folder`` holds something already.
+        DatasetError: ``folder`` holds something already, or can't be written to.
     """
     require_path("folder", folder)
     path = Path(folder)
-    _require_found(tables.corpus)
+    require_found(tables.corpus)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise DatasetError(f"{str(path)!r} is not empty. Save to a new folder, or remove what is there.")
-    named = {"corpus": tables.corpus, "queries": tables.queries, "qrels": tables.qrels, "negatives": tables.negatives}
+    named = {"queries": tables.queries, "qrels": tables.qrels, "negatives": tables.negatives}
+    # Last, so that a folder with a manifest is whole.
+    manifest = {"format_version": _FORMAT_VERSION, "notes": asdict(tables.notes)}
     try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DatasetError(f"{str(path)!r} can't be written to: {error}. Name another folder.") from error
+    try:
+        with TemporaryDirectory(dir=path, prefix=".pages-") as rendered:
+            store_pages(tables.corpus, rendered).save_to_disk(path / "corpus")
         for name, table in named.items():
             if table is not None:
-                table.save_to_disk(path / name)
+                # a table without rows would have no file, and could not be loaded (datasets 5.2)
+                table.save_to_disk(path / name, num_shards=None if len(table) else 1)
+        (path / CARD).write_text(card, encoding="utf-8")
+        (path / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     except FileNotFoundError as error:
         raise DatasetError(
             f"The file of a page is missing: {error}. Pages are stored with the dataset. Restore the file, or leave "
             "the document out."
         ) from error
-    # Last, so that a folder with a manifest is whole.
-    manifest = {"format_version": _FORMAT_VERSION, "notes": asdict(tables.notes)}
-    (path / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    except OSError as error:
+        raise DatasetError(
+            f"{str(path)!r} could not be written: {error}. It holds a part of the dataset at most, which load does not "
+            "take for a whole one: remove it. Make room or get permission there, or name another folder."
+        ) from error
 
 
 def load_tables(
@@ -113,13 +132,15 @@ def _read_tables(path: Path, is_local: bool, config: str | None, split: str | No
             )
         return _load_saved(path)
     try:
+        if is_local and not (config or split or revision) and _holds_pdfs(path):
+            return build_from_pdfs(path)
         if path.is_file():
             _require_parquet(path)
             loaded = _pick_split(load_dataset("parquet", data_files=str(path)), str(path), split)
         elif is_local:
             loaded = _load_folder(path, config, split)
         else:
-            loaded = _load_from_hub(path.as_posix(), config, split, revision)
+            loaded = _load_by_name(path.as_posix(), config, split, revision)
     except DatasetError:
         raise
     except Exception as error:  # the Hub client and the readers raise many kinds; the name is what the user can mend
@@ -128,7 +149,9 @@ def _read_tables(path: Path, is_local: bool, config: str | None, split: str | No
             "save(), a parquet file or a folder of them, or the name of a dataset on the Hub. Check the spelling, the "
             f"connection, and for a private data set run `hf auth login`.{describe_offline()}"
         ) from error
-    return build_from_known_layout(loaded) if isinstance(loaded, Dataset) else build_from_beir(**loaded)
+    if isinstance(loaded, Dataset):
+        return build_from_known_layout(loaded)
+    return build_from_beir(loaded["corpus"], loaded["queries"], loaded.get("qrels"))
 
 
 def _load_saved(path: Path) -> Tables:
@@ -140,7 +163,8 @@ def _load_saved(path: Path) -> Tables:
             f"{_FORMAT_VERSION}. Update mmtune."
         )
     notes = dict(manifest["notes"])
-    notes["unknown_examples"] = tuple((query, negative) for query, negative in notes["unknown_examples"])
+    for name in ("unknown_examples", "unreadable_sources", "taken_out"):
+        notes[name] = tuple((one, other) for one, other in notes.get(name, ()))
     named = {
         name: load_from_disk(str(path / name)) if (path / name).is_dir() else None for name in (*_BEIR, "negatives")
     }
@@ -149,15 +173,16 @@ def _load_saved(path: Path) -> Tables:
         raise DatasetError(
             f"{str(path)!r} has a manifest and no table {missing[0]!r}: it is not whole. Save the dataset again."
         )
+    notes["dropped_queries"] = tuple(DroppedQuery(**each) for each in notes.get("dropped_queries", ()))
     return Tables(**named, notes=BuildNotes(**notes))
 
 
 def _load_folder(path: Path, config: str | None, split: str | None) -> Dataset | dict[str, Dataset]:
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+    if any((path / name).is_file() for name in _SAVED_BY_DATASETS):
         loaded = load_from_disk(str(path))
         return loaded if isinstance(loaded, Dataset) else _pick_split(loaded, str(path), split)
-    files = {name: _files_by_split(path, name) for name in _BEIR}
-    if config is None and all(files.values()):
+    files = {name: by_split for name in _BEIR if (by_split := _files_by_split(path, name))}
+    if config is None and set(_TEVATRON) <= set(files):
         chosen = _pick_splits({name: list(by_split) for name, by_split in files.items()}, str(path), split)
         return {
             name: load_dataset("parquet", data_files=files[name][own], split="train") for name, own in chosen.items()
@@ -167,17 +192,44 @@ def _load_folder(path: Path, config: str | None, split: str | None) -> Dataset |
         raise DatasetError(
             f"The folder {str(path)!r} holds no parquet file and no saved dataset; it has {found}.{_advise_on(path)}"
         )
-    return _pick_split(load_dataset(str(path), config), str(path), split)
+    return _load_by_name(str(path), config, split, None)
 
 
-def _load_from_hub(
+def _load_by_name(
     name: str, config: str | None, split: str | None, revision: str | None
 ) -> Dataset | dict[str, Dataset]:
-    if config is None and set(_BEIR) <= set(get_dataset_config_names(name, revision=revision)):
-        tables = {table: load_dataset(name, table, revision=revision) for table in _BEIR}
+    """A dataset of the Hub, or a folder laid out as one."""
+    config_by_table = _configs_of_tables(get_dataset_config_names(name, revision=revision), config)
+    if config_by_table:
+        tables = {table: _load_config(name, own, revision) for table, own in config_by_table.items()}
         chosen = _pick_splits({table: list(splits) for table, splits in tables.items()}, name, split)
         return {table: tables[table][own] for table, own in chosen.items()}
-    return _pick_split(load_dataset(name, config, revision=revision), name, split)
+    return _pick_split(_load_config(name, config, revision), name, split)
+
+
+def _load_config(name: str, config: str | None, revision: str | None) -> DatasetDict:
+    if Path(name).is_dir():
+        # datasets 5.2 takes two folders of one name for the same where their READMEs name the same files, and gives
+        # what it has of the first. Files by their paths it tells apart.
+        files = load_dataset_builder(name, config).config.data_files
+        if all(path.endswith(".parquet") for paths in files.values() for path in paths):
+            return load_dataset("parquet", data_files={str(split): list(paths) for split, paths in files.items()})
+    return load_dataset(name, config, revision=revision)
+
+
+def _configs_of_tables(names: Sequence[str], config: str | None) -> dict[str, str]:
+    """The configuration of each of the tables; empty where these are none, or one of them alone is asked for.
+
+    ViDoRe and JinaVDR name them as the tables; MTEB's sets of many languages put the language before or behind, as in
+    ``en-corpus``, and others keep the qrels in ``default``.
+    """
+    spellings = ["{}"] if config is None else [f"{config}-{{}}", f"{{}}-{config}", f"{config}_{{}}", f"{{}}_{config}"]
+    for spelling in spellings:
+        found = {table: spelling.format(table) for table in _BEIR if spelling.format(table) in names}
+        if set(_TEVATRON) <= set(found):
+            is_default = "qrels" not in found and config is None and "default" in names
+            return {**found, "qrels": "default"} if is_default else found
+    return {}
 
 
 def _pick_split(loaded: DatasetDict, name: str, split: str | None) -> Dataset:
@@ -206,10 +258,13 @@ def _files_by_split(path: Path, table: str) -> dict[str, list[str]]:
 def _pick_splits(available: Mapping[str, Sequence[str]], name: str, split: str | None) -> dict[str, str]:
     """For each table of a BEIR set the split to read: the one of the qrels, or the only one that a table has.
 
+    Without qrels it is that of the queries, which then list what is relevant to them.
+
     Raises:
         DatasetError: The qrels have several splits and none was named, or a table lacks the one that was.
     """
-    judged = available["qrels"]
+    judging = "qrels" if "qrels" in available else "queries"
+    judged = available[judging]
     named = sorted({own for splits in available.values() for own in splits} - {""})
     if (split is None and len(judged) > 1) or (split is not None and split not in (named or ["train"])):
         raise DatasetError(
@@ -222,7 +277,7 @@ def _pick_splits(available: Mapping[str, Sequence[str]], name: str, split: str |
         preferred = [own for own in (wanted, split or "") if own in splits] or (
             list(splits) if len(splits) == 1 else []
         )
-        if not preferred or (table == "qrels" and preferred[0] != wanted):
+        if not preferred or (table == judging and preferred[0] != wanted):
             raise DatasetError(
                 f"The {table} of {name!r} have the splits {list(splits)}, and the split {wanted!r} is read. Name one "
                 "that all tables have, or bring the table into one split."
@@ -235,7 +290,7 @@ def _require_parquet(path: Path) -> None:
     """Say how a file of another kind is read.
 
     Raises:
-        DatasetError: The file is a table of another kind, or a PDF.
+        DatasetError: The file is a table of another kind.
     """
     reader = _READERS.get(path.suffix.lower())
     if reader:
@@ -243,14 +298,34 @@ def _require_parquet(path: Path) -> None:
             f"{str(path)!r} is no parquet file. Read it with rows = datasets.Dataset.{reader}, and pass the rows, or "
             "write them with rows.to_parquet(...). Images in them are paths, or encoded bytes."
         )
-    if path.suffix.lower() == ".pdf":
-        raise DatasetError(f"{str(path)!r} is a PDF. {_PDF_ADVICE}")
 
 
-_PDF_ADVICE = (
-    "Make an image of each page, and rows with the columns 'id', 'query' and 'image', e.g. with "
-    "datasets.Dataset.from_dict; pages without a query have a null there."
-)
+def _holds_pdfs(path: Path) -> bool:
+    """Whether this is a PDF, or a folder of PDFs whose only tables are those of datasets and runs below it.
+
+    Raises:
+        DatasetError: It is a folder of PDFs and a folder of tables alike.
+    """
+    if path.is_file():
+        return path.suffix.lower() == ".pdf"
+    files = list_files(path)
+    pdf = next((file for file in files if file.suffix.lower() == ".pdf"), None)
+    if pdf is None or any((path / name).is_file() for name in _SAVED_BY_DATASETS):
+        return False
+    own = [file for file in files if file.suffix.lower() == ".parquet" and not _is_of_another(file, path)]
+    if not own or (path / CARD).is_file() or all(_files_by_split(path, name) for name in _TEVATRON):
+        return not own
+    raise DatasetError(
+        f"{str(path)!r} holds PDFs, e.g. {str(pdf.relative_to(path))!r}, and tables, e.g. "
+        f"{str(own[0].relative_to(path))!r}. For the PDFs call RetrievalDataset.from_pdfs({str(path)!r}), for the "
+        f"table RetrievalDataset.load({str(own[0])!r}), or keep them in folders of their own."
+    )
+
+
+def _is_of_another(file: Path, folder: Path) -> bool:
+    """Whether a file belongs to what was written into a folder below, such as an export, or to what is hidden."""
+    below = [parent for parent in file.parents if folder in parent.parents]
+    return any(parent.name.startswith(".") or (parent / CARD).is_file() for parent in below)
 
 
 def _advise_on(path: Path) -> str:
@@ -263,7 +338,7 @@ def _advise_on(path: Path) -> str:
             )
     kinds = {file.suffix.lower() for file in path.rglob("*") if file.is_file()}
     if ".pdf" in kinds:
-        return f" These are PDFs. {_PDF_ADVICE}"
+        return " A folder of PDFs without tables has no configurations, splits or revisions: leave them out."
     reader = next((_READERS[kind] for kind in sorted(kinds) if kind in _READERS), None)
     if reader:
         return f" Read the table with datasets.Dataset.{reader}, and pass the rows."
@@ -280,11 +355,11 @@ def _outside_images(corpus: Dataset) -> list[tuple[int, str, int]]:
     if "image" not in corpus.column_names:
         return []
     images = EncodedImages(corpus)
-    paths = ((int(row), images.path(int(row))) for row in images.rows_without_bytes)
+    paths = ((int(row), images.path(int(row))) for row in images.rows_elsewhere)
     return [(row, path, max(-1, int(images.lengths[row]))) for row, path in paths if path]
 
 
-def _require_found(corpus: Dataset) -> None:
+def require_found(corpus: Dataset) -> None:
     """Make sure that every image in a file of its own can be read, before anything is written.
 
     Raises:

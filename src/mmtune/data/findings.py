@@ -2,13 +2,15 @@
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 _LINE_WIDTH = 120
 _ID_WIDTH = 24
+_MOST_LINES = 32
+"""Of findings; with more of them the meanings are left out, so that a report stays one screen."""
 
 PROBLEMS = {
     "relevant_negatives_by_id": (
@@ -43,9 +45,45 @@ PROBLEMS = {
         "images that are empty, or whose file is missing",
         "Reading one raises an error that names it. Restore the files, or leave the documents out.",
     ),
+    "unreadable_sources": (
+        "files or pages of PDFs that can't be read",
+        "They are not in the corpus. Repair them or pass their passwords=, or leave them out.",
+    ),
     "documents_without_text": (
         "documents with a null or blank text, and no image",
-        "There is nothing to embed, and reading a null raises an error. Leave them out.",
+        "There is nothing to embed, and reading a null raises an error. Take them out with without().",
+    ),
+    "damaged_pages": (
+        "pages that can't be decoded",
+        "Reading one raises an error that names it. Replace the files, or take them out with without().",
+    ),
+    "blank_pages": (
+        "pages without ink, or with hardly any",
+        "They answer nothing. without() takes them out.",
+    ),
+    "near_copies": (
+        "documents that show the same as an earlier one, with other bytes",
+        "Nothing counts them as one page: a copy of an answer may be its negative. without() makes them one.",
+    ),
+    "copied_queries": (
+        "queries that stand word for word on their page",
+        "They teach to look for strings, not for meaning. without() takes them out.",
+    ),
+    "leaked_documents": (
+        "documents with the bytes of an answer in the other dataset",
+        "Training on them is training on what is tested. without() takes them out.",
+    ),
+    "leaked_near_copies": (
+        "documents that show the same as an answer in the other dataset",
+        "Training on them is training on what is tested. without() takes them out.",
+    ),
+    "unread_answers": (
+        "answers in the other dataset whose image can't be read",
+        "Leaks of them may go unseen. Restore their files and audit again.",
+    ),
+    "leaked_queries": (
+        "queries whose words are those of a query in the other dataset",
+        "Training on them is training on what is tested. without() takes them out.",
     ),
 }
 """What can hurt training or scores: key, what is counted, and what it means; in the order of the report."""
@@ -83,6 +121,10 @@ GOOD_TO_KNOW = {
         "judgements with a score of 0 or less",
         "They are no judgements here: what is not listed is not relevant.",
     ),
+    "dropped_queries": (
+        "written queries that were left out, failed calls among them",
+        "notes.dropped_queries lists them with the page and the reason.",
+    ),
     "identical_pages": (
         "documents that are a byte-identical copy of another one",
         "They count as one page in batches and negatives. deduplicate() makes them one document.",
@@ -99,8 +141,31 @@ GOOD_TO_KNOW = {
         "pages that are neither relevant to a query nor a negative",
         "Random negatives are drawn from them too, and evaluation ranks them with the others.",
     ),
+    "documents_without_text": (
+        "documents with a null or blank text in a corpus of images",
+        "Reading a null as a text raises an error. without() takes them out.",
+    ),
+    "look_alikes": (
+        "documents that look like others but for some spots, as filled-in forms do",
+        "For a person to judge: keep them on one side of a split. They are never merged or taken out.",
+    ),
+    "short_queries": (
+        "queries of one or two words",
+        "They seldom tell one page from the others. without() takes them out.",
+    ),
+    "taken_out": (
+        "documents, queries and negatives that without() took out",
+        "As the findings said that it was given.",
+    ),
 }
-"""What is good to know, in the same form."""
+"""What is good to know, in the same form. A key of both is a problem only where the corpus has no images."""
+
+LOOKED_FOR = {
+    "content=True": ("damaged_pages", "blank_pages", "near_copies", "copied_queries", "look_alikes", "short_queries"),
+    "against=other": ("leaked_documents", "unread_answers", "leaked_queries"),
+    "content=True, against=other": ("leaked_near_copies",),
+}
+"""The kinds that an audit only looks for when it is asked to, by its arguments."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +196,8 @@ class Finding:
         is_problem: Whether it can hurt training or scores, rather than being good to know.
         title: What is counted, in a few words.
         meaning: What it means, and what is done about it.
-        examples: The first ones in the order of the tables; none where only a count was kept.
+        examples: The first ones in the order of the tables; all of those that take decoding, or another dataset, to
+            find; none where only a count was kept.
     """
 
     key: str
@@ -140,6 +206,49 @@ class Finding:
     title: str
     meaning: str
     examples: tuple[Example, ...] = ()
+
+    def only(self, examples: Iterable[Example]) -> "Finding":
+        """The finding with some of its examples, e.g. for ``without``.
+
+        Args:
+            examples: Those to keep; groups may have lost ids.
+        """
+        chosen = tuple(examples)
+        return replace(self, examples=chosen, count=count_entries(self.key, chosen))
+
+
+@dataclass(frozen=True)
+class FalseNegative(Finding):
+    """A negative that a model scores above every relevant document of its query; see ``find_false_negatives``.
+
+    Attributes:
+        query_id: The query that lists it.
+        document_id: The negative.
+        positive_id: The relevant document that the model scores highest.
+        score: Of the negative.
+        positive_score: Of that relevant document.
+    """
+
+    query_id: str = ""
+    document_id: str = ""
+    positive_id: str = ""
+    score: float = 0.0
+    positive_score: float = 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"query {_shorten_id(self.query_id)}: negative {_shorten_id(self.document_id)} scores {self.score:.3f}, "
+            f"above {_shorten_id(self.positive_id)} with {self.positive_score:.3f}"
+        )
+
+
+def count_entries(key: str, examples: Iterable[Example]) -> int:
+    """What the examples of a finding count for: of a group of near-copies all but the one that stays."""
+    if key == "near_copies":
+        return sum(len(example.document_ids) - 1 for example in examples)
+    if key == "look_alikes":
+        return sum(len(example.document_ids) for example in examples)
+    return len(tuple(examples))
 
 
 @dataclass(frozen=True, repr=False)
@@ -150,7 +259,9 @@ class AuditReport:
         tables: The number of ``documents``, ``queries``, ``judgements``, and listed ``negatives``.
         negatives_per_query: How many queries have how many usable negatives, by rising number: those that are not
             relevant, each page once. Empty for a dataset without a table of negatives.
-        findings: Every kind of finding, also those with a count of 0; problems first.
+        findings: Every kind of finding that was looked for, also those with a count of 0; problems first.
+        measures: With ``content=True`` the smallest, the median and the largest ``page_width_px``, ``page_height_px``,
+            ``query_words`` and ``document_words``.
 
     Example:
         >>> from mmtune import RetrievalDataset
@@ -163,6 +274,7 @@ class AuditReport:
     tables: Mapping[str, int]
     negatives_per_query: Mapping[int, int]
     findings: tuple[Finding, ...]
+    measures: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
 
     @property
     def problems(self) -> tuple[Finding, ...]:
@@ -178,6 +290,9 @@ class AuditReport:
         for finding in self.findings:
             if finding.key == key:
                 return finding
+        for arguments, keys in LOOKED_FOR.items():
+            if key in keys:
+                raise KeyError(f"{key!r} was not looked for: audit({arguments}) does.")
         raise KeyError(f"{key!r} is no finding. Known are: {', '.join(self.counts)}")
 
     def to_dict(self) -> dict[str, Any]:
@@ -185,34 +300,54 @@ class AuditReport:
         return {
             "tables": dict(self.tables),
             "negatives_per_query": {str(length): queries for length, queries in self.negatives_per_query.items()},
+            "measures": {name: list(values) for name, values in self.measures.items()},
             "findings": [
                 {**asdict(finding), "examples": [_list_ids(example) for example in finding.examples]}
                 for finding in self.findings
             ],
         }
 
+    def to_json(self) -> str:
+        """``to_dict()`` as a text."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write ``to_dict()`` as JSON to a file, replacing what is there."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", "utf-8")
+        Path(path).write_text(self.to_json() + "\n", "utf-8")
 
     def __str__(self) -> str:
         sizes = self.tables
         known = [finding for finding in self.findings if finding.count and not finding.is_problem]
+        each = 2 if 2 * len(self.problems) + len(known) <= _MOST_LINES else 1
         lines = [
             "Audit",
             f"  corpus     {sizes['documents']:,} documents",
             f"  queries    {sizes['queries']:,}",
             f"  qrels      {sizes['judgements']:,} judgements",
             f"  negatives  {self._describe_negatives()}",
+            *(f"  {line}" for line in self._describe_measures()),
             "",
             "Problems" if self.problems else "No problem was found." if known else "Nothing was found.",
-            *(line for finding in self.problems for line in (_describe(finding), f"{'':11}{finding.meaning}")),
+            *(line for finding in self.problems for line in (_describe(finding), f"{'':11}{finding.meaning}")[:each]),
         ]
         if known:
             lines += ["", "Good to know", *map(_describe, known)]
         return "\n".join(line if len(line) <= _LINE_WIDTH else f"{line[: _LINE_WIDTH - 3]}..." for line in lines)
 
     __repr__ = __str__
+
+    def _describe_measures(self) -> list[str]:
+        kinds = {"sizes": ("page_width_px", "page_height_px"), "lengths": ("query_words", "document_words")}
+        lines = []
+        for what, names in kinds.items():
+            parts = [
+                f"{name.replace('_', ' ')} {low:,.0f} to {high:,.0f}, median {middle:,.0f}"
+                for name in names
+                for low, middle, high in [self.measures.get(name, (0, 0, 0))]
+                if high
+            ]
+            lines += [f"{what:<11}{'; '.join(parts)}"] if parts else []
+        return lines
 
     def _describe_negatives(self) -> str:
         lengths = self.negatives_per_query

@@ -1,4 +1,7 @@
-"""Which documents are the same: equal in everything that they are made of, images byte by byte."""
+"""Which documents are the same: equal in everything that they are made of, images byte by byte.
+
+A page of a PDF is the same at any size, by the content of its file and its number.
+"""
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
@@ -60,8 +63,10 @@ def _equal_images(corpus: Dataset) -> np.ndarray:
     first = np.arange(len(corpus))
     images = EncodedImages(corpus)
     for same_length in _group_repeated(images.lengths.tolist(), range(len(corpus))):
-        for alike in _group_repeated((_hash_sample(images.read(row)) for row in same_length), same_length):
-            for group in _group_repeated((xxhash.xxh3_128_intdigest(images.read(row)) for row in alike), alike):
+        for alike in _group_repeated((_hash_sample(images.read_identity(row)) for row in same_length), same_length):
+            for group in _group_repeated(
+                (xxhash.xxh3_128_intdigest(images.read_identity(row)) for row in alike), alike
+            ):
                 first[group] = group[0]
     return first
 
@@ -76,12 +81,14 @@ def match_documents(
         return []
     keys: list[list[tuple[Hashable, int]]] = []
     if have_images[0]:
-        # Only images of a length that both sides have are read.
+        # Only images of a length that both sides have are read. What stands for a page of a PDF names its content, so
+        # that the file need not be there.
         images = [EncodedImages(corpus) for corpus, _ in sides]
         lengths = np.intersect1d(*(each.lengths[rows] for each, (_, rows) in zip(images, sides, strict=True)))
         for each, (_, rows) in zip(images, sides, strict=True):
-            alike = rows[np.isin(each.lengths[rows], lengths[lengths >= 0])].tolist()
-            keys.append([(xxhash.xxh3_128_intdigest(each.read(row)), row) for row in alike])
+            is_read = np.isin(each.lengths[rows], lengths[lengths >= 0]) | np.isin(rows, each.pdf_rows)
+            alike = rows[is_read].tolist()
+            keys.append([(xxhash.xxh3_128_intdigest(each.read_identity(row)), row) for row in alike])
     else:
         for corpus, rows in sides:
             texts = column(corpus, "text").take(rows).to_pylist()
@@ -90,6 +97,14 @@ def match_documents(
     for key, row in keys[0]:
         rows_by_key[key].append(row)
     return [(match, row) for key, row in keys[1] for match in rows_by_key.get(key, ())]
+
+
+def pdf_pages(corpus: Dataset) -> dict[int, bytes]:
+    """By row, of each page of a PDF in a corpus, what names the content of its file and its number."""
+    if "image" not in corpus.column_names:
+        return {}
+    images = EncodedImages(corpus)
+    return {row: bytes(images.read_identity(row)) for row in images.pdf_rows.tolist()}
 
 
 def text_digest(text: str) -> str:

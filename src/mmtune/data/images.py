@@ -6,7 +6,9 @@ import os
 import re
 import stat
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,6 +21,7 @@ from tqdm.auto import tqdm
 
 from mmtune.arguments import require_whole, require_wholes
 from mmtune.data.arrow import column, stored_image_column
+from mmtune.data.pdfs import LONGEST_REFERENCE, PdfPage, is_pdf_page, measure_page, name_page, render_page
 from mmtune.errors import ConfigError, ImageDecodeError
 
 MAX_DECODED_PIXELS = 2 * 89_478_485
@@ -34,7 +37,8 @@ ENOUGH_PIXELS = 8_000_000
 """What a huge JPEG may be scaled down to: an A4 page at 300 dpi, beyond any encoder's input."""
 
 Enough: TypeAlias = int | tuple[int, int]
-"""What a JPEG may be scaled down to by its own decoder: a number of pixels, or a width and a height of at least."""
+"""What a JPEG may be scaled down to by its own decoder, and what a page of a PDF is rendered at: a number of pixels, or
+a width and a height of at least."""
 
 InputSize: TypeAlias = int | tuple[int, int]
 """What a model reads a page at: a width and a height, or a largest number of pixels where it keeps a page's shape."""
@@ -80,10 +84,10 @@ def decode_page(
     at_least: tuple[int, int] = (1, 1),
     enough: Enough | None = None,
 ) -> Image.Image:
-    """The page as an upright RGB image.
+    """The page as an upright RGB image: the one place where what is encoded becomes pixels.
 
-    EXIF orientation is applied, transparency is laid on white, 16-bit grey is scaled to 8 bits, and of several
-    frames the first is taken, with a warning.
+    A page of a PDF is rendered at the size that is asked for. Of an image EXIF orientation is applied, transparency is
+    laid on white, 16-bit grey is scaled to 8 bits, and of several frames the first is taken, with a warning.
 
     Args:
         encoded: A row of an ``Image(decode=False)`` column: ``{"bytes": bytes | None, "path": str | None}``.
@@ -91,48 +95,37 @@ def decode_page(
         max_pixels: Upper bound of width times height. A larger page is scaled down with its aspect ratio; a JPEG is
             then decoded at a fraction of its size, which is faster. ``None`` keeps every pixel.
         at_least: Width and height that ``max_pixels`` leaves, where the page has them.
-        enough: A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves at least as much; nothing else is
-            scaled. ``None`` decodes it whole.
+        enough: A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves at least as much, and a page of a PDF
+            is rendered with as much; nothing else is scaled. ``None`` decodes it whole.
 
     Raises:
         ImageDecodeError: There is nothing to read, it is no image, it is damaged, or it has more than
-            ``MAX_DECODED_PIXELS`` pixels.
+            ``MAX_DECODED_PIXELS`` pixels; or the PDF of a page is gone or has changed.
     """
-    encoded = encoded or {}
-    content = encoded.get("bytes")
-    if content is None and not encoded.get("path"):
-        raise _no_image(document_id)
-    if content is None:
-        require_file(str(encoded["path"]), document_id)
-    try:
-        with Image.open(io.BytesIO(content) if content is not None else str(encoded["path"])) as image:
-            _check_size(image, document_id)
-            frames = getattr(image, "n_frames", 1)
-            if frames > 1:
-                warnings.warn(
-                    f"Document {document_id!r} holds {frames} frames; only the first is used. "
-                    "Give each page a row of its own to use all of them.",
-                    stacklevel=2,
-                )
-            # Of the file's own size: a draft rounds, and rounding twice would change the aspect of small pages.
-            size = _fit_within(image.size, max_pixels, at_least) if max_pixels is not None else image.size
-            lies_on_its_side = image.getexif().get(_ORIENTATION, 1) in _ON_ITS_SIDE
-            size = size[::-1] if lies_on_its_side else size
-            wanted = max_pixels or enough
-            if isinstance(wanted, tuple):
-                image.draft(image.mode, wanted[::-1] if lies_on_its_side else wanted)
-            elif wanted is not None:
-                image.draft(image.mode, _fit_within(image.size, wanted, at_least))
-            ImageOps.exif_transpose(image, in_place=True)
-            page = _convert_to_rgb(image)
-    except ImageDecodeError:
-        raise
-    except Exception as error:  # a damaged file can raise nearly anything from inside a codec
-        found = f"file {encoded['path']!r}" if content is None else f"{len(content)} bytes, starting {content[:8]!r}"
-        raise ImageDecodeError(
-            f"Document {document_id!r} can't be decoded as an image ({found}): {error}. "
-            "Replace the file, or leave the document out."
-        ) from error
+    if (pdf_page := _pdf_page(encoded, document_id)) is not None:
+        choose_size = partial(_size_to_render, max_pixels, at_least, enough)
+        return render_page(*pdf_page, document_id, choose_size)
+    with _opened(encoded, document_id) as image:
+        _check_size(image, document_id)
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1:
+            warnings.warn(
+                f"Document {document_id!r} holds {frames} frames; only the first is used. "
+                "Give each page a row of its own to use all of them.",
+                stacklevel=2,
+            )
+        # Bounds are of the upright page, and a draft is of the image as it lies in the file.
+        on_its_side = _lies_on_its_side(image)
+        upright = _turn(image.size, on_its_side)
+        # Of the file's own size: a draft rounds, and rounding twice would change the aspect of small pages.
+        size = _fit_within(upright, max_pixels, at_least) if max_pixels is not None else upright
+        wanted = max_pixels or enough
+        if isinstance(wanted, tuple):
+            image.draft(image.mode, _turn(wanted, on_its_side))
+        elif wanted is not None:
+            image.draft(image.mode, _fit_within(image.size, wanted, _turn(at_least, on_its_side)))
+        ImageOps.exif_transpose(image, in_place=True)
+        page = _convert_to_rgb(image)
     if max_pixels is None or page.width * page.height <= max_pixels:
         return page
     return page.resize(size, Image.Resampling.BICUBIC)
@@ -148,6 +141,23 @@ def stored_size(encoded: Mapping[str, Any] | None, document_id: str) -> tuple[in
     Raises:
         ImageDecodeError: There is no header to read.
     """
+    if (pdf_page := _pdf_page(encoded, document_id)) is not None:
+        return measure_page(*pdf_page, document_id)
+    with _opened(encoded, document_id) as image:
+        return _turn(image.size, _lies_on_its_side(image))
+
+
+def _turn(size: tuple[int, int], on_its_side: bool) -> tuple[int, int]:
+    return size[::-1] if on_its_side else size
+
+
+def _lies_on_its_side(image: Image.Image) -> bool:
+    return image.getexif().get(_ORIENTATION, 1) in _ON_ITS_SIDE
+
+
+@contextmanager
+def _opened(encoded: Mapping[str, Any] | None, document_id: str) -> Iterator[Image.Image]:
+    """The image, for as long as the block runs, whose errors are those of the document."""
     encoded = encoded or {}
     content = encoded.get("bytes")
     if content is None and not encoded.get("path"):
@@ -156,12 +166,37 @@ def stored_size(encoded: Mapping[str, Any] | None, document_id: str) -> tuple[in
         require_file(str(encoded["path"]), document_id)
     try:
         with Image.open(io.BytesIO(content) if content is not None else str(encoded["path"])) as image:
-            lies_on_its_side = image.getexif().get(_ORIENTATION, 1) in _ON_ITS_SIDE
-            return image.size[::-1] if lies_on_its_side else image.size
-    except Exception as error:
+            yield image
+    except ImageDecodeError:
+        raise
+    except Exception as error:  # a damaged file can raise nearly anything from inside a codec
+        found = f"file {encoded['path']!r}" if content is None else f"{len(content)} bytes, starting {content[:8]!r}"
         raise ImageDecodeError(
-            f"Document {document_id!r} can't be decoded as an image: {error}. Replace the file, or leave it out."
+            f"Document {document_id!r} can't be decoded as an image ({found}): {error}. "
+            "Replace the file, or leave the document out."
         ) from error
+
+
+def _pdf_page(encoded: Mapping[str, Any] | None, document_id: str) -> tuple[PdfPage, str] | None:
+    """The page of a PDF that stands in place of an image, and where its file lies; ``None`` for an image."""
+    content = (encoded or {}).get("bytes")
+    if not is_pdf_page(content):
+        return None
+    try:
+        return PdfPage.decode(content), str((encoded or {}).get("path"))
+    except ValueError as error:
+        raise ImageDecodeError(f"Document {document_id!r} can't be read: {error}. Build the dataset again.") from error
+
+
+def _size_to_render(
+    max_pixels: int | None, at_least: tuple[int, int], enough: Enough | None, size: tuple[int, int]
+) -> tuple[int, int]:
+    """The size at which a page of a PDF is read, which has no pixels of its own."""
+    wanted = max_pixels or enough
+    if isinstance(wanted, tuple):
+        scale = min(1.0, max(least / side for least, side in zip(wanted, size, strict=True)))
+        return math.ceil(size[0] * scale), math.ceil(size[1] * scale)
+    return size if wanted is None else _fit_within(size, wanted, at_least)
 
 
 def _no_image(document_id: str) -> ImageDecodeError:
@@ -267,8 +302,10 @@ class EncodedImages:
         corpus: A table with an ``Image(decode=False)`` column ``image``.
 
     Attributes:
-        lengths: Bytes of each image, int64; a different negative number for each image that can't be found.
-        rows_without_bytes: The rows whose image is not in the table: in a file of its own, or nowhere.
+        lengths: Bytes of each image, int64, as ``read_identity`` gives them; a different negative number for each image
+            that can't be found.
+        rows_elsewhere: The rows whose image is not in the table: in a file of its own, in a PDF, or nowhere.
+        pdf_rows: Those in a PDF. What is read of these names the content of the file and the page.
     """
 
     def __init__(self, corpus: Dataset) -> None:
@@ -278,15 +315,31 @@ class EncodedImages:
         self._paths = pc.struct_field(stored, "path")
         self._order = np.arange(len(corpus)) if order is None else order
         lengths = pc.fill_null(pc.cast(pc.binary_length(self._bytes), pa.int64()), -1).to_numpy()[self._order].copy()
-        self.rows_without_bytes = np.flatnonzero(lengths < 0)
-        for row in self.rows_without_bytes:
-            lengths[row] = _file_size(self.path(int(row)), missing=-1 - int(row))
+        short = np.flatnonzero((lengths >= 0) & (lengths <= LONGEST_REFERENCE))
+        is_pdf = [is_pdf_page(self._bytes[int(self._order[row])].as_buffer()) for row in short]
+        self.pdf_rows = short[np.array(is_pdf, dtype=bool)]
+        self.rows_elsewhere = np.union1d(np.flatnonzero(lengths < 0), self.pdf_rows)
+        size_by_path: dict[str | None, int] = {}
+        for row in self.rows_elsewhere:
+            path = self.path(int(row))
+            if path not in size_by_path:
+                size_by_path[path] = _file_size(path)
+            if size_by_path[path] < 0 or lengths[row] < 0:
+                lengths[row] = size_by_path[path] if size_by_path[path] >= 0 else -1 - int(row)
+        for row in self.pdf_rows[lengths[self.pdf_rows] >= 0]:
+            lengths[row] = len(name_page(self._bytes[int(self._order[row])].as_buffer()))
         self.lengths = lengths
 
     def path(self, row: int) -> str | None:
-        """The file of an image that is not in memory."""
+        """The file of an image that is in a file of its own, or in a PDF."""
         stored = int(self._order[row])
-        return None if self._bytes[stored].is_valid else self._paths[stored].as_py()
+        is_elsewhere = not self._bytes[stored].is_valid or is_pdf_page(self._bytes[stored].as_buffer())
+        return self._paths[stored].as_py() if is_elsewhere else None
+
+    def encoded(self, row: int) -> dict[str, Any]:
+        """The image in this row as ``decode_page`` takes it, a copy."""
+        stored = int(self._order[row])
+        return {"bytes": self._bytes[stored].as_py(), "path": self._paths[stored].as_py()}
 
     def read(self, row: int) -> memoryview | bytes:
         """The bytes of the image in this row.
@@ -296,6 +349,15 @@ class EncodedImages:
         """
         content = self._bytes[int(self._order[row])].as_buffer()
         return memoryview(content) if content is not None else self._read_file(row, None)
+
+    def read_identity(self, row: int) -> memoryview | bytes:
+        """What tells the image in this row from others: its bytes; of a page of a PDF its file and number, at any size.
+
+        Raises:
+            ImageDecodeError: Its file can't be read; the message names the document.
+        """
+        content = self.read(row)
+        return name_page(content) if is_pdf_page(content) else content
 
     def read_ends(self, row: int) -> bytes:
         """The first and the last bytes of the image in this row, or all where they are few; see ``looks_whole``.
@@ -325,12 +387,13 @@ class EncodedImages:
             ) from error
 
 
-def _file_size(path: str | None, *, missing: int) -> int:
+def _file_size(path: str | None) -> int:
+    """The bytes of a file; -1 of what is none."""
     try:
         found = Path(path or "").stat()
     except (OSError, ValueError):
-        return missing
-    return found.st_size if stat.S_ISREG(found.st_mode) else missing
+        return -1
+    return found.st_size if stat.S_ISREG(found.st_mode) else -1
 
 
 def _ends(content: memoryview) -> bytes:
@@ -342,13 +405,18 @@ def _ends(content: memoryview) -> bytes:
 def check_pages(corpus: Dataset, *, show_progress_bar: bool = True) -> None:
     """Make sure that every page of a corpus can be decoded: JPEG and PNG by header and end, others in full.
 
+    A page of a PDF is loaded, and its file must be the one that the dataset was built from.
+
     What is damaged in the middle of a JPEG is not found; see ``looks_whole``.
 
     Raises:
         ImageDecodeError: A page is missing, damaged, or no image; the message names the document.
     """
     images, document_ids = EncodedImages(corpus), column(corpus, "document_id")
+    pdf_rows = set(images.pdf_rows.tolist())
     for row in tqdm(range(len(corpus)), desc="Checking pages", disable=not show_progress_bar, leave=False):
         document_id = document_ids[row].as_py()
-        if not looks_whole(images.read_ends(row), document_id):
+        if row in pdf_rows:
+            stored_size(images.encoded(row), document_id)
+        elif not looks_whole(images.read_ends(row), document_id):
             decode_page({"bytes": bytes(images.read(row)), "path": None}, document_id)

@@ -15,7 +15,7 @@ from mmtune.arguments import require_name, shown
 from mmtune.data import layouts
 from mmtune.data.arrow import positions
 from mmtune.data.dataset import RetrievalDataset
-from mmtune.data.identity import match_documents
+from mmtune.data.identity import match_documents, pdf_pages
 from mmtune.data.tables import advise_on
 from mmtune.errors import ConfigError, DatasetError
 
@@ -24,7 +24,7 @@ def relevant_on_both_sides(train: RetrievalDataset, evaluation: RetrievalDataset
     """Documents that are relevant in training and in evaluation, as pairs (training id, evaluation id).
 
     Two documents are the same when their content is, or when they have the same id; but ids of digits alone, or made up
-    from row numbers by a builder, mean nothing in another dataset.
+    from row numbers by a builder, mean nothing in another dataset, and of two pages of PDFs the content alone counts.
     """
     judged = np.unique(train.relevance.judged_document)
     return _name(train, evaluation, _same_documents(train, evaluation, judged))
@@ -94,7 +94,12 @@ def _same_documents(
         is_name = pc.invert(pc.match_substring_regex(ids, r"^[0-9]+$")).to_numpy(zero_copy_only=False)
         same_id = positions(ids, train.relevance.document_ids)
         shared = np.isin(same_id, of_train) & is_name
-        pairs += zip(same_id[shared].tolist(), answers[shared].tolist(), strict=True)
+        named = list(zip(same_id[shared].tolist(), answers[shared].tolist(), strict=True))
+        # the id of a page of a PDF is the name of its file, which others have too: its content is known
+        pages = (pdf_pages(train.corpus), pdf_pages(evaluation.corpus)) if named else ({}, {})
+        pairs += [
+            (at, row) for at, row in named if at not in pages[0] or row not in pages[1] or pages[0][at] == pages[1][row]
+        ]
     return {(int(at), int(row)) for at, row in pairs}
 
 

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from mmtune.arguments import require_one_of
 from mmtune.data.arrow import IntLists
+from mmtune.data.near_misses import NearMisses
 from mmtune.data.negatives import Candidates, choose_negatives
 from mmtune.data.relevance import Direction, Relevance
 from mmtune.errors import ConfigError
@@ -41,6 +42,7 @@ class Judgements:
         asking: What each row is, ascending: a position among the queries, or among the documents.
         judged_rows: The row of each judgement, int64.
         candidates: The negatives that each row may get.
+        near_misses: Texts that are no queries, and negatives of the pages of theirs; see ``with_near_misses``.
     """
 
     relevance: Relevance
@@ -48,6 +50,7 @@ class Judgements:
     asking: np.ndarray
     judged_rows: np.ndarray
     candidates: Candidates
+    near_misses: NearMisses | None = None
 
     @classmethod
     def of(cls, relevance: Relevance, direction: Direction, *, each_copy: bool = False) -> "Judgements":
@@ -60,13 +63,15 @@ class Judgements:
 
         Raises:
             ConfigError: The direction is unknown.
+            DatasetError: There are no queries.
         """
+        relevance.require_queries()
         require_one_of("direction", direction, get_args(Direction))
         listed = relevance.listed_negatives
         if direction == "text_to_image":
             asking = np.arange(len(relevance.query_ids))
             names = ("Query", "documents")
-            negatives = Candidates(relevance.query_ids, listed, relevance.page, relevance.is_relevant, names)
+            negatives = Candidates(relevance.query_ids, listed, relevance.page, relevance.may_be_relevant, names)
             return cls(relevance, direction, asking, relevance.judged_query, negatives)
         # The negatives of a page are the queries that list it, or a copy of it, as theirs.
         judged = relevance.judged_document
@@ -76,7 +81,7 @@ class Judgements:
             relevance.document_ids.take(asking),
             queries_of_page.take(relevance.page[asking]),
             relevance.text,
-            lambda at, queries: relevance.is_relevant(queries, asking[at]),
+            lambda at, queries: relevance.may_be_relevant(queries, asking[at]),
             ("Page", "query texts"),
         )
         return cls(relevance, direction, asking, rows, negatives)
@@ -88,8 +93,35 @@ class Judgements:
 
     @property
     def item_ids(self) -> pa.Array:
-        """The ids of everything that could be asked for: all documents, or all queries."""
-        return self.relevance.document_ids if self.direction == "text_to_image" else self.relevance.query_ids
+        """The ids of everything that could be asked for: all documents, or all queries and then all near misses."""
+        if self.direction == "text_to_image":
+            return self.relevance.document_ids
+        further = pa.array([], type=pa.string()) if self.near_misses is None else self.near_misses.ids
+        return pa.concat_arrays([self.relevance.query_ids, further])
+
+    def with_near_misses(self) -> "Judgements":
+        """These with the near misses of the queries; where pages ask, their first negatives, and drawn for no other."""
+        relevance = self.relevance
+        found = NearMisses.of(relevance.tables.queries)
+        if not len(found) or self.direction == "text_to_image":
+            return replace(self, near_misses=found if len(found) else None)
+        count = len(relevance.query_ids)
+        of_judgement = found.by_judgement(relevance)
+        rows, items = self.judged_rows[of_judgement.rows], count + of_judgement.values
+        listed = self.candidates.lists
+        lists = IntLists.grouped(np.r_[rows, listed.rows], np.r_[items, listed.values], len(self.asking))
+        # A near miss with the words of a query is that query.
+        texts = pa.concat_arrays([relevance.query_texts, found.texts.cast(pa.large_string())]).dictionary_encode()
+        text = texts.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+        query = np.unique(text, return_index=True)[1][text]
+
+        def is_relevant(at: np.ndarray, items: np.ndarray) -> np.ndarray:
+            asked = query[items]
+            is_query = asked < count
+            return is_query & relevance.may_be_relevant(np.where(is_query, asked, 0), self.asking[at])
+
+        candidates = replace(self.candidates, lists=lists, same=text, is_relevant=is_relevant, num_drawn=count)
+        return replace(self, candidates=candidates, near_misses=found)
 
     @property
     def judged_items(self) -> np.ndarray:
@@ -149,6 +181,15 @@ class Judgements:
                 f"add {items}."
             )
 
+    @cached_property
+    def _num_apart(self) -> np.ndarray:
+        """For each row the different items that may be relevant to it, int64."""
+        relevance = self.relevance
+        texts, pages = relevance.pairs_apart
+        if self.direction == "text_to_image":
+            return np.bincount(texts, minlength=len(relevance.query_ids))[relevance.text[self.asking]]
+        return np.bincount(pages, minlength=len(relevance.document_ids))[relevance.page[self.asking]]
+
     def require_something_wrong(self) -> None:
         """Make sure that each row has an item that is not relevant to it.
 
@@ -156,8 +197,8 @@ class Judgements:
             ConfigError: Everything is relevant to a row, so that no ranking could be wrong.
         """
         asking, items = self.candidates.what
-        row, available = int(self.relevant.lengths.argmax()), len(self.distinct_items)
-        if self.relevant.lengths[row] >= available:
+        row, available = int(self._num_apart.argmax()), len(self.distinct_items)
+        if self._num_apart[row] >= available:
             raise ConfigError(
                 f"All {available} different {items} are relevant to {asking.lower()} "
                 f"{self.asking_ids[row].as_py()!r}, so that every order of them is right. Leave it out with "
@@ -186,7 +227,7 @@ class Judgements:
         """
         self.require_candidates(num_candidates)
         self.require_something_wrong()
-        num_wrong = np.minimum(len(self.distinct_items) - self.relevant.lengths, num_candidates - 1)
+        num_wrong = np.minimum(len(self.distinct_items) - self._num_apart, num_candidates - 1)
         source = self.candidates if ranked is None else replace(self.candidates, lists=IntLists.of_rows(ranked))
         wrong_by_row: dict[int, np.ndarray] = {}
         # All rows of a chosen set get equally many negatives.

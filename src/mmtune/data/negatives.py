@@ -23,6 +23,8 @@ class Candidates:
         same: For each item a number that items of equal content share.
         is_relevant: Whether each item is relevant to the row beside it; takes two int64 arrays of one shape.
         what: What the rows and items are, for errors.
+        num_drawn: So many of the items, from the first, may be drawn at random; the others stand in lists alone.
+            ``None`` is all.
     """
 
     row_ids: pa.Array
@@ -30,6 +32,12 @@ class Candidates:
     same: np.ndarray
     is_relevant: Callable[[np.ndarray, np.ndarray], np.ndarray]
     what: tuple[str, str]
+    num_drawn: int | None = None
+
+    @property
+    def drawn(self) -> int:
+        """How many of the items may be drawn at random."""
+        return len(self.same) if self.num_drawn is None else self.num_drawn
 
     @property
     def distinct(self) -> np.ndarray:
@@ -126,7 +134,7 @@ def _fill(candidates: Candidates, items: np.ndarray, rng: np.random.Generator) -
             return
         rows = items[short]
         holes = rows < 0
-        rows[holes] = rng.integers(len(candidates.same), size=int(holes.sum()))
+        rows[holes] = rng.integers(candidates.drawn, size=int(holes.sum()))
         relevant = candidates.is_relevant(np.broadcast_to(short[:, None], rows.shape), rows)
         rows[holes & (relevant | _stands_twice(candidates.same[rows]))] = -1
         items[short] = rows
@@ -147,6 +155,7 @@ def _stands_twice(values: np.ndarray) -> np.ndarray:
 def _fill_exactly(candidates: Candidates, items: np.ndarray, rng: np.random.Generator) -> None:
     """As ``_fill``, by listing what is left for a row: for rows to which nearly everything is relevant."""
     distinct = candidates.distinct
+    distinct = distinct[distinct < candidates.drawn]
     for row in np.flatnonzero((items < 0).any(axis=1)):
         holes = np.flatnonzero(items[row] < 0)
         taken = candidates.same[items[row][items[row] >= 0]]

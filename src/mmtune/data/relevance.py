@@ -7,10 +7,12 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mmtune.data.arrow import IntLists, as_texts, column, flat_lists, positions, table_dataset
 from mmtune.data.documents import DocumentKind
 from mmtune.data.identity import identical_documents, usual_kind
+from mmtune.data.label_changes import label_changes, mapped, with_label_changes
 from mmtune.data.tables import Tables
 from mmtune.errors import ConfigError, DatasetError
 
@@ -85,16 +87,46 @@ class Relevance:
             queries: Positions of queries, int64.
             documents: Positions of documents, of the same shape.
         """
+        return self._is_among(self._relevant_codes, queries, documents)
+
+    @cached_property
+    def _codes_that_may_be_relevant(self) -> np.ndarray:
+        changes = label_changes(self.tables.negatives)
+        unknown = changes.filter(pc.equal(changes["label"], "unknown"))
+        ids = (unknown[name].combine_chunks() for name in ("query_id", "document_id"))
+        at = [positions(each, keys) for each, keys in zip(ids, (self.query_ids, self.document_ids), strict=True)]
+        known = (at[0] >= 0) & (at[1] >= 0)
+        return np.union1d(self._relevant_codes, self._encode(at[0][known], at[1][known]))
+
+    def may_be_relevant(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
+        """As ``is_relevant``, or nobody knows whether: what ``judge_negatives`` found to be unknown is used by nothing.
+
+        Args:
+            queries: Positions of queries, int64.
+            documents: Positions of documents, of the same shape.
+        """
+        return self._is_among(self._codes_that_may_be_relevant, queries, documents)
+
+    def _is_among(self, known: np.ndarray, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
         codes = self._encode(queries, documents)
-        at = np.minimum(np.searchsorted(self._relevant_codes, codes), len(self._relevant_codes) - 1)
-        return self._relevant_codes[at] == codes
+        return known[np.minimum(np.searchsorted(known, codes), len(known) - 1)] == codes
 
     @cached_property
     def documents_of_text(self) -> IntLists:
         """For each text all documents that are relevant to it, copies of a page included."""
-        texts, pages = self.relevant_pairs
+        return self._documents_of(self._relevant_codes)
+
+    @cached_property
+    def documents_apart_from_text(self) -> IntLists:
+        """For each text all documents that may be relevant to it, copies of a page included: no negatives of it."""
+        return self._documents_of(self._codes_that_may_be_relevant)
+
+    def _documents_of(self, codes: np.ndarray) -> IntLists:
+        texts, pages = np.divmod(codes, len(self.document_ids))
         documents_of_page = IntLists.grouped(self.page, np.arange(len(self.page)), len(self.page)).take(pages)
-        return IntLists.grouped(texts[documents_of_page.rows], documents_of_page.values, int(self.text.max()) + 1)
+        return IntLists.grouped(
+            texts[documents_of_page.rows], documents_of_page.values, int(self.text.max(initial=-1)) + 1
+        )
 
     @cached_property
     def listed_negatives(self) -> IntLists:
@@ -106,6 +138,22 @@ class Relevance:
         query = positions(column(negatives, "query_id"), self.query_ids)[rows]
         return IntLists.grouped(query, positions(items, self.document_ids), len(self.query_ids))
 
+    def require_queries(self) -> None:
+        """Make sure that there is a query: to train, to measure and to mine, something must be asked.
+
+        Raises:
+            DatasetError: There is none.
+        """
+        if len(self.query_ids):
+            return
+        blank = self.tables.notes.blank_queries
+        found = f"{blank} rows have a null or blank query; " if blank else ""
+        raise DatasetError(
+            f"The dataset has no queries: {found}{len(self.document_ids)} documents, e.g. "
+            f"{self.document_ids[0].as_py()!r}. Write some with generate_queries(dataset, generator), or pass your "
+            "own: a queries.csv with text, source, page_number in the folder of the PDFs, or a query column."
+        )
+
     def find_queries(self, ids: Iterable[object]) -> np.ndarray:
         """The positions of the queries with these ids, each once, ascending.
 
@@ -113,6 +161,7 @@ class Relevance:
             DatasetError: An id is of no query.
             ConfigError: There is no id.
         """
+        self.require_queries()
         wanted = as_texts("query id", ids)
         rows = positions(wanted, self.query_ids)
         if not len(rows):
@@ -152,4 +201,50 @@ class Relevance:
         ids = {"query_id": self.query_ids.take(queries), "document_ids": within.ids(self.document_ids)}
         held_out = tables.notes.held_out_negatives + int((~kept).sum())
         notes = replace(tables.notes, held_out_negatives=held_out)
-        return replace(tables, negatives=table_dataset(ids), notes=notes)
+        changes = self.label_changes_within(queries, documents)
+        return replace(tables, negatives=with_label_changes(table_dataset(ids), changes), notes=notes)
+
+    def label_changes_within(
+        self, queries: np.ndarray, documents: np.ndarray, changes: pa.Table | None = None
+    ) -> pa.Table:
+        """The changes of labels for some queries and documents.
+
+        What is unknown holds for all queries of one text and all copies of a page: where the one that a change names is
+        not among these, the first of its equals stands in.
+
+        Args:
+            queries: Positions, ascending.
+            documents: Positions, ascending.
+            changes: Where there are others than those of the negatives.
+        """
+        changes = label_changes(self.tables.negatives) if changes is None else changes
+        is_unknown = pc.equal(changes["label"], "unknown").to_numpy()
+        sides = {
+            "query_id": (self.query_ids, self.text, queries),
+            "document_id": (self.document_ids, self.page, documents),
+        }
+        ids = {}
+        for name, (all_ids, equals, kept) in sides.items():
+            rows = positions(changes[name].combine_chunks(), all_ids)
+            standing = np.where(np.isin(rows, kept), rows, -1)
+            values, first = np.unique(equals[kept], return_index=True)
+            looks = (standing < 0) & is_unknown & (rows >= 0) & np.isin(equals[rows], values)
+            standing[looks] = kept[first[np.searchsorted(values, equals[rows[looks]])]]
+            ids[name] = all_ids.take(pa.array(standing, mask=standing < 0))
+        return mapped(changes, **ids)
+
+    @cached_property
+    def is_judged_by_machine(self) -> np.ndarray:
+        """Which judgements ``judge_negatives`` made, bool."""
+        changes = label_changes(self.tables.negatives)
+        found = changes.filter(pc.equal(changes["label"], "relevant"))
+        query = positions(found["query_id"].combine_chunks(), self.query_ids)
+        document = positions(found["document_id"].combine_chunks(), self.document_ids)
+        size = len(self.document_ids)
+        return np.isin(self.judged_query * size + self.judged_document, query * size + document)
+
+    @property
+    def pairs_apart(self) -> tuple[np.ndarray, np.ndarray]:
+        """The texts and the pages of all pairs that may be relevant, each once, as ``relevant_pairs``."""
+        texts, pages = np.divmod(self._codes_that_may_be_relevant, len(self.document_ids))
+        return texts, pages

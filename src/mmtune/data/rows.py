@@ -45,15 +45,17 @@ class RowSource:
     reader: DocumentReader
 
     @classmethod
-    def of(cls, relevance: Relevance, documents: DocumentKind, chosen: ChosenNegatives, **sizes: Any) -> "RowSource":
+    def of(cls, judgements: Judgements, documents: DocumentKind, chosen: ChosenNegatives, **sizes: Any) -> "RowSource":
         """What reads the texts and documents of a dataset; ``sizes`` as for ``DocumentReader``."""
+        relevance, near_misses = judgements.relevance, judgements.near_misses
         tables = relevance.tables
+        queries = tables.queries if near_misses is None else near_misses.below(tables.queries)
         return cls(
             relevance,
             documents,
             chosen.items.shape[1],
             {name: getattr(chosen, name) for name in ("listed", "filled", "refused", "dropped")},
-            KeyedTable(tables.queries, "query_id", ["text"]),
+            KeyedTable(queries, "query_id", ["text"]),
             DocumentReader(tables.corpus, documents, **sizes),
         )
 
@@ -118,7 +120,7 @@ class View(ABC):
         return view
 
     def relevant_to(self, groups: np.ndarray) -> tuple[np.ndarray, pa.Array]:
-        """Everything that is relevant to some groups of rows, which are the query texts.
+        """Everything that is, or may be, relevant to some groups of rows, which are the query texts.
 
         Args:
             groups: Numbers of the column ``relevance_group``.
@@ -134,7 +136,7 @@ class View(ABC):
             raise DatasetError(
                 "A pickled copy of training rows knows no relevance. Plan batches where training_rows() was called."
             )
-        relevant = relevance.documents_of_text.take(groups)
+        relevant = relevance.documents_apart_from_text.take(groups)
         return relevant.rows, relevance.document_ids.take(relevant.values)
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -252,7 +254,7 @@ def training_rows(
         "negative_document_ids": negatives.ids(relevance.document_ids),
         "relevance_group": pa.array(relevance.text[queries]),
     }
-    view = TrainingView(RowSource.of(relevance, documents, chosen, **sizes))
+    view = TrainingView(RowSource.of(judgements, documents, chosen, **sizes))
     return table_dataset(ids).with_transform(view)
 
 
@@ -265,8 +267,25 @@ def labeled_pairs(judgements: Judgements, num_negatives: int, documents: Documen
     labels = np.zeros(items.shape, dtype=np.int64)
     labels[:, 0] = 1
     ids = {"query_id": query_ids, "document_id": document_ids, "label": pa.array(labels.reshape(-1))}
-    view = PairView(RowSource.of(judgements.relevance, documents, chosen), judgements.direction)
+    if judgements.direction == "text_to_image" and judgements.near_misses is not None:
+        ids = _with_near_misses(ids, judgements, items.shape[1])
+    view = PairView(RowSource.of(judgements, documents, chosen), judgements.direction)
     return table_dataset(ids).with_transform(view)
+
+
+def _with_near_misses(ids: Mapping[str, pa.Array], judgements: Judgements, length: int) -> dict[str, pa.Array]:
+    """The pairs, and after the ``length`` pairs of each judgement its page with the near misses of its query."""
+    relevance, near_misses = judgements.relevance, judgements.near_misses
+    assert near_misses is not None, "the caller has looked"
+    of_judgement = near_misses.by_judgement(relevance)
+    pages = relevance.document_ids.take(relevance.judged_document[of_judgement.rows])
+    further = [near_misses.ids.take(of_judgement.values), pages, pa.array(np.zeros(len(pages), dtype=np.int64))]
+    at = np.r_[np.repeat(np.arange(len(relevance.judged_query)), length), of_judgement.rows]
+    order = pa.array(np.argsort(at, kind="stable"))
+    return {
+        name: pa.concat_arrays([first, second]).take(order)
+        for (name, first), second in zip(ids.items(), further, strict=True)
+    }
 
 
 def labeled_lists(judgements: Judgements, num_negatives: int, documents: DocumentKind, seed: int) -> Dataset:
@@ -282,5 +301,5 @@ def labeled_lists(judgements: Judgements, num_negatives: int, documents: Documen
         "document_ids": lists(items.offsets, document_ids),
         "labels": lists(items.offsets, pa.array(IntLists.grouped(row, grade, count).values)),
     }
-    view = ListView(RowSource.of(judgements.relevance, documents, chosen), judgements.direction)
+    view = ListView(RowSource.of(judgements, documents, chosen), judgements.direction)
     return table_dataset(ids).with_transform(view)

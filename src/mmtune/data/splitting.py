@@ -1,41 +1,140 @@
-"""A split by relevance: what answers a query on one side answers none on the other."""
+"""A split by relevance: what answers a query on one side answers none on the other.
+
+What ties queries together is a graph: queries, the texts and the pages that they share, and groups of documents, as of
+one file or of near-copies. What is connected stays on one side.
+"""
 
 import warnings
 from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
+from datasets import Dataset
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from mmtune.data.arrow import column
+from mmtune.data.arrow import IntLists, as_texts, column, positions
+from mmtune.data.identity import pdf_pages
+from mmtune.data.neighbors import FILE_COLUMN, PAGE_COLUMN
+from mmtune.data.pdfs import name_file
 from mmtune.data.relevance import Relevance
 from mmtune.data.tables import Tables, require_columns
-from mmtune.errors import DatasetError
+from mmtune.errors import ConfigError, DatasetError
 
 
 def split_tables(
-    relevance: Relevance, eval_queries: int, *, seed: int, group_column: str | None
-) -> tuple[Tables, Tables]:
-    """The tables for training and for evaluation; see ``RetrievalDataset.split``."""
-    corpus, groups = relevance.tables.corpus, None
-    if group_column is not None:
-        require_columns(corpus, (group_column,), f"group_column={group_column!r}: the corpus")
-        groups = column(corpus, group_column)
-        if pa.types.is_nested(groups.type):
-            raise DatasetError(f"Column {group_column!r} holds {groups.type}, expected one value a document.")
-    chosen = draw_evaluation_queries(relevance, eval_queries, seed=seed, groups=groups)
+    relevance: Relevance,
+    sizes: Sequence[int],
+    *,
+    seed: int,
+    group_column: str | None,
+    stratify_column: str | None,
+    together: Sequence[Sequence[str]],
+) -> list[Tables]:
+    """The tables for training and those held out, with as many queries as ``sizes`` says; see ``split``.
+
+    What is held out last is drawn first, so that nothing before it holds what answers there, not even as a negative.
+    """
+    copies, sides = _number_sets(relevance, together), []
+    for size in reversed(sizes):
+        rest, kept, held_out = _hold_out(relevance, size, seed, group_column, stratify_column, copies)
+        relevance, copies = Relevance(rest, relevance.documents), copies[kept]
+        sides.append(held_out)
+    return [relevance.tables, *reversed(sides)]
+
+
+def _hold_out(
+    relevance: Relevance,
+    eval_queries: int,
+    seed: int,
+    group_column: str | None,
+    stratify_column: str | None,
+    copies: np.ndarray,
+) -> tuple[Tables, np.ndarray, Tables]:
+    """What is left, the documents in it, and what is held out."""
+    corpus = relevance.tables.corpus
+    if group_column is None and {FILE_COLUMN, PAGE_COLUMN} <= set(corpus.column_names):
+        group_column = FILE_COLUMN
+    groups = None if group_column is None else _values(corpus, group_column, "group_column", "corpus")
+    if groups is not None and group_column == FILE_COLUMN:
+        groups = _name_files(relevance, groups)
+    queries = relevance.tables.queries
+    strata = (
+        None if stratify_column is None else _values(queries, stratify_column, "stratify_column", "table of queries")
+    )
+    chosen = draw_evaluation_queries(relevance, eval_queries, seed=seed, groups=groups, strata=strata, together=copies)
     rest = np.setdiff1d(np.arange(len(relevance.query_ids)), chosen)
     if len(rest) < len(chosen):
-        _warn_of_few(relevance, groups, len(rest), len(chosen), eval_queries)
+        _warn_of_few(relevance, groups, copies, len(rest), len(chosen), eval_queries)
     answers = relevance.judged_document[np.isin(relevance.judged_query, chosen)]
     needed = np.union1d(answers, relevance.listed_negatives.take(chosen).values)
-    others = np.flatnonzero(~np.isin(relevance.page, relevance.page[answers]))
-    return relevance.subset(rest, others), relevance.subset(chosen, needed)
+    is_answer = np.isin(relevance.page, relevance.page[answers])
+    is_answer |= np.isin(copies, np.setdiff1d(copies[is_answer], [-1]))
+    kept = np.flatnonzero(~is_answer)
+    return relevance.subset(rest, kept), kept, relevance.subset(chosen, needed)
+
+
+def _values(table: Dataset, name: str, argument: str, what: str) -> pa.Array:
+    require_columns(table, (name,), f"{argument}={name!r}: the {what}")
+    values = column(table, name)
+    if pa.types.is_nested(values.type):
+        raise DatasetError(f"Column {name!r} holds {values.type}, expected one value a row.")
+    return values
+
+
+def _name_files(relevance: Relevance, sources: pa.Array) -> pa.Array:
+    """For each document what its file is called: a file that stands under several names, by the first of these.
+
+    Names are of one file where they are of the same PDF, or where all their pages are the same.
+    """
+    content, of_pdfs = relevance.page.copy(), pdf_pages(relevance.tables.corpus)
+    files = np.array([name_file(page) for page in of_pdfs.values()], dtype=object)
+    content[list(of_pdfs)] = len(content) + np.unique(files, return_inverse=True)[1]
+    encoded, numbers = sources.dictionary_encode(), _number_values(sources)
+    named = np.flatnonzero(numbers >= 0)
+    contents = IntLists.grouped(numbers[named], content[named], len(encoded.dictionary))
+    first: dict[bytes, int] = {}
+    same = [first.setdefault(np.unique(contents[at]).tobytes(), at) for at in range(len(encoded.dictionary))]
+    return encoded.dictionary.take(pa.array(np.array([*same, -1])[numbers], mask=numbers < 0))
+
+
+def _number_sets(relevance: Relevance, together: Sequence[Sequence[str]]) -> np.ndarray:
+    """For each document the number of the set that its page is in, -1 for none; sets that share a page are one.
+
+    Raises:
+        DatasetError: An id is of no document.
+        ConfigError: ``together`` is no list of lists of ids.
+    """
+    if (
+        not isinstance(together, Iterable)
+        or isinstance(together, str)
+        or any(isinstance(ids, str) or not isinstance(ids, Sequence) for ids in together)
+    ):
+        raise ConfigError(f"together={together!r:.80}: expected lists of document ids, e.g. [['a', 'b'], ['c', 'd']].")
+    if not together:
+        return np.full(len(relevance.document_ids), -1)
+    sizes = [len(ids) for ids in together]
+    documents = positions(as_texts("document id", [each for ids in together for each in ids]), relevance.document_ids)
+    if (documents < 0).any():
+        unknown = [each for ids in together for each in ids][int(np.argmin(documents))]
+        raise DatasetError(f"together= names {unknown!r}, which is the id of no document. Pass ids of this dataset.")
+    pages = relevance.page[documents]
+    sets = np.repeat(np.arange(len(sizes)), sizes) + len(relevance.document_ids)
+    count = len(relevance.document_ids) + len(sizes)
+    graph = coo_array((np.ones(len(sets), dtype=np.int8), (pages, sets)), shape=(count, count))
+    labels = connected_components(graph, directed=False)[1][relevance.page]
+    return np.where(np.isin(relevance.page, pages), labels, -1)
 
 
 def draw_evaluation_queries(
-    relevance: Relevance, eval_queries: int, *, seed: int, groups: pa.Array | None = None
+    relevance: Relevance,
+    eval_queries: int,
+    *,
+    seed: int,
+    groups: pa.Array | None = None,
+    strata: pa.Array | None = None,
+    together: np.ndarray | None = None,
 ) -> np.ndarray:
     """Positions of at most ``eval_queries`` queries that share no page, text or group with the others.
 
@@ -47,42 +146,76 @@ def draw_evaluation_queries(
         eval_queries: Upper bound; met as closely as the sizes of the tied sets allow.
         seed: Of the draw.
         groups: For each document its group; a null ties nothing.
+        strata: For each query what it is, as its language: each kind gets its share of the evaluation, as nearly as
+            whole sets allow. A set counts as what most of its queries are.
+        together: For each document the number of a set that stays together; -1 ties nothing.
 
     Raises:
         DatasetError: Every set of tied queries is larger than ``eval_queries``, or nothing would be left to train on.
     """
-    set_of_query = _find_tied_sets(relevance, groups)
+    set_of_query = _find_tied_sets(relevance, groups, together)
     sizes = np.bincount(set_of_query)
     order = np.random.default_rng(seed).permutation(len(sizes))
     # Something must be left to train on, at the least the smallest set.
-    chosen = _draw_sets(order, sizes, min(eval_queries, int(sizes.sum() - sizes.min())))
+    limit = min(eval_queries, int(sizes.sum() - sizes.min()))
+    chosen = _draw_sets(order, sizes, limit)
+    if strata is not None:
+        chosen = _draw_strata(order, sizes, limit, _main_stratum(set_of_query, strata))
     if not len(chosen):
         largest = np.flatnonzero(set_of_query == int(sizes.argmax()))
         examples = ", ".join(repr(relevance.query_ids[int(query)].as_py()) for query in largest[:3])
         raise DatasetError(
             f"No split of {len(set_of_query)} queries leaves 1 to {eval_queries} of them for evaluation and the others "
             f"for training: they are tied into {len(sizes)} sets of {sizes.min()} to {sizes.max()} queries. The "
-            f"largest holds {examples} and is tied by {_find_ties(relevance, largest, groups)}. "
+            f"largest holds {examples} and is tied by {_find_ties(relevance, largest, groups, together)}. "
             + (f"Pass eval_queries={sizes.min()} or more, or add" if len(sizes) > 1 else "Add")
             + " data"
-            + (", or name a finer group_column." if groups is not None else ".")
+            + (", or name a finer group_column: 'document_id' splits by page." if groups is not None else ".")
         )
     return np.flatnonzero(np.isin(set_of_query, chosen))
 
 
-def _warn_of_few(relevance: Relevance, groups: pa.Array | None, left: int, taken: int, eval_queries: int) -> None:
+def _main_stratum(set_of_query: np.ndarray, strata: pa.Array) -> np.ndarray:
+    """For each tied set the number of what most of its queries are; a null is a kind of its own."""
+    codes = _number_values(strata) + 1
+    pairs, counts = np.unique(np.stack([set_of_query, codes]), axis=1, return_counts=True)
+    commonest_last = pairs[:, np.lexsort((counts, pairs[0]))]
+    last = np.r_[np.flatnonzero(np.diff(commonest_last[0])), commonest_last.shape[1] - 1]
+    return commonest_last[1, last]
+
+
+def _number_values(values: pa.Array) -> np.ndarray:
+    """A number for each distinct value, int64; -1 for a null."""
+    return values.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _draw_strata(order: np.ndarray, sizes: np.ndarray, limit: int, stratum: np.ndarray) -> np.ndarray:
+    """Of each kind of sets its share of ``limit``, and what is left of ``limit`` from any."""
+    shares = np.bincount(stratum, weights=sizes) * limit / sizes.sum()
+    quota = np.floor(shares).astype(np.int64)
+    # the largest remainders get the rest
+    quota[np.argsort(quota - shares, kind="stable")[: limit - quota.sum()]] += 1
+    sets_of_kind = IntLists.grouped(stratum[order], order, len(quota))
+    chosen = np.concatenate([_draw_sets(sets_of_kind[kind], sizes, share) for kind, share in enumerate(quota.tolist())])
+    left = order[~np.isin(order, chosen)]
+    return np.concatenate([chosen, _draw_sets(left, sizes, limit - int(sizes[chosen].sum()))])
+
+
+def _warn_of_few(
+    relevance: Relevance, groups: pa.Array | None, together: np.ndarray, left: int, taken: int, eval_queries: int
+) -> None:
     """Warn that most queries went to evaluation, and say how many would leave the most to training."""
-    sizes = np.bincount(_find_tied_sets(relevance, groups))
+    sizes = np.bincount(_find_tied_sets(relevance, groups, together))
     enough = max((left + taken) // 5, int(sizes.min()))
     remedy = f"eval_queries={enough} would do" if 2 * enough <= left + taken else "add data"
     warnings.warn(
         f"{left} queries are left to train on, and {taken} are for evaluation: eval_queries={eval_queries} of "
         f"{left + taken}. Training needs the larger part: {remedy}.",
-        stacklevel=4,
+        stacklevel=5,
     )
 
 
-def _find_tied_sets(relevance: Relevance, groups: pa.Array | None) -> np.ndarray:
+def _find_tied_sets(relevance: Relevance, groups: pa.Array | None, together: np.ndarray | None) -> np.ndarray:
     """The number of the tied set of each query: components of the graph of queries, texts, pages and groups."""
     num_queries, num_documents = len(relevance.query_ids), len(relevance.document_ids)
     first_page, first_text = num_queries, num_queries + num_documents
@@ -93,13 +226,13 @@ def _find_tied_sets(relevance: Relevance, groups: pa.Array | None) -> np.ndarray
         (np.arange(num_queries), first_text + relevance.text),
     ]
     num_nodes = first_group
+    numbered = [] if together is None else [together]
     if groups is not None:
-        encoded = groups.dictionary_encode()
-        code = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-        in_group = code[relevance.judged_document] >= 0
-        group = code[relevance.judged_document][in_group]
-        edges.append((relevance.judged_query[in_group], first_group + group))
-        num_nodes += len(encoded.dictionary)
+        numbered.append(_number_values(groups))
+    for number in numbered:
+        group = number[relevance.judged_document]
+        edges.append((relevance.judged_query[group >= 0], num_nodes + group[group >= 0]))
+        num_nodes += int(number.max(initial=-1)) + 1
     sources, targets = (np.concatenate(ends) for ends in zip(*edges, strict=True))
     graph = coo_array((np.ones(len(sources), dtype=np.int8), (sources, targets)), shape=(num_nodes, num_nodes))
     labels = connected_components(graph, directed=False)[1][:num_queries]
@@ -125,7 +258,8 @@ def _draw_sets(order: np.ndarray, sizes: np.ndarray, limit: int) -> np.ndarray:
 
 def _find_closest_subset(order: np.ndarray, sizes: np.ndarray, limit: int) -> np.ndarray:
     """Sets whose sizes add up to as much as can be without passing ``limit``: subset sum over the distinct sizes."""
-    distinct, counts = np.unique(sizes[sizes <= limit], return_counts=True)
+    own = sizes[order]
+    distinct, counts = np.unique(own[own <= limit], return_counts=True)
     reachable = np.zeros(limit + 1, dtype=bool)
     reachable[0] = True
     uses_at = []
@@ -140,13 +274,13 @@ def _find_closest_subset(order: np.ndarray, sizes: np.ndarray, limit: int) -> np
     rest = int(np.flatnonzero(reachable)[-1])
     taken: list[int] = []
     for size, uses in zip(distinct[::-1], uses_at[::-1], strict=True):
-        taken.extend(order[sizes[order] == size][: uses[rest]].tolist())
+        taken.extend(order[own == size][: uses[rest]].tolist())
         rest -= int(size) * int(uses[rest])
     return np.array(taken, dtype=np.int64)
 
 
-def _find_ties(relevance: Relevance, queries: np.ndarray, groups: pa.Array | None) -> str:
-    """What most queries of a tied set have in common: a document, a text, a group."""
+def _find_ties(relevance: Relevance, queries: np.ndarray, groups: pa.Array | None, together: np.ndarray | None) -> str:
+    """What most queries of a tied set have in common: a document, a text, a group, a set that stays together."""
     judged = np.isin(relevance.judged_query, queries)
     documents = relevance.judged_document[judged]
     pairs = np.unique(np.stack([relevance.judged_query[judged], relevance.page[documents]]), axis=1)[1]
@@ -154,7 +288,15 @@ def _find_ties(relevance: Relevance, queries: np.ndarray, groups: pa.Array | Non
         "document": relevance.document_ids.take(pairs),
         "text": relevance.query_texts.take(queries),
         "group": groups.take(documents) if groups is not None else pa.array([], type=pa.string()),
+        "set of copies of": _first_of_sets(relevance, together, documents),
     }
     most = {kind: Counter(values.drop_null().to_pylist()).most_common(1) for kind, values in shared.items()}
     found = [f"the {kind} {top[0][0]!r}" for kind, top in most.items() if top and top[0][1] > 1]
     return " and ".join(found) or "nothing else"
+
+
+def _first_of_sets(relevance: Relevance, together: np.ndarray | None, documents: np.ndarray) -> pa.Array:
+    """For each document the first one of the set that it stays together with; null for those in none."""
+    numbers = np.full(len(relevance.document_ids), -1) if together is None else together
+    first = [int(np.argmax(numbers == number)) if number >= 0 else None for number in numbers[documents]]
+    return relevance.document_ids.take(pa.array(first, pa.int64()))

@@ -23,9 +23,25 @@ from mmtune.data.arrow import (
     with_columns,
     with_encoded_images,
 )
+from mmtune.data.label_changes import label_changes, with_label_changes
 from mmtune.errors import DatasetError, MissingDocumentError
 
 _LARGEST_SCORE = 2.0**31
+
+
+@dataclass(frozen=True)
+class DroppedQuery:
+    """A query that was written for a page and left out, or a call for one that failed.
+
+    Attributes:
+        document_id: The page.
+        text: The query; empty where a call failed.
+        reason: Why.
+    """
+
+    document_id: str
+    text: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -41,7 +57,12 @@ class BuildNotes:
         queries_without_document: Queries left out because nothing is relevant to them.
         judged_not_relevant: Judgements with a score of 0 or less; they are no judgements here.
         held_out_negatives: Entries taken out of lists of negatives because ``split`` keeps them for evaluation.
+        unreadable_sources: Files and pages of PDFs that can't be read, as (name, reason).
+        neighbors_left_out: Pages beside a relevant one in its file that mining ranked high and left out.
+        taken_out: What ``RetrievalDataset.without`` took out, as (query id, document id): of a negative both, else the
+            other is ``None``.
         ids_are_row_numbers: The builder made up the ids from row numbers, so that they mean nothing elsewhere.
+        dropped_queries: What ``generate_queries`` left out.
     """
 
     blank_queries: int = 0
@@ -52,7 +73,11 @@ class BuildNotes:
     queries_without_document: int = 0
     judged_not_relevant: int = 0
     held_out_negatives: int = 0
+    unreadable_sources: tuple[tuple[str, str], ...] = ()
+    neighbors_left_out: int = 0
+    taken_out: tuple[tuple[str | None, str | None], ...] = ()
     ids_are_row_numbers: bool = False
+    dropped_queries: tuple[DroppedQuery, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,10 +101,11 @@ def check_tables(
 ) -> Tables:
     """The four tables with ids as strings and images encoded, or an error that names what does not fit.
 
-    Queries to which nothing is relevant are left out and counted in the notes.
+    Queries to which nothing is relevant are left out and counted in the notes. There may be none from the beginning:
+    pages that nobody asked about yet.
 
     Raises:
-        DatasetError: A column is missing or of the wrong type, an id stands twice, or no query is left.
+        DatasetError: A column is missing or of the wrong type, an id stands twice, or no query is left of some.
         MissingDocumentError: A judgement or a negative refers to a document that is not there.
     """
     for what, table in {"corpus": corpus, "queries": queries, "qrels": qrels, "negatives": negatives}.items():
@@ -97,7 +123,7 @@ def check_tables(
     is_judged = np.isin(np.arange(len(queries)), judged)
     if not is_judged.all():
         tables = _select_queries(tables, np.flatnonzero(is_judged))
-    if not len(tables.queries):
+    if not len(tables.queries) and (len(queries) or tables.notes.queries_without_document):
         raise DatasetError(
             f"No query is left: {len(queries)} queries, {len(qrels)} relevance judgements, {len(corpus)} documents. "
             "At least one query needs a relevant document. Check the query column for null or blank texts."
@@ -286,7 +312,10 @@ def _check_negatives(negatives: Dataset, corpus: Dataset, queries: Dataset) -> D
     require_unique(query_ids, "query (in the table of negatives) id")
     rows, items = id_lists(negatives, "document_ids")
     _require_known(items, column(corpus, "document_id"), "negatives", "corpus", query_ids.take(rows))
-    return table_dataset({"query_id": query_ids, "document_ids": lists_of_rows(rows, items, len(query_ids))})
+    checked = table_dataset({"query_id": query_ids, "document_ids": lists_of_rows(rows, items, len(query_ids))})
+    changes = label_changes(negatives)
+    _require_known(changes["document_id"].combine_chunks(), column(corpus, "document_id"), "label changes", "corpus")
+    return with_label_changes(checked, changes)
 
 
 def _with_unique_ids(table: Dataset, what: str) -> Dataset:

@@ -80,6 +80,7 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
         show_progress_bar: bool = True,
         **host_kwargs: Any,
     ) -> None:
+        data.relevance.require_queries()
         self._reader = DatasetReader(data.corpus, data.queries, documents)
         self._score_by_document_id: dict[str, dict[str, int]] = {}
         judged = (data.qrels[name][:] for name in ("query_id", "document_id", "score"))

@@ -9,7 +9,7 @@ from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 
 from mmtune.arguments import require_name, require_whole, require_wholes
 from mmtune.data.dataset import RetrievalDataset
-from mmtune.data.documents import DocumentKind
+from mmtune.data.documents import DocumentKind, check_texts
 from mmtune.data.intake import DatasetsLike
 from mmtune.errors import ConfigError
 from mmtune.evaluation.base import CorpusEvaluator
@@ -191,6 +191,7 @@ def build_evaluator(
         evaluator_class, options["truncate_dims"] = RetrievalEvaluator, dims
 
     def build(data: RetrievalDataset, own_name: str) -> SingleEvaluator:
+        check_texts(data.corpus, documents)
         # A copy of a relevant page under another id would take its rank, and cost up to half the nDCG.
         if data.relevance_of(documents).num_copies:
             data = data.deduplicate(documents=documents)

@@ -37,7 +37,7 @@ Retriever: TypeAlias = SentenceTransformer | MultiVectorEncoder
 Task: TypeAlias = Literal["query", "document"]
 """What an item is to a model, and so its prompt."""
 
-_SHARD_SIZE = 512
+SHARD_SIZE = 512
 """Items whose embeddings are held, compared and stored together; a store serves any batch size."""
 
 _BATCHES_BESIDE_A_GPU = 4
@@ -274,19 +274,26 @@ def encode_shards(
     show_progress_bar: bool,
     store: EmbeddingStore | None = None,
 ) -> Iterator[Embeddings]:
-    """What ``encode`` gives, as float32 and 512 items at a time; kept in ``store`` when made, and looked up there."""
+    """What ``encode`` gives, as float32 and ``SHARD_SIZE`` items at a time.
+
+    They are kept in ``store`` batch by batch as they are made, and looked up there.
+    """
     name = "queries" if task == "query" else "documents"
     with tqdm(total=len(ids), desc=f"Encoding {name}", disable=not show_progress_bar, leave=False) as bar:
-        for shard in portions_of(ids, _SHARD_SIZE):
+        for shard in portions_of(ids, SHARD_SIZE):
             key = "" if store is None else f"{task}-{text_digest(''.join(reader.digests(task, shard)))}"
             stored = None if store is None else store.load(key)
             if stored is not None:
                 bar.update(len(shard))
-                yield _as_float32(stored, model.device)
+                yield as_float32(stored, model.device)
                 continue
-            parts = []
-            for part in encode(model, task, shard, reader, batch_size=batch_size):
-                parts.append(_as_float32(part, model.device))
+            parts = [] if store is None else [as_float32(part, model.device) for part in store.resume(key)]
+            done = sum(map(len, parts))
+            bar.update(done)
+            for part in encode(model, task, shard[done:], reader, batch_size=batch_size):
+                parts.append(as_float32(part, model.device))
+                if store is not None:
+                    store.add(key, parts[-1])
                 bar.update(len(part))
             embeddings = join(parts)
             if store is not None:
@@ -294,7 +301,8 @@ def encode_shards(
             yield embeddings
 
 
-def _as_float32(embeddings: Embeddings, device: torch.device) -> Embeddings:
+def as_float32(embeddings: Embeddings, device: torch.device) -> Embeddings:
+    """The embeddings on a device, in single precision."""
     if isinstance(embeddings, torch.Tensor):
         return embeddings.to(device, torch.float32)
     return [item.to(device, torch.float32) for item in embeddings]

@@ -2,9 +2,9 @@
 
 import logging
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,21 +14,27 @@ from sentence_transformers import CrossEncoder
 from mmtune.arguments import require_number, require_path, require_whole
 from mmtune.data.arrow import IntLists, lists, table_dataset
 from mmtune.data.dataset import RetrievalDataset
-from mmtune.data.documents import DocumentKind
+from mmtune.data.documents import DocumentKind, check_texts
 from mmtune.data.intake import DatasetLike, as_retrieval_dataset
+from mmtune.data.label_changes import label_changes, with_label_changes
+from mmtune.data.neighbors import find_neighbors
 from mmtune.data.relevance import Relevance
 from mmtune.errors import ConfigError
 from mmtune.inference.encoder import (
+    SHARD_SIZE,
     DatasetReader,
     Retriever,
+    Task,
+    as_float32,
     encode_shards,
     join,
     require_retriever,
     warn_of_cut_texts,
 )
+from mmtune.inference.processes import Processes
 from mmtune.inference.reranker import PairScorer, require_reranker
-from mmtune.inference.search import find_nearest
-from mmtune.inference.store import EmbeddingStore, Pair, ScoreStore, model_fingerprint
+from mmtune.inference.search import Nearest, find_nearest, merge_nearest
+from mmtune.inference.store import Embeddings, EmbeddingStore, Pair, ScoreStore, model_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +133,7 @@ class Ranking:
         relevant_scores: The score of each of ``relevant.values``.
         candidates: For each text the pages that rank highest, best first, int64, shape ``(texts, depth)``.
         scores: Their scores, of the same shape.
-        is_relevant: Which of them are relevant to the text, of the same shape.
+        is_left_out: Which of them can be no negatives: relevant to the text, or beside what is; of the same shape.
     """
 
     query_ids: list[str]
@@ -136,31 +142,34 @@ class Ranking:
     relevant_scores: np.ndarray
     candidates: np.ndarray
     scores: np.ndarray
-    is_relevant: np.ndarray
+    is_left_out: np.ndarray
 
     def choose_negatives(self, rule: MiningRule) -> IntLists:
         """For each text its negatives as pages, hardest first."""
         lowest = np.minimum.reduceat(self.relevant_scores, self.relevant.offsets[:-1])
-        usable = ~self.is_relevant & rule.keeps(self.scores, lowest)
+        usable = ~self.is_left_out & rule.keeps(self.scores, lowest)
         order = np.argsort(np.where(usable, -self.scores, np.inf), axis=1, kind="stable")
         order = order[:, rule.range_min : rule.last_rank(int(self.relevant.lengths.max()))][:, : rule.num_negatives]
         rows, columns = np.nonzero(np.take_along_axis(usable, order, axis=1))
         pages = np.take_along_axis(self.candidates, order, axis=1)[rows, columns]
         return IntLists.grouped(rows, pages, len(self.query_ids))
 
-    def rescore(self, scorer: PairScorer, store: ScoreStore | None) -> "Ranking":
+    def rescore(self, scorer: PairScorer, store: ScoreStore | None, processes: Processes) -> "Ranking":
         """The same candidates with the scores of a reranker; what is relevant is scored apart from them."""
-        candidates = np.nonzero(~self.is_relevant)
-        texts = np.r_[candidates[0], self.relevant.rows]
-        pages = np.r_[self.candidates[candidates], self.relevant.values]
-        order = np.argsort(texts, kind="stable")
-        pairs = [
-            Pair(self.query_ids[text], self.document_ids[page])
-            for text, page in zip(texts[order].tolist(), pages[order].tolist(), strict=True)
-        ]
-        contents = scorer.reader.pair_digests(pairs) if store is not None else None
-        found = np.empty(len(pairs))
-        found[order] = scorer.score_pairs(pairs, contents, store)
+        candidates = np.nonzero(~self.is_left_out)
+        texts = np.r_[candidates[0], self.relevant.rows].tolist()
+        pages = np.r_[self.candidates[candidates], self.relevant.values].tolist()
+        # Page after page, as the scorer reads them, so that a page is decoded by one process.
+        order = np.array(sorted(range(len(texts)), key=lambda at: (self.document_ids[pages[at]], texts[at])))
+        own = order[processes.share(len(order), scorer.batch_size)].tolist()
+        pairs = [Pair(self.query_ids[texts[at]], self.document_ids[pages[at]]) for at in own]
+
+        def score() -> np.ndarray:
+            contents = scorer.reader.pair_digests(pairs) if store is not None else None
+            return scorer.score_pairs(pairs, contents, store)
+
+        found = np.empty(len(order))
+        found[order] = np.concatenate(processes.gather(score))
         scores = np.full(self.scores.shape, -np.inf)
         scores[candidates], relevant_scores = np.split(found, [len(candidates[0])])
         return replace(self, scores=scores, relevant_scores=relevant_scores)
@@ -181,16 +190,19 @@ def mine_hard_negatives(
     cache_folder: str | os.PathLike[str] | None = None,
     show_progress_bar: bool = True,
     documents: DocumentKind = "image",
+    neighbors: int = 1,
 ) -> RetrievalDataset:
     """The dataset with new negatives: for each query the documents that the model takes for relevant, and are not.
 
     Never a negative is what is relevant to the same query text under any id, and no byte-identical copy of that; copies
     of one page count once. A candidate that scores nearly as high as a relevant document is probably an answer that
     nobody has judged, so the margins leave it out (Moreira et al., 2024). With several relevant documents, the one that
-    scores lowest sets the bound, as in the host.
+    scores lowest sets the bound, as in the host. Where the corpus says of which file and which page of it a document
+    is, in the columns ``source`` and ``page_number``, pages beside a relevant one are no negatives either.
 
     Each distinct query text and page is encoded once, pages are decoded ``batch_size`` at a time, and no embeddings of
-    the whole corpus are held. Scores are the model's own similarity. Ties go to the document that stands first.
+    the whole corpus are held. Scores are the model's own similarity. Ties go to the document that stands first. Under
+    torchrun each process encodes and searches its part of the corpus, and all of them return the same dataset.
 
     Args:
         dataset: A ``RetrievalDataset``, rows in a known layout, or what ``RetrievalDataset.load`` takes. Negatives
@@ -208,12 +220,17 @@ def mine_hard_negatives(
             ``max_score`` are then of its scores as probabilities (the sigmoid of its output), and so is the order.
         batch_size: Documents, queries or pairs a forward pass.
         cache_folder: Where embeddings, and scores of the reranker, are kept as they are made. A second call with other
-            margins encodes nothing, an interrupted one goes on, and a changed model, page or text is encoded anew.
+            margins encodes nothing, one that was killed goes on, and a changed model, page or text is encoded anew.
+            Each file is written by the process that made it.
         show_progress_bar: Whether to show bars.
         documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
+        neighbors: How many pages on either side of a relevant one, in the same ``source`` by ``page_number``, are never
+            its negatives, nor other documents on that page itself; 0 lets them be. It says nothing where the corpus has
+            no such columns.
 
     Returns:
         A new dataset with the same corpus, queries and judgements, and one list of negatives a query, hardest first.
+        ``notes.neighbors_left_out`` counts the neighbours that ranked high enough to be looked at.
 
     Raises:
         ConfigError: An argument has a value it can't have, or the corpus lacks what ``documents`` asks for.
@@ -233,10 +250,14 @@ def mine_hard_negatives(
     if reranker is not None:
         require_reranker(reranker, "reranker")
     size = require_whole("batch_size", batch_size)
+    distance = require_whole("neighbors", neighbors, at_least=0)
     if cache_folder is not None:
         require_path("cache_folder", cache_folder)
     data = as_retrieval_dataset(dataset)
+    data.relevance.require_queries()
+    check_texts(data.corpus, documents)
     reader = DatasetReader(data.corpus, data.queries, documents)
+    processes = Processes.running(model.device)
 
     # Each distinct text and each distinct page once, by the first query and the first document that have it.
     relevance = data.relevance_of(documents)
@@ -245,33 +266,91 @@ def mine_hard_negatives(
     query_ids = relevance.query_ids.take(pa.array(queries)).to_pylist()
     document_ids = relevance.document_ids.take(pa.array(pages)).to_pylist()
     relevant = _relevant_pages(relevance, pages)
+    beside = find_neighbors(relevance, distance)
 
-    warn_of_cut_texts(model, reader)
+    if processes.rank == 0:
+        warn_of_cut_texts(model, reader)
     store = None if cache_folder is None else EmbeddingStore(cache_folder, model)
-    options: dict[str, Any] = {"batch_size": size, "show_progress_bar": show_progress_bar, "store": store}
-    texts = join(encode_shards(model, "query", query_ids, reader, **options))
-    shards = encode_shards(model, "document", document_ids, reader, **options)
-    most_relevant = int(relevant.lengths.max())
-    # As deep as the rule looks, and so much more as relevant documents may stand in the way.
-    depth = rule.last_rank(most_relevant) + most_relevant
-    ids = query_ids, document_ids
-    nearest = find_nearest(model.similarity, texts, shards, depth=depth, ids=ids, relevant=relevant)
-    is_relevant = relevance.is_relevant(np.broadcast_to(queries[:, None], nearest.items.shape), pages[nearest.items])
+    most_relevant, most_beside = int(relevant.lengths.max()), int(beside.lengths.max())
+    # As deep as the rule looks, and so much more as relevant documents and those beside them may stand in the way.
+    depth = rule.last_rank(most_relevant) + most_relevant + most_beside
+    work = _Search(model, reader, processes, size, show_progress_bar and processes.rank == 0, store)
+    nearest = work.find(query_ids, document_ids, depth, relevant)
+    found = pages[nearest.items]
+    is_relevant = relevance.may_be_relevant(np.broadcast_to(queries[:, None], found.shape), found)
+    num_documents = len(relevance.page)
+    is_beside = np.isin(
+        np.arange(len(found))[:, None] * num_documents + found, beside.rows * num_documents + beside.values
+    )
     ranking = Ranking(
-        query_ids, document_ids, relevant, nearest.relevant_scores, nearest.items, nearest.scores, is_relevant
+        query_ids,
+        document_ids,
+        relevant,
+        nearest.relevant_scores,
+        nearest.items,
+        nearest.scores,
+        is_relevant | is_beside,
     )
 
     if reranker is not None:
-        scorer = PairScorer(reranker, reader, size, show_progress_bar, activation=_Probability())
+        scorer = PairScorer(reranker, reader, size, work.show_progress_bar, activation=_Probability())
         scores = None
         if cache_folder is not None:
             teacher = f"{model_fingerprint(reranker)}-{documents}-probability"
-            scores = ScoreStore(Path(cache_folder) / f"scores-{teacher}", teacher)
-        ranking = ranking.rescore(scorer, scores)
+            folder = Path(cache_folder) / f"scores-{teacher}"
+            scores = processes.make_in_turn(lambda: ScoreStore(folder, teacher))
+        ranking = ranking.rescore(scorer, scores, processes)
 
     mined = ranking.choose_negatives(rule).take(relevance.text)
-    _warn_of_short_lists(mined.lengths, relevance, rule, len(pages))
-    return _with_negatives(data, IntLists(mined.offsets, pages[mined.values]))
+    if processes.rank == 0:
+        _say_what_was_left_out(is_beside, distance)
+        _warn_of_short_lists(mined.lengths, relevance, rule, len(pages))
+    return _with_negatives(data, IntLists(mined.offsets, pages[mined.values]), int(is_beside.sum()))
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The search for candidates, shared by the processes."""
+
+    model: Retriever
+    reader: DatasetReader
+    processes: Processes
+    batch_size: int
+    show_progress_bar: bool
+    store: EmbeddingStore | None
+
+    def find(self, query_ids: Sequence[str], document_ids: Sequence[str], depth: int, relevant: IntLists) -> Nearest:
+        """The nearest documents of each query, the same in every process."""
+        share, cpu = self.processes.share(len(query_ids), SHARD_SIZE), torch.device("cpu")
+        parts = self.processes.gather(lambda: as_float32(join(self._encode("query", query_ids[share])), cpu))
+        texts = as_float32(join(parts), self.model.device)
+        own = self.processes.share(len(document_ids), SHARD_SIZE)
+
+        def find_own() -> Nearest:
+            return find_nearest(
+                self.model.similarity,
+                texts,
+                self._encode("document", document_ids[own]),
+                depth=depth,
+                ids=(query_ids, document_ids),
+                relevant=relevant,
+                at_once=16_384 if isinstance(texts, torch.Tensor) else 4096,
+                first=own.start,
+            )
+
+        found = self.processes.gather(find_own)
+        return found[0] if len(found) == 1 else merge_nearest(found, depth)
+
+    def _encode(self, task: Task, ids: Sequence[str]) -> Iterator[Embeddings]:
+        return encode_shards(
+            self.model,
+            task,
+            ids,
+            self.reader,
+            batch_size=self.batch_size,
+            show_progress_bar=self.show_progress_bar,
+            store=self.store,
+        )
 
 
 class _Probability(torch.nn.Module):
@@ -290,13 +369,32 @@ def _relevant_pages(relevance: Relevance, pages: np.ndarray) -> IntLists:
     return IntLists.grouped(documents.rows[is_first], places, len(documents.lengths))
 
 
-def _with_negatives(data: RetrievalDataset, mined: IntLists) -> RetrievalDataset:
+def _with_negatives(data: RetrievalDataset, mined: IntLists, neighbors_left_out: int) -> RetrievalDataset:
     """The dataset with other negatives, and without the notes on those that it had."""
     relevance, tables = data.relevance, data.tables
     document_ids = relevance.document_ids.take(pa.array(mined.values))
     negatives = table_dataset({"query_id": relevance.query_ids, "document_ids": lists(mined.offsets, document_ids)})
-    notes = replace(tables.notes, null_negatives=0, unknown_negatives=0, unknown_examples=(), held_out_negatives=0)
+    negatives = with_label_changes(negatives, label_changes(tables.negatives))
+    notes = replace(
+        tables.notes,
+        null_negatives=0,
+        unknown_negatives=0,
+        unknown_examples=(),
+        held_out_negatives=0,
+        neighbors_left_out=neighbors_left_out,
+    )
     return RetrievalDataset.from_tables(replace(tables, negatives=negatives, notes=notes))
+
+
+def _say_what_was_left_out(is_beside: np.ndarray, distance: int) -> None:
+    if is_beside.any():
+        logger.info(
+            "Left out %d candidates of %d queries that lie beside a relevant page of the same file, up to %d pages "
+            "away: they often answer too. Pass neighbors=0 to take them.",
+            is_beside.sum(),
+            is_beside.any(axis=1).sum(),
+            distance,
+        )
 
 
 def _warn_of_short_lists(lengths: np.ndarray, relevance: Relevance, rule: MiningRule, num_pages: int) -> None:

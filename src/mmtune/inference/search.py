@@ -25,7 +25,8 @@ class Nearest:
     Attributes:
         items: Their positions, int64, shape ``(asking, depth)``, best first; of equal scores the first item.
         scores: Their scores, float64, of the same shape.
-        relevant_scores: The score of each of ``relevant.values``, float64.
+        relevant_scores: The score of each of ``relevant.values``, float64; not a number where its item was not among
+            those compared.
     """
 
     items: np.ndarray
@@ -42,6 +43,7 @@ def find_nearest(
     ids: tuple[Sequence[str], Sequence[str]],
     relevant: IntLists | None = None,
     at_once: int = 4096,
+    first: int = 0,
 ) -> Nearest:
     """The ``depth`` best items for each that asks, without holding more than one shard of them.
 
@@ -53,38 +55,82 @@ def find_nearest(
         ids: Of what asks and of the items, for errors.
         relevant: For each that asks the items whose scores are wanted besides.
         at_once: How many that ask are compared with a shard at a time, which bounds the memory.
+        first: The position of the first item, where the shards are a part of the corpus.
 
     Raises:
         DatasetError: A score is not a finite number; the message names what was compared.
     """
     wanted = relevant or IntLists(np.zeros(len(asking) + 1, dtype=np.int64), np.array([], dtype=np.int64))
     wanted_rows, relevant_scores = wanted.rows, np.full(len(wanted.values), np.nan)
-    scores, items, seen = np.empty((len(asking), 0)), np.empty((len(asking), 0), dtype=np.int64), 0
+    blocks = [slice(start, start + at_once) for start in range(0, len(asking), at_once)]
+    best: list[_Best | None] = [None] * len(blocks)
     for shard in shards:
-        parts = []
-        for start in range(0, len(asking), at_once):
-            rows = slice(start, start + at_once)
+        is_here = (wanted.values >= first) & (wanted.values < first + len(shard))
+        for at, rows in enumerate(blocks):
             new = similarity(asking[rows], shard)
-            if not torch.isfinite(new).all():
+            # One pass over all scores; numbers that are none come out of it too.
+            if not torch.isfinite(torch.stack(torch.aminmax(new))).all():
                 row, column = (~torch.isfinite(new)).nonzero()[0].tolist()
-                raise not_finite(ids[0][start + row], ids[1][seen + column], new[row, column].item())
-
-            of_rows = (wanted_rows >= rows.start) & (wanted_rows < rows.stop)
-            here = np.flatnonzero(of_rows & (wanted.values >= seen) & (wanted.values < seen + len(shard)))
-            places = torch.from_numpy(wanted_rows[here] - start), torch.from_numpy(wanted.values[here] - seen)
+                raise not_finite(ids[0][rows.start + row], ids[1][first + column], new[row, column].item())
+            here = np.flatnonzero(is_here & (wanted_rows >= rows.start) & (wanted_rows < rows.stop))
+            places = torch.from_numpy(wanted_rows[here] - rows.start), torch.from_numpy(wanted.values[here] - first)
             relevant_scores[here] = new[tuple(part.to(new.device) for part in places)].cpu().double().numpy()
+            best[at] = _Best.of(new, first, depth) if (kept := best[at]) is None else kept.merge(new, first, depth)
+        first += len(shard)
+    found = [each for each in best if each is not None]
+    if not found:
+        return Nearest(np.empty((len(asking), 0), dtype=np.int64), np.empty((len(asking), 0)), relevant_scores)
+    items, scores = (torch.cat(part).cpu() for part in zip(*((each.items, each.scores) for each in found), strict=True))
+    return Nearest(items.numpy(), scores.double().numpy(), relevant_scores)
 
-            # What was found before stands first, so that of equal scores the earlier item wins.
-            both = torch.cat([torch.from_numpy(scores[rows]).to(new), new], dim=1)
-            columns = top_columns(both, min(depth, both.shape[1]))
-            parts.append((both.gather(1, columns).cpu().double().numpy(), columns.cpu().numpy()))
 
-        # Columns of old items are turned into these, those of new ones into positions.
-        found_scores, columns = (np.concatenate(part) for part in zip(*parts, strict=True))
-        found, is_old = columns - items.shape[1] + seen, columns < items.shape[1]
-        found[is_old] = items[np.nonzero(is_old)[0], columns[is_old]]
-        scores, items, seen = found_scores, found, seen + len(shard)
-    return Nearest(items, scores, relevant_scores)
+@dataclass(frozen=True)
+class _Best:
+    """The best items so far for each of a block, best first; ``items`` int64 and ``scores``, of one shape."""
+
+    items: torch.Tensor
+    scores: torch.Tensor
+
+    @classmethod
+    def of(cls, new: torch.Tensor, first: int, depth: int) -> "_Best":
+        columns = top_columns(new, min(depth, new.shape[1]))
+        return cls(columns + first, new.gather(1, columns))
+
+    def merge(self, new: torch.Tensor, first: int, depth: int) -> "_Best":
+        """With the items from ``first`` on, whose scores are ``new``."""
+        if self.scores.shape[1] < depth:
+            is_better = torch.ones_like(new, dtype=torch.bool)
+        else:
+            # Of a later shard few items are better than the worst that is kept, so that only those are sorted. One
+            # that is as good as that loses, as it stands behind.
+            is_better = new > self.scores[:, -1:]
+        rows, columns = is_better.nonzero(as_tuple=True)
+        if not len(rows):
+            return self
+        counts = torch.bincount(rows, minlength=len(new))
+        places = torch.arange(len(rows), device=new.device) - (counts.cumsum(0) - counts)[rows]
+        shape = (len(new), int(counts.max()))
+        scores, items = new.new_full(shape, -torch.inf), columns.new_zeros(shape)
+        scores[rows, places], items[rows, places] = new[rows, columns], columns + first
+        # What was found before stands first, so that of equal scores the earlier item wins.
+        scores, items = torch.cat([self.scores, scores], dim=1), torch.cat([self.items, items], dim=1)
+        chosen = top_columns(scores, min(depth, scores.shape[1]))
+        return _Best(items.gather(1, chosen), scores.gather(1, chosen))
+
+
+def merge_nearest(parts: Sequence[Nearest], depth: int) -> Nearest:
+    """What was found in each part of a corpus as what is found in the whole.
+
+    Args:
+        parts: In the order of the corpus.
+        depth: As for each of them.
+    """
+    scores = np.concatenate([part.scores for part in parts], axis=1)
+    items = np.concatenate([part.items for part in parts], axis=1)
+    # Each part is in its order, so that of equal scores the first column is the first item.
+    columns = top_columns(torch.from_numpy(scores), min(depth, scores.shape[1])).numpy()
+    relevant_scores = np.fmax.reduce([part.relevant_scores for part in parts])
+    return Nearest(np.take_along_axis(items, columns, 1), np.take_along_axis(scores, columns, 1), relevant_scores)
 
 
 def not_finite(asking_id: str, item_id: str, score: float) -> DatasetError:

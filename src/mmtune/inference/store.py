@@ -4,8 +4,10 @@ import json
 import logging
 import os
 import re
+import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -38,8 +40,9 @@ class Pair(NamedTuple):
 class EmbeddingStore:
     """Embeddings of one model in a folder, by the content of what was embedded.
 
-    Files are written as they are made and whole, so that an interrupted run goes on where it was. A changed model has
-    a folder of its own; a changed item changes the key of its shard, and the shards beside it stay.
+    A shard is a file that is written whole; until then its portions are added to another one as they are made, so that
+    an interrupted run goes on where it was. A changed model has a folder of its own; a changed item changes the key of
+    its shard, and the shards beside it stay.
 
     Args:
         folder: The folder; it may serve several models.
@@ -57,24 +60,96 @@ class EmbeddingStore:
         try:
             # Opened here: np.load leaves a file that it can't read open (numpy 2.4).
             with path.open("rb") as file, np.load(file) as stored:
-                values, lengths = torch.from_numpy(stored["values"]), stored["lengths"]
+                embeddings, count = _as_embeddings(stored["values"], stored["lengths"]), int(stored["count"])
+            if len(embeddings) != count:
+                raise ValueError(f"{len(embeddings)} items, expected {count}")
+            return embeddings
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             logger.warning("The embeddings in %s can't be read (%s) and are made again.", path, error)
             return None
-        return list(values.split(lengths.tolist())) if len(lengths) else values
 
     def save(self, key: str, embeddings: Embeddings) -> None:
-        """Store embeddings under a key."""
-        is_list = isinstance(embeddings, list)
-        values = (torch.cat(embeddings) if is_list else embeddings).cpu().numpy()
-        lengths = np.array([len(item) for item in embeddings] if is_list else [], dtype=np.int64)
+        """Store the whole of a shard under a key.
+
+        Raises:
+            ConfigError: The folder can't be written to.
+        """
+        values, lengths = _as_arrays(embeddings)
 
         def write(path: Path) -> None:
             with path.open("wb") as file:
-                np.savez(file, values=values, lengths=lengths)
+                np.savez(file, values=values, lengths=lengths, count=len(embeddings))
 
-        self._folder.mkdir(parents=True, exist_ok=True)
-        _write_whole(self._folder / f"{key}.npz", write)
+        with _writing_to(self._folder):
+            _write_whole(self._folder / f"{key}.npz", write)
+            for begun in self._folder.glob(f"{key}.*.begun"):
+                begun.unlink(missing_ok=True)
+
+    def resume(self, key: str) -> list[Embeddings]:
+        """The portions of a shard that an interrupted run added, on the CPU; further ones are added behind them.
+
+        Raises:
+            ConfigError: The folder can't be written to.
+        """
+        found = max(map(_read_portions, self._folder.glob(f"{key}.*.begun")), key=len, default=[])
+        with _writing_to(self._folder):
+            # In a file of this process: the other one may still be at it.
+            self._begun(key).write_bytes(b"")
+        for portion in found:
+            self.add(key, portion)
+        return found
+
+    def add(self, key: str, portion: Embeddings) -> None:
+        """Add a portion to a shard that ``resume`` began.
+
+        Raises:
+            ConfigError: The folder can't be written to.
+        """
+        with _writing_to(self._folder), self._begun(key).open("ab") as file:
+            for array in _as_arrays(portion):
+                np.save(file, array)
+
+    def _begun(self, key: str) -> Path:
+        return self._folder / f"{key}.{os.getpid()}.begun"
+
+
+def _as_arrays(embeddings: Embeddings) -> tuple[np.ndarray, np.ndarray]:
+    """All vectors, and the vectors of each item; no lengths where each has one."""
+    is_list = isinstance(embeddings, list)
+    values = (torch.cat(embeddings) if is_list else embeddings).cpu().numpy()
+    return values, np.array([len(item) for item in embeddings] if is_list else [], dtype=np.int64)
+
+
+def _as_embeddings(values: np.ndarray, lengths: np.ndarray) -> Embeddings:
+    found = torch.from_numpy(values)
+    return list(found.split(lengths.tolist())) if len(lengths) else found
+
+
+def _read_portions(path: Path) -> list[Embeddings]:
+    """The portions in a file, up to where its writer was stopped."""
+    portions: list[Embeddings] = []
+    with suppress(OSError, ValueError, EOFError), path.open("rb") as file:
+        while True:
+            values, lengths = np.load(file), np.load(file)
+            portions.append(_as_embeddings(values, lengths))
+    return portions
+
+
+@contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    """Makes the folder, and names it where it can't be written to.
+
+    Raises:
+        ConfigError: It can't.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{str(folder)!r} can't be written to: {error}. What was stored before is kept. Make room or give "
+            "permission there, and call again, or pass another folder."
+        ) from error
 
 
 _MANIFEST = "mmtune_scores.json"
@@ -103,25 +178,29 @@ class ScoreStore:
         score_by_content: All scores that the folder holds.
 
     Raises:
-        ConfigError: The folder holds something else.
+        ConfigError: The folder holds something else, or can't be written to.
     """
 
     def __init__(self, folder: str | os.PathLike[str], teacher: str) -> None:
         self._folder = Path(folder)
         manifest = self._folder / _MANIFEST
-        if manifest.is_file():
-            found = json.loads(manifest.read_text())
-            if found["teacher"] != teacher or found["format_version"] != _FORMAT_VERSION:
+        found = _read_manifest(manifest) if manifest.is_file() else None
+        if found is None:
+            # What a killed process had begun to write is nobody's.
+            there = [path for path in self._folder.glob("*") if path != manifest and path.suffix != ".partial"]
+            if there or (self._folder.exists() and not self._folder.is_dir()):
                 raise ConfigError(
-                    f"{str(self._folder)!r} holds scores of another teacher, or over another kind of documents "
-                    f"({found['teacher']}, this one is {teacher}). Scores of two teachers do not mix: pass another "
-                    "folder."
+                    f"{str(self._folder)!r} is not empty and holds no scores, or none that tell their teacher. Pass a "
+                    "new folder."
                 )
-        else:
-            if self._folder.exists() and (not self._folder.is_dir() or any(self._folder.iterdir())):
-                raise ConfigError(f"{str(self._folder)!r} is not empty and holds no scores. Pass a new folder.")
-            self._folder.mkdir(parents=True, exist_ok=True)
-            manifest.write_text(json.dumps({"format_version": _FORMAT_VERSION, "teacher": teacher}, indent=2) + "\n")
+            content = json.dumps({"format_version": _FORMAT_VERSION, "teacher": teacher}, indent=2) + "\n"
+            with _writing_to(self._folder):
+                _write_whole(manifest, lambda partial: partial.write_text(content))
+        elif found != (teacher, _FORMAT_VERSION):
+            raise ConfigError(
+                f"{str(self._folder)!r} holds scores of another teacher, or over another kind of documents "
+                f"({found[0]}, this one is {teacher}). Scores of two teachers do not mix: pass another folder."
+            )
         query_ids, document_ids, contents, scores = (part.to_pylist() for part in read_scores(folder).columns)
         self.score_by_content: dict[str, float] = dict(zip(contents, scores, strict=True))
         self._written = set(zip(map(Pair, query_ids, document_ids), contents, strict=True))
@@ -142,8 +221,18 @@ class ScoreStore:
         self._num_files += 1
 
 
+def _read_manifest(path: Path) -> tuple[str, int] | None:
+    """The teacher and the version; ``None`` where the file is damaged."""
+    try:
+        found = json.loads(path.read_text())
+        return found["teacher"], found["format_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s can't be read: %r.", path, error)
+        return None
+
+
 def read_scores(folder: str | os.PathLike[str]) -> pa.Table:
-    """All rows that a ``ScoreStore`` wrote to a folder, in the order they were written.
+    """All rows that a ``ScoreStore`` wrote to a folder, in the order they were written; without damaged files.
 
     Raises:
         ConfigError: The folder holds no scores.
@@ -152,7 +241,13 @@ def read_scores(folder: str | os.PathLike[str]) -> pa.Table:
     if not (Path(folder) / _MANIFEST).is_file():
         raise ConfigError(f"{str(folder)!r} holds no scores. Pass the folder that was given to score_rows.")
     files = sorted(Path(folder).glob("scores-*.parquet"))
-    return pa.concat_tables([_SCORES.empty_table(), *(pq.read_table(path, schema=_SCORES) for path in files)])
+    tables = [_SCORES.empty_table()]
+    for path in files:
+        try:
+            tables.append(pq.read_table(path, schema=_SCORES))
+        except (OSError, pa.ArrowException) as error:
+            logger.warning("The scores in %s can't be read (%s): scoring makes them again.", path, error)
+    return pa.concat_tables(tables)
 
 
 def score_table(pairs: Sequence[Pair], contents: Sequence[str], scores: Sequence[float]) -> pa.Table:
@@ -161,9 +256,70 @@ def score_table(pairs: Sequence[Pair], contents: Sequence[str], scores: Sequence
     return pa.table([query_ids, document_ids, contents, scores], schema=_SCORES)
 
 
-def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
+class ReplyStore:
+    """Replies of generators and judges in a folder, a file each, by what was asked.
+
+    A file is written when its reply comes, and whole: what was answered is never asked again, however often a run is
+    killed. Two processes may share the folder.
+
+    Args:
+        folder: A new folder, or one of replies.
+
+    Raises:
+        ConfigError: The folder can't be written to.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        require_path("store", folder)
+        self._folder = Path(folder)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            _write_whole(self._folder / "mmtune_replies", Path.touch)
+        except OSError as error:
+            raise ConfigError(
+                f"store={str(folder)!r} can't be written to: {error}. Pass a folder that can, or None to keep nothing."
+            ) from error
+
+    def load(self, key: str) -> str | None:
+        """The reply under a key; ``None`` where there is none."""
+        path = self._path(key)
+        try:
+            reply = json.loads(path.read_text(encoding="utf-8"))["reply"]
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("The reply in %s can't be read (%s) and is asked for again.", path, error)
+            return None
+        return reply if isinstance(reply, str) else None
+
+    def save(self, key: str, reply: str, **asked: str) -> None:
+        """Store a reply under a key, with what was asked, for people who look into the folder.
+
+        Raises:
+            ConfigError: The folder can't be written to.
+        """
+        path, content = self._path(key), json.dumps({"reply": reply, **asked}, indent=2)
+
+        def write(partial: Path) -> None:
+            partial.write_text(content, encoding="utf-8")
+
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_whole(path, write)
+        except OSError as error:
+            raise ConfigError(
+                f"A reply can't be written to {str(path)!r}: {error}. What was stored before stays: make room, or "
+                "mend the folder, and call again."
+            ) from error
+
+    def _path(self, key: str) -> Path:
+        return self._folder / key[:2] / f"{key}.json"
+
+
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
     # Under its name only when it is whole; with the process in its name until then, since two may write the same.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    # And with the thread, for the same reason.
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
     write(partial)
     partial.replace(path)
 

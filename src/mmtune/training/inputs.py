@@ -9,7 +9,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, are_progress_bars_disabled
 
 from mmtune.data.dataset import RetrievalDataset
-from mmtune.data.documents import DocumentKind, check_texts, document_columns
+from mmtune.data.documents import DocumentKind, check_texts
 from mmtune.data.intake import (
     DatasetsLike,
     as_retrieval_dataset,
@@ -205,8 +205,8 @@ def _trace_rows(rows: Dataset, documents: DocumentKind, num_negatives: int) -> T
 
 
 def _require_parts(data: RetrievalDataset, documents: DocumentKind) -> RetrievalDataset:
-    if "text" in document_columns(data.corpus, documents):
-        check_texts(data.corpus)
+    data.relevance.require_queries()
+    check_texts(data.corpus, documents)
     return data
 
 

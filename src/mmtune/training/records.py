@@ -261,11 +261,15 @@ def describe_training_data(train: TrainingSets) -> dict[str, str]:
 
 def describe_content(data: RetrievalDataset) -> str:
     """What tells a dataset from others: its ids, texts, judgements and the sizes of its pages."""
-    lengths = [EncodedImages(data.corpus).lengths.tolist()] if "image" in data.corpus.column_names else []
+    pages: list[Any] = []
+    if "image" in data.corpus.column_names:
+        images = EncodedImages(data.corpus)
+        # of a page of a PDF what is read names its content
+        pages = [images.lengths.tolist(), *(bytes(images.read(int(row))) for row in images.pdf_rows)]
     content = _digest(
         [
             *_content(data.corpus, ("document_id", "text")),
-            *lengths,
+            *pages,
             *_content(data.queries, ("query_id", "text")),
             *_content(data.qrels, ("query_id", "document_id", "score")),
         ]
