@@ -5,7 +5,7 @@ import pytest
 from datasets import Dataset
 
 from mmtune import DatasetError, RetrievalDataset, build_reranking_evaluator
-from mmtune.data.findings import Example, FalseNegative
+from mmtune.data.findings import Example, FalseNegative, Finding
 
 TITLE, REMEDY = "negatives that the model scores above every relevant document of their query", "Look."
 
@@ -64,6 +64,18 @@ def test_a_copy_of_what_is_unknown_is_unknown_also_when_the_other_is_taken_out()
     alone = found.without(found.audit(num_examples=None)["unreferenced_pages"].only([Example((), ("c",))]))
     assert "c" not in alone.corpus["document_id"][:]
     assert drawn(alone, "q1") == {"b", "e"}
+
+
+@pytest.mark.parametrize("gone", ["a", "b", "c"])
+def test_a_page_that_goes_takes_nothing_of_its_copies_along(gone):
+    data = texts_dataset(list("uvwxy"), ["one", "two", "three"], [("q1", "b"), ("q2", "c"), ("q3", "a"), ("q3", "d")])
+    copies = Finding("near_copies", 2, True, "copies", "Look.", (Example((), ("a", "b", "c")),))
+    found = data.without([copies, Finding("blank_pages", 1, True, "blank", "Look.", (Example((), (gone,)),))])
+    stays = "b" if gone == "a" else "a"
+    assert found.corpus["document_id"][:] == [stays, "d", "e"]
+    judged = set(zip(found.qrels["query_id"][:], found.qrels["document_id"][:], strict=True))
+    expected = {("q1", "b"), ("q2", "c"), ("q3", "a")} - {(query, gone) for query in ("q1", "q2", "q3")}
+    assert judged == {(query, stays) for query, _ in expected} | {("q3", "d")}
 
 
 def test_a_false_negative_that_is_in_no_list_is_refused_and_one_is_taken_out_once():

@@ -62,7 +62,10 @@ def take_out(relevance: Relevance, findings: object) -> Tables:
                 entries.append([int(part[0]) for part in entry])
                 if finding.key == "false_negatives":
                     unknown.append((example.query_ids[0], example.document_ids[0], getattr(finding, "score", None)))
-    # A page that goes for itself takes nothing of its copies along.
+    # A page that goes for itself takes nothing of its copies along: the first that is left stands for the others.
+    left = np.flatnonzero(~gone[0])
+    _, first, group = np.unique(stays[left], return_index=True, return_inverse=True)
+    stays[left] = left[first[group]]
     stays[gone[0]] = np.flatnonzero(gone[0])
     changes = pa.concat_tables(
         [label_changes(relevance.tables.negatives), _unknown_labels(relevance.tables.negatives, unknown)]
