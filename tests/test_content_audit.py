@@ -212,6 +212,13 @@ def test_few_words_tell_pages_apart_that_look_alike(distinct):
         assert ids(found["near_copies" if is_copy else "look_alikes"]) == [("a", "b")]
 
 
+def test_a_scan_without_words_joins_no_pages_that_their_words_tell_apart():
+    pages = {each: encoded(text_page(7), quality=quality) for each, quality in {"a": 90, "b": 50, "scan": 70}.items()}
+    found = look(build(pages, {"a": "Total 12", "b": "Total 13", "scan": None}))
+    assert ids(found["near_copies"]) == []
+    assert ids(found["look_alikes"]) == [("a", "b", "scan")]
+
+
 def test_texts_alone_are_compared_by_their_words():
     text = " ".join(words(random.Random(3), 30))
     data = RetrievalDataset(

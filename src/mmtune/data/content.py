@@ -303,10 +303,17 @@ def _group_alike(pages: _Pages) -> tuple[list[Example], list[Example]]:
     """Groups of near-copies, and groups of look-alikes that are none: all documents of their pages, in order."""
     pairs = _compare(pages)
     copies = [(one, other) for one, other, is_copy in pairs if is_copy]
-    group_of = {row: at for at, group in enumerate(_connect(copies)) for row in group}
+    # a scan without words may be alike to two pages whose words tell them apart: all of these are look-alikes then
+    same = [group for group in _connect(copies) if not _has_several_texts(pages, group)]
+    group_of = {row: at for at, group in enumerate(same) for row in group}
     alike = [(one, other) for one, other, _ in pairs if one not in group_of or group_of[one] != group_of.get(other)]
-    groups = [[Example((), pages.documents_of(group)) for group in _connect(each)] for each in (copies, alike)]
-    return groups[0], groups[1]
+    found = [[Example((), pages.documents_of(group)) for group in groups] for groups in (same, _connect(alike))]
+    return found[0], found[1]
+
+
+def _has_several_texts(pages: _Pages, group: Sequence[int]) -> bool:
+    texts = [words for row in group if (words := pages.read_words(row))]
+    return any(_tell_apart(texts[0], other) for other in texts[1:])
 
 
 def _connect(pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
