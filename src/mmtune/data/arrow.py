@@ -95,6 +95,11 @@ def positions(values: pa.Array, keys: pa.Array) -> np.ndarray:
     return pc.fill_null(pc.index_in(values, value_set=keys), -1).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
+def number_values(values: pa.Array) -> np.ndarray:
+    """A number for each distinct value, int64; -1 for a null."""
+    return values.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
 def table_dataset(columns: Mapping[str, pa.Array]) -> Dataset:
     """A small in-memory ``datasets.Dataset`` over Arrow arrays."""
     return new_dataset(pa.table(dict(columns)))

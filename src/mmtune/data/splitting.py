@@ -14,7 +14,8 @@ from datasets import Dataset
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from mmtune.data.arrow import IntLists, as_texts, column, positions
+from mmtune.data.arrow import IntLists, as_texts, column, number_values, positions
+from mmtune.data.clusters import find_tied_sets
 from mmtune.data.identity import pdf_pages
 from mmtune.data.neighbors import FILE_COLUMN, PAGE_COLUMN
 from mmtune.data.pdfs import name_file
@@ -91,7 +92,7 @@ def _name_files(relevance: Relevance, sources: pa.Array) -> pa.Array:
     content, of_pdfs = relevance.page.copy(), pdf_pages(relevance.tables.corpus)
     files = np.array([name_file(page) for page in of_pdfs.values()], dtype=object)
     content[list(of_pdfs)] = len(content) + np.unique(files, return_inverse=True)[1]
-    encoded, numbers = sources.dictionary_encode(), _number_values(sources)
+    encoded, numbers = sources.dictionary_encode(), number_values(sources)
     named = np.flatnonzero(numbers >= 0)
     contents = IntLists.grouped(numbers[named], content[named], len(encoded.dictionary))
     first: dict[bytes, int] = {}
@@ -153,7 +154,7 @@ def draw_evaluation_queries(
     Raises:
         DatasetError: Every set of tied queries is larger than ``eval_queries``, or nothing would be left to train on.
     """
-    set_of_query = _find_tied_sets(relevance, groups, together)
+    set_of_query = find_tied_sets(relevance, groups, together)
     sizes = np.bincount(set_of_query)
     order = np.random.default_rng(seed).permutation(len(sizes))
     # Something must be left to train on, at the least the smallest set.
@@ -177,16 +178,11 @@ def draw_evaluation_queries(
 
 def _main_stratum(set_of_query: np.ndarray, strata: pa.Array) -> np.ndarray:
     """For each tied set the number of what most of its queries are; a null is a kind of its own."""
-    codes = _number_values(strata) + 1
+    codes = number_values(strata) + 1
     pairs, counts = np.unique(np.stack([set_of_query, codes]), axis=1, return_counts=True)
     commonest_last = pairs[:, np.lexsort((counts, pairs[0]))]
     last = np.r_[np.flatnonzero(np.diff(commonest_last[0])), commonest_last.shape[1] - 1]
     return commonest_last[1, last]
-
-
-def _number_values(values: pa.Array) -> np.ndarray:
-    """A number for each distinct value, int64; -1 for a null."""
-    return values.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def _draw_strata(order: np.ndarray, sizes: np.ndarray, limit: int, stratum: np.ndarray) -> np.ndarray:
@@ -205,7 +201,7 @@ def _warn_of_few(
     relevance: Relevance, groups: pa.Array | None, together: np.ndarray, left: int, taken: int, eval_queries: int
 ) -> None:
     """Warn that most queries went to evaluation, and say how many would leave the most to training."""
-    sizes = np.bincount(_find_tied_sets(relevance, groups, together))
+    sizes = np.bincount(find_tied_sets(relevance, groups, together))
     enough = max((left + taken) // 5, int(sizes.min()))
     remedy = f"eval_queries={enough} would do" if 2 * enough <= left + taken else "add data"
     warnings.warn(
@@ -213,30 +209,6 @@ def _warn_of_few(
         f"{left + taken}. Training needs the larger part: {remedy}.",
         stacklevel=5,
     )
-
-
-def _find_tied_sets(relevance: Relevance, groups: pa.Array | None, together: np.ndarray | None) -> np.ndarray:
-    """The number of the tied set of each query: components of the graph of queries, texts, pages and groups."""
-    num_queries, num_documents = len(relevance.query_ids), len(relevance.document_ids)
-    first_page, first_text = num_queries, num_queries + num_documents
-    first_group = first_text + int(relevance.text.max()) + 1
-    pages = relevance.page[relevance.judged_document]
-    edges = [
-        (relevance.judged_query, first_page + pages),
-        (np.arange(num_queries), first_text + relevance.text),
-    ]
-    num_nodes = first_group
-    numbered = [] if together is None else [together]
-    if groups is not None:
-        numbered.append(_number_values(groups))
-    for number in numbered:
-        group = number[relevance.judged_document]
-        edges.append((relevance.judged_query[group >= 0], num_nodes + group[group >= 0]))
-        num_nodes += int(number.max(initial=-1)) + 1
-    sources, targets = (np.concatenate(ends) for ends in zip(*edges, strict=True))
-    graph = coo_array((np.ones(len(sources), dtype=np.int8), (sources, targets)), shape=(num_nodes, num_nodes))
-    labels = connected_components(graph, directed=False)[1][:num_queries]
-    return np.unique(labels, return_inverse=True)[1]
 
 
 def _draw_sets(order: np.ndarray, sizes: np.ndarray, limit: int) -> np.ndarray:

@@ -7,8 +7,8 @@ in a fifth of all comparisons where there is none; so the unit here is the clust
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from scipy import stats
@@ -39,8 +39,8 @@ class Verdict:
             otherwise, and wherever there are fewer than 10 clusters. A significant loss on the guard set makes a
             ``"REGRESSION"``.
         measure: What the values are, e.g. ``"nDCG@10"``.
-        before: Mean over the queries of the first model.
-        after: Mean over the queries of the second.
+        before: Mean over the queries of the first model; of several sets the mean of their means.
+        after: The same of the second.
         interval: Of ``delta``, at 95%: cluster-robust, by Student's t with a degree of freedom less than there are
             clusters. ``None`` for a single cluster. It is not corrected for a choice among several measurements.
         p_value: Of no difference: the share of all ways to flip the signs of the clusters' sums that give a difference
@@ -52,6 +52,10 @@ class Verdict:
         num_queries: All of them.
         num_clusters: Groups of queries that hang together.
         guard: The verdict on a guard set; ``None`` without one.
+        by_size: The verdict at each size of the embeddings, e.g. ``{"full": ..., "256": ...}``; p-values are corrected
+            for their number (Holm). Empty where there is one size.
+        by_group: The verdict for each kind of query or source, e.g. ``{"language": {"en": ..., "de": ...}}``; p-values
+            are corrected for the number of groups.
     """
 
     outcome: Outcome
@@ -66,6 +70,8 @@ class Verdict:
     num_queries: int
     num_clusters: int
     guard: "Verdict | None" = None
+    by_size: Mapping[str, "Verdict"] = field(default_factory=dict)
+    by_group: Mapping[str, Mapping[str, "Verdict"]] = field(default_factory=dict)
 
     @property
     def delta(self) -> float:
@@ -83,15 +89,28 @@ class Verdict:
         span = f" [{self.interval[0]:+.2f}, {self.interval[1]:+.2f}]" if self.interval else ""
         found = (
             f"{self._judgement}: {self.measure} {self.before:.2f} to {self.after:.2f}, {self.delta:+.2f}{span}, "
-            f"{self.wins} queries better, {self.losses} worse, {_show_p(self.p_value)}"
+            f"{self.wins} queries better, {self.losses} worse, {show_p(self.p_value)}"
         )
         if self.num_clusters < FEWEST_CLUSTERS:
             found += f"; {self.num_clusters} independent groups of queries, and {FEWEST_CLUSTERS} are needed to tell"
         elif self.num_clusters < FEW_CLUSTERS:
             found += f"; few: {self.num_clusters} independent groups of queries"
+        for column, verdicts in self.by_group.items():
+            for group, verdict in verdicts.items():
+                if verdict.is_significant and verdict.delta < 0 < self.delta:
+                    found += f"; worse where {column} is {group}, {verdict.before:.2f} to {verdict.after:.2f}"
         if self.guard is None:
             return found
-        return f"{found}; on the guard set {self.guard.before:.2f} to {self.guard.after:.2f}, {self.guard._in_short}"
+        return f"{found}; on the guard set {self.guard.before:.2f} to {self.guard.after:.2f}, {self.guard.in_short}"
+
+    @property
+    def in_short(self) -> str:
+        """Whether there is a difference, in a word or two."""
+        if self.num_clusters < FEWEST_CLUSTERS:
+            return "too few queries to tell"
+        if not self.is_significant:
+            return "within noise"
+        return f"{'better' if self.delta > 0 else 'worse'}, {show_p(self.p_value)}"
 
     @property
     def line(self) -> str:
@@ -100,6 +119,31 @@ class Verdict:
 
     def __str__(self) -> str:
         return self.sentence
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything in it as JSON has it, with ``delta``, ``sentence`` and ``line``; ``from_dict`` reads it back."""
+        own: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
+        own["interval"] = list(self.interval) if self.interval else None
+        own["guard"] = self.guard.as_dict() if self.guard else None
+        own["by_size"] = {size: each.as_dict() for size, each in self.by_size.items()}
+        own["by_group"] = {
+            column: {group: each.as_dict() for group, each in verdicts.items()}
+            for column, verdicts in self.by_group.items()
+        }
+        return {**own, "delta": self.delta, "sentence": self.sentence, "line": self.line}
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> "Verdict":
+        """The verdict that ``as_dict`` gave."""
+        own = {each.name: given[each.name] for each in fields(cls)}
+        own["interval"] = tuple(given["interval"]) if given["interval"] else None
+        own["guard"] = cls.from_dict(given["guard"]) if given["guard"] else None
+        own["by_size"] = {size: cls.from_dict(each) for size, each in given["by_size"].items()}
+        own["by_group"] = {
+            column: {group: cls.from_dict(each) for group, each in verdicts.items()}
+            for column, verdicts in given["by_group"].items()
+        }
+        return cls(**own)
 
     @property
     def _judgement(self) -> str:
@@ -110,17 +154,43 @@ class Verdict:
         is_guarded = self.delta > 0 and self.guard is not None and self.outcome == "REGRESSION"
         return "Better here, worse on the guard set" if is_guarded else "Better" if self.delta > 0 else "Worse"
 
-    @property
-    def _in_short(self) -> str:
-        if self.num_clusters < FEWEST_CLUSTERS:
-            return "too few queries to tell"
-        if not self.is_significant:
-            return "within noise"
-        return f"{'better' if self.delta > 0 else 'worse'}, {_show_p(self.p_value)}"
 
-
-def _show_p(value: float) -> str:
+def show_p(value: float) -> str:
+    """A p-value as a person reads it."""
     return "p < 0.001" if value < 0.001 else f"p = {value:.3f}" if value < 0.1 else f"p = {value:.2f}"
+
+
+def with_p_value(verdict: Verdict, p_value: float) -> Verdict:
+    """The same comparison with a p-value that was corrected."""
+    outcome = _outcome(p_value, verdict.num_clusters, verdict.delta, verdict.guard)
+    return replace(verdict, p_value=p_value, outcome=outcome)
+
+
+def _outcome(p_value: float, num_clusters: int, delta: float, guard: Verdict | None) -> Outcome:
+    if guard is not None and guard.outcome == "REGRESSION":
+        return "REGRESSION"
+    if p_value >= LEVEL or num_clusters < FEWEST_CLUSTERS:
+        return "MARGINAL"
+    return "WIN" if delta > 0 else "REGRESSION"
+
+
+@dataclass(frozen=True)
+class ValuesOfSet:
+    """Two models on the queries of one set.
+
+    Attributes:
+        before: ``{query_id: value}`` of the first model.
+        after: The same of the second.
+        groups: ``{query_id: group}``: what hangs together, also across sets; ``None`` where nothing does.
+        chosen_among: All measurements of which ``after`` is the best.
+        name: Of the set, for messages.
+    """
+
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    groups: Mapping[str, str] | None = None
+    chosen_among: Sequence[Mapping[str, float]] = ()
+    name: str = ""
 
 
 def compare_per_query(
@@ -138,9 +208,9 @@ def compare_per_query(
     Args:
         before: ``{query_id: value}`` of the first model.
         after: The same of the second, for the same queries.
-        groups: ``{query_id: group}``: queries of one group are not independent, e.g. those about one page or one file.
-            ``None`` takes each query for independent, which finds differences that are none where some are about the
-            same page.
+        groups: ``{query_id: group}``: queries of one group are not independent, e.g. those about one page or one file;
+            ``evaluator.groups`` has what shared pages connect. ``None`` takes each query for independent, which finds
+            differences that are none where some are about the same page.
         seed: Of the flips, where there are too many to look at all.
         measure: What the values are, for the sentence.
         chosen_among: The values of all measurements of which ``after`` is the best, e.g. those of each checkpoint.
@@ -161,38 +231,65 @@ def compare_per_query(
     require_whole("seed", seed, at_least=0)
     if groups is not None and not isinstance(groups, Mapping):
         raise ConfigError(f"groups={shown(groups)}: expected {{query_id: group}}. Pass e.g. {{'q1': 'report.pdf'}}.")
-    ids = sorted(before) if isinstance(before, Mapping) else []
-    if not ids:
-        raise DatasetError(
-            f"before={shown(before)}: expected {{query_id: value}} of one query or more, as in "
-            "evaluator.per_query[metric]."
-        )
-    values = _values_of(before, ids, "before"), _values_of(after, ids, "after")
-    others = [_values_of(each, ids, f"chosen_among[{at}]") for at, each in enumerate(chosen_among)]
-    differences = np.stack([each - values[0] for each in (values[1], *others)])
-    cluster = _clusters_of(ids, groups)
-    sums = np.stack([np.bincount(cluster, weights=each) for each in differences])
+    values = ValuesOfSet(before, after, groups, tuple(chosen_among))
+    return compare_sets([values], seed=seed, measure=measure, guard=guard)
+
+
+def compare_sets(
+    sets: Sequence[ValuesOfSet], *, measure: str = "nDCG@10", seed: int = 0, guard: Verdict | None = None
+) -> Verdict:
+    """As ``compare_per_query``, over several sets that weigh the same, whatever their sizes.
+
+    Args:
+        sets: Each with as many ``chosen_among`` as the others.
+        measure: What the values are.
+        seed: Of the flips.
+        guard: The verdict on a guard set.
+    """
+    read = [_read_values(each) for each in sets]
+    differences = np.concatenate([values[1:] - values[0] for values, _ in read], axis=1)
+    stratum = np.repeat(np.arange(len(read)), [values.shape[1] for values, _ in read])
+    cluster = np.unique(np.concatenate([clusters for _, clusters in read]), return_inverse=True)[1]
+    weight = 1 / (len(read) * np.bincount(stratum)[stratum])
+    sums = np.stack([np.bincount(cluster, weights=each * weight) for each in differences])
     p_value, num_clusters = flip_signs(sums, seed=seed), sums.shape[1]
-    delta = float(differences[0].mean())
-    outcome: Outcome = "MARGINAL"
-    if p_value < LEVEL and num_clusters >= FEWEST_CLUSTERS:
-        outcome = "WIN" if delta > 0 else "REGRESSION"
-    if guard is not None and guard.outcome == "REGRESSION":
-        outcome = "REGRESSION"
+    before, after = (float(np.mean([values[at].mean() for values, _ in read])) for at in (0, 1))
     return Verdict(
-        outcome=outcome,
+        outcome=_outcome(p_value, num_clusters, float(sums[0].sum()), guard),
         measure=measure,
-        before=float(values[0].mean()),
-        after=float(values[1].mean()),
-        interval=mean_interval(differences[0], cluster),
+        before=before,
+        after=after,
+        interval=mean_interval(differences[0], cluster, stratum),
         p_value=p_value,
         wins=int((differences[0] > _TIE).sum()),
         ties=int((np.abs(differences[0]) <= _TIE).sum()),
         losses=int((differences[0] < -_TIE).sum()),
-        num_queries=len(ids),
+        num_queries=len(stratum),
         num_clusters=num_clusters,
         guard=guard,
     )
+
+
+def _read_values(given: ValuesOfSet) -> tuple[np.ndarray, np.ndarray]:
+    """Values, float, shape ``(2 + chosen among, queries)``, and the name of the cluster of each query."""
+    ids = sorted(given.before) if isinstance(given.before, Mapping) else []
+    if not ids:
+        raise DatasetError(
+            f"before={shown(given.before)}: expected {{query_id: value}} of one query or more, as in "
+            "evaluator.per_query[metric]."
+        )
+    named = {"before": given.before, "after": given.after}
+    named |= {f"chosen_among[{at}]": each for at, each in enumerate(given.chosen_among)}
+    values = np.stack([_values_of(each, ids, name) for name, each in named.items()])
+    if given.groups is None:
+        return values, np.array([f"{given.name}: {query_id}" for query_id in ids])
+    missing = [query_id for query_id in ids if query_id not in given.groups]
+    if missing:
+        raise DatasetError(
+            f"{len(missing)} queries have no group, e.g. {missing[0]!r}. Give each one, its own id where it stands "
+            "alone."
+        )
+    return values, np.array([str(given.groups[query_id]) for query_id in ids])
 
 
 def _values_of(values: Mapping[str, float], ids: Sequence[str], name: str) -> np.ndarray:
@@ -210,19 +307,6 @@ def _values_of(values: Mapping[str, float], ids: Sequence[str], name: str) -> np
         at = int(np.flatnonzero(~np.isfinite(found))[0])
         raise DatasetError(f"{name} has {found[at]} for the query {ids[at]!r}. Expected finite numbers.")
     return found
-
-
-def _clusters_of(ids: Sequence[str], groups: Mapping[str, str] | None) -> np.ndarray:
-    """The number of the cluster of each query, int64."""
-    if groups is None:
-        return np.arange(len(ids))
-    missing = [query_id for query_id in ids if query_id not in groups]
-    if missing:
-        raise DatasetError(
-            f"{len(missing)} queries have no group, e.g. {missing[0]!r}. Give each one, its own id where it stands "
-            "alone."
-        )
-    return np.unique([str(groups[query_id]) for query_id in ids], return_inverse=True)[1]
 
 
 def flip_signs(sums: np.ndarray, *, seed: int) -> float:
@@ -252,7 +336,9 @@ def flip_signs(sums: np.ndarray, *, seed: int) -> float:
     return (as_large + 1) / (_MOST_FLIPS + 1)
 
 
-def mean_interval(values: np.ndarray, cluster: np.ndarray, level: float = LEVEL) -> tuple[float, float] | None:
+def mean_interval(
+    values: np.ndarray, cluster: np.ndarray, stratum: np.ndarray | None = None, level: float = LEVEL
+) -> tuple[float, float] | None:
     """An interval of the mean of values that hang together in clusters; ``None`` for a single cluster.
 
     The cluster-robust standard error of a mean, with the usual factor for few clusters, and Student's t.
@@ -260,15 +346,18 @@ def mean_interval(values: np.ndarray, cluster: np.ndarray, level: float = LEVEL)
     Args:
         values: float, shape ``(queries,)``.
         cluster: The number of the cluster of each, from 0.
+        stratum: The number of the set of each, from 0, where the mean is that of the sets' means.
         level: What the interval leaves out.
     """
-    sizes = np.bincount(cluster)
-    count, mean = len(sizes), float(values.mean())
+    count = int(cluster.max()) + 1
     if count < 2:
         return None
-    spread = np.bincount(cluster, weights=values) - sizes * mean
-    error = math.sqrt(count / (count - 1) * float((spread**2).sum())) / len(values)
-    reach = float(stats.t.ppf(1 - level / 2, count - 1)) * error
+    stratum = np.zeros(len(values), dtype=np.int64) if stratum is None else stratum
+    sizes = np.bincount(stratum)
+    means = np.bincount(stratum, weights=values) / sizes
+    spread = np.bincount(cluster, weights=(values - means[stratum]) / (len(sizes) * sizes[stratum]))
+    error = math.sqrt(count / (count - 1) * float((spread**2).sum()))
+    reach, mean = float(stats.t.ppf(1 - level / 2, count - 1)) * error, float(means.mean())
     return mean - reach, mean + reach
 
 
