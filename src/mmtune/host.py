@@ -167,6 +167,15 @@ class OwnCheckpoints:
             return
         super()._run_epoch(*args, **kwargs)  # type: ignore[misc] - of the trainer beside this class
 
+    def may_be_best(self, metrics: dict[str, float]) -> bool:
+        """Whether a measurement may be the best of all, whatever its metric."""
+        return True
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        if not self.may_be_best(metrics):
+            return False
+        return super()._determine_best_metric(metrics, trial)  # type: ignore[misc] - of the trainer beside this class
+
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:
         self.read_checkpoint(checkpoint_path)
 

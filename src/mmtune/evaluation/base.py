@@ -6,21 +6,25 @@ from collections.abc import Generator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from sentence_transformers import CrossEncoder
 from sentence_transformers.base import BaseModel
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from tqdm.auto import tqdm
 
 from mmtune.arguments import shown
+from mmtune.data.clusters import connected_queries
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
 from mmtune.errors import ConfigError
 from mmtune.evaluation.metrics import ndcg
-from mmtune.inference.encoder import DatasetReader, Retriever, encode, join, warn_of_cut_texts
+from mmtune.inference.encoder import DatasetReader, Retriever, Task, as_float32, encode, join, warn_of_cut_texts
 from mmtune.inference.search import not_finite
 from mmtune.inference.store import Embeddings
 
 _TIE_ORDER_SEED = 0
+_SAMPLE = 16
+CPU = torch.device("cpu")
 
 
 class OrderedId(str):
@@ -62,6 +66,7 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
 
     Attributes:
         model_class: The kind of model that it scores.
+        data: What is evaluated on.
         batch_size: Documents or queries a forward pass; what is set here holds from the next call on.
         per_query: After a call, ``{metric key: {query id: value}}`` of nDCG at each depth and dimension.
         top_ids: After a call, ``{query id: [document id, ...]}`` of the best documents at full size, best first; a
@@ -81,6 +86,7 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
         **host_kwargs: Any,
     ) -> None:
         data.relevance.require_queries()
+        self.data = data
         self._reader = DatasetReader(data.corpus, data.queries, documents)
         self._score_by_document_id: dict[str, dict[str, int]] = {}
         judged = (data.qrels[name][:] for name in ("query_id", "document_id", "score"))
@@ -105,6 +111,28 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
         self._shows_progress = show_progress_bar
         self._has_looked_for_cut_texts = False
         self._id_by_order = [document_ids[at] for at in np.argsort(order).tolist()]
+
+    @property
+    def groups(self) -> dict[str, str]:
+        """``{query id: cluster}``: queries that share pages or texts, directly or by others, are of one cluster."""
+        return connected_queries(self.data.relevance_of(self._reader.kind))
+
+    def measure_effect_of_batch_size(self, model: Retriever) -> float:
+        """How far embeddings move with what else is in their batch: the largest change of a coordinate.
+
+        Sixteen queries and documents are encoded one by one, and together.
+        """
+        largest = 0.0
+        sides: dict[Task, list[str]] = {"query": self.queries_ids, "document": list(map(str, self.corpus_ids))}
+        for task, ids in sides.items():
+            alone, together = (
+                as_float32(
+                    join(encode(model, task, ids[:_SAMPLE], self._reader, batch_size=size, at_once=_SAMPLE)), CPU
+                )
+                for size in (1, _SAMPLE)
+            )
+            largest = max(largest, *(float((a - b).abs().max()) for a, b in zip(alone, together, strict=True)))
+        return largest
 
     def metric_name(self, model: Retriever) -> str:
         """The key of the metric that says how good ``model`` is: nDCG at the deepest k, at this evaluator's size."""

@@ -10,6 +10,7 @@ from sentence_transformers import CrossEncoder
 from sentence_transformers.base.evaluation import BaseEvaluator
 
 from mmtune.arguments import require_name, require_whole
+from mmtune.data.clusters import connected_documents, connected_queries
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
 from mmtune.data.intake import DatasetsLike
@@ -21,6 +22,8 @@ from mmtune.evaluation.metrics import average_precision, expected_gains, ndcg, r
 from mmtune.inference.encoder import DatasetReader, Retriever, require_retriever
 from mmtune.inference.reranker import PairScorer
 from mmtune.inference.search import search
+
+_SAMPLE_LISTS = 2
 
 
 class RerankingEvaluator(BaseEvaluator):
@@ -34,6 +37,7 @@ class RerankingEvaluator(BaseEvaluator):
     Args:
         lists: The candidates.
         reader: Gives texts and documents by id.
+        data: What is evaluated on.
         direction: What asks.
         at_k: Depth of nDCG and of MRR; MAP is over all candidates, as the host's.
         name: Prefix of the metric keys.
@@ -43,6 +47,7 @@ class RerankingEvaluator(BaseEvaluator):
     Attributes:
         model_class: The kind of model that it scores.
         lists: The candidates, each with ``asking_id`` and ``candidate_ids``.
+        data: What is evaluated on.
         batch_size: Pairs a forward pass; what is set here holds from the next call on.
         write_csv: Whether a call with an output folder adds a line to a CSV file there, as the host's evaluators do.
         per_query: After a call, ``{metric key: {id of what asks: value}}``.
@@ -55,6 +60,7 @@ class RerankingEvaluator(BaseEvaluator):
         self,
         lists: Sequence[CandidateList],
         reader: DatasetReader,
+        data: RetrievalDataset,
         *,
         direction: Direction = "text_to_image",
         at_k: int = 10,
@@ -64,6 +70,7 @@ class RerankingEvaluator(BaseEvaluator):
     ) -> None:
         super().__init__()
         self.lists = list(lists)
+        self.data = data
         self.direction: Direction = direction
         self.at_k = at_k
         self.name = name
@@ -103,6 +110,21 @@ class RerankingEvaluator(BaseEvaluator):
         if output_path is not None and self.write_csv:
             self._write_csv(Path(output_path), metrics, epoch, steps)
         return metrics
+
+    @property
+    def groups(self) -> dict[str, str]:
+        """``{id of what asks: cluster}``: what shares pages or texts, directly or by others, is of one cluster."""
+        connected = connected_queries if self.direction == "text_to_image" else connected_documents
+        return connected(self.data.relevance_of(self._reader.kind))
+
+    def measure_effect_of_batch_size(self, model: CrossEncoder) -> float:
+        """How far scores move with what else is in their batch: the largest change, over one or two lists."""
+        sample = self.lists[:_SAMPLE_LISTS]
+        alone, together = (
+            PairScorer(model, self._reader, size, show_progress_bar=False, direction=self.direction).score_lists(sample)
+            for size in (1, sum(len(each.candidate_ids) for each in sample))
+        )
+        return max(float(np.abs(a - b).max()) for a, b in zip(alone, together, strict=True))
 
     def metric_name(self, model: CrossEncoder) -> str:
         """The key of the metric that says how good a reranker is: nDCG."""
@@ -209,6 +231,6 @@ def build_reranking_evaluator(
                 lists = judgements.lists(count, ranked=found, **filling)
             else:
                 lists = judgements.lists_as_ranked(found)
-        return RerankingEvaluator(lists, reader, direction=direction, at_k=depth, name=own_name, **options)
+        return RerankingEvaluator(lists, reader, data, direction=direction, at_k=depth, name=own_name, **options)
 
     return build_for_each(dataset, name, build)

@@ -5,6 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+VERDICT_HEADER = ("what", "before", "after", "change", "95% interval", "better / worse", "p", "says")
+_HOW_TO_READ = (
+    "p is of no difference, by flips of the signs of what hangs together, counting that the best of all measurements "
+    "was chosen; by size and by group it is corrected for their number."
+)
+_SECONDS_A_MINUTE, _SECONDS_AN_HOUR = 60, 3600
+
 
 @dataclass(frozen=True)
 class BeforeAfter:
@@ -80,7 +87,13 @@ def _escape(cell: str) -> str:
     return " ".join(cell.split("\n")).replace("\r", " ").replace("|", "\\|")
 
 
-def write_report(title: str, rows: list[BeforeAfter], measure: str, settings: Mapping[str, Any]) -> str:
+def write_report(
+    title: str,
+    rows: list[BeforeAfter],
+    measure: str,
+    settings: Mapping[str, Any],
+    verdicts: Sequence[Sequence[str]] = (),
+) -> str:
     """The report of a run in Markdown: what it gained, on which data, and everything that was chosen.
 
     Args:
@@ -88,8 +101,11 @@ def write_report(title: str, rows: list[BeforeAfter], measure: str, settings: Ma
         rows: The table; empty without an evaluation set.
         measure: What the table shows, e.g. ``"ndcg@10"``.
         settings: By topic, e.g. ``{"data": {...}, "training": {...}}``.
+        verdicts: What is better or worse, a row each, with cells for ``VERDICT_HEADER``.
     """
     parts = [f"# {title}", "## Before and after", show_gain(rows, measure)]
+    if verdicts:
+        parts += ["## By size and by group", markdown_table(VERDICT_HEADER, verdicts), _HOW_TO_READ]
     for topic, values in settings.items():
         cells = [[f"`{name}`", show(value)] for name, value in values.items()]
         parts += [f"## {topic.capitalize()}", markdown_table(("setting", "value"), cells)]
@@ -113,3 +129,12 @@ def show(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(show(item) for item in value) or "none"
     return str(value)
+
+
+def show_seconds(value: float) -> str:
+    """A time in the unit that a person would choose."""
+    if value < 2 * _SECONDS_A_MINUTE:
+        return f"{value:.0f} s"
+    if value < 2 * _SECONDS_AN_HOUR:
+        return f"{value / _SECONDS_A_MINUTE:.0f} min"
+    return f"{value / _SECONDS_AN_HOUR:.1f} h"

@@ -33,6 +33,7 @@ class Finetuning(ABC):
     model: HostModel | str | os.PathLike[str]
     train_dataset: DatasetsLike
     eval_dataset: DatasetsLike | None
+    guard_dataset: DatasetsLike | None
     output_dir: str | os.PathLike[str] | None
     loss: Loss | Mapping[str, Loss] | None
     args: BaseTrainingArguments | None
@@ -77,9 +78,14 @@ class Finetuning(ABC):
 
     @abstractmethod
     def build_evaluator(
-        self, evaluation: Mapping[str, RetrievalDataset], model: Any, loss: Any, args: BaseTrainingArguments
+        self,
+        evaluation: Mapping[str, RetrievalDataset],
+        model: Any,
+        loss: Any,
+        args: BaseTrainingArguments,
+        name: str | None = None,
     ) -> AnyEvaluator:
-        """The evaluator over one evaluation set or more."""
+        """The evaluator over one evaluation set or more, under its usual name or another."""
 
     @abstractmethod
     def settle_prompts(self, model: Any, train: TrainingSets, args: BaseTrainingArguments) -> Any:

@@ -1,6 +1,7 @@
 """What happens beside a training: short logs, the epoch of the sampler, which checkpoint is the best."""
 
 import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,10 +11,28 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mmtune.host import innermost_sampler
+from mmtune.report.markdown import show_seconds
 
 
 class ShortLogs(TrainerCallback):
-    """Writes one short line for each log, where the host writes all metrics at all dimensions."""
+    """Writes one short line for each measurement, or log without one, where the host writes all metrics at all sizes.
+
+    Attributes:
+        before: The metrics of the model as it came, from which the change is counted.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before: Mapping[str, float] = {}
+        self._loss: float | None = None
+        self._began: tuple[float, int] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Takes the time."""
+        super().on_train_begin(args, state, control, **kwargs)
+        self._began = time.monotonic(), state.global_step
 
     def on_log(
         self,
@@ -23,16 +42,42 @@ class ShortLogs(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Writes the loss and the metric that chooses the checkpoint."""
+        """Writes the loss, the metric that chooses the checkpoint with its change, and the time left."""
+        logs = logs or {}
+        self._loss = logs.get("loss", self._loss)
         metric = args.metric_for_best_model or "loss"
-        shown = {"loss": "loss", metric: metric.removeprefix("eval_")}
-        values = [f"{label} {float(logs[key]):.4f}" for key, label in shown.items() if logs and key in logs]
-        if state.is_world_process_zero and state.max_steps and values:
-            tqdm.write(f"step {state.global_step}/{state.max_steps}  {'  '.join(values)}", file=sys.stderr)
+        if not state.is_world_process_zero or not state.max_steps or not ({"loss", metric} & logs.keys()):
+            return
+        if "loss" in logs and control.should_evaluate:  # the measurement of this step is next, and has the same line
+            return
+        values = [] if self._loss is None else [f"loss {float(self._loss):.4f}"]
+        if metric in logs and metric != "loss":
+            values.append(self._show(metric.removeprefix("eval_"), float(logs[metric])))
+            guards = (
+                name for name in logs if name.startswith("eval_guard") and name.endswith(metric.split("_", 2)[-1])
+            )
+            values += [self._show(name.removeprefix("eval_"), float(logs[name])) for name in list(guards)[:1]]
+        values += self._time_left(state)
+        tqdm.write(f"step {state.global_step}/{state.max_steps}  {'  '.join(values)}", file=sys.stderr)
+        self._loss = None
+
+    def _show(self, name: str, value: float) -> str:
+        before = self.before.get(name)
+        return f"{name} {value:.4f}" + ("" if before is None else f" ({value - before:+.4f})")
+
+    def _time_left(self, state: TrainerState) -> list[str]:
+        if self._began is None or state.global_step <= self._began[1] or state.global_step >= state.max_steps:
+            return []
+        step_s = (time.monotonic() - self._began[0]) / (state.global_step - self._began[1])
+        return [f"{show_seconds(step_s * (state.max_steps - state.global_step))} left"]
 
 
 class ShortProgress(ShortLogs, ProgressCallback):
     """The host's progress bar with short logs."""
+
+    def __init__(self) -> None:
+        ProgressCallback.__init__(self)
+        ShortLogs.__init__(self)
 
 
 class EpochOfSampler(TrainerCallback):

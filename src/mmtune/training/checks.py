@@ -80,6 +80,10 @@ def check_choices(call: Finetuning) -> None:
     if call.keep == "last" and call.args is not None and call.args.load_best_model_at_end:
         raise ConfigError("keep='last' and args.load_best_model_at_end=True contradict each other. Set one of them.")
     require_seed("seed", call.seed)
+    if call.guard_dataset is not None and call.eval_dataset is None and call.evaluator is None:
+        raise ConfigError(
+            "guard_dataset was given without eval_dataset: it guards what is chosen by that. Pass eval_dataset as well."
+        )
     folder = call.output_dir
     if folder is not None and not (isinstance(folder, (str, os.PathLike)) and str(folder).strip()):
         raise ConfigError(

@@ -43,6 +43,7 @@ def finetune(
     train_dataset: DatasetsLike,
     eval_dataset: DatasetsLike | None = None,
     *,
+    guard_dataset: DatasetsLike | None = None,
     output_dir: str | os.PathLike[str] | None = None,
     num_negatives: int = 1,
     matryoshka_dims: Literal["auto"] | Sequence[int] | None = "auto",
@@ -81,6 +82,8 @@ def finetune(
             ``multi_dataset_batch_sampler="round_robin"``.
         eval_dataset: What to measure on, before, during and after, likewise. The mean over several chooses the
             checkpoint. ``None`` measures nothing.
+        guard_dataset: What the model must not get worse at, e.g. pages of other fields: measured whenever
+            ``eval_dataset`` is, and no checkpoint with a significant loss on it is kept as the best.
         output_dir: Folder for checkpoints, model and report. ``None`` is ``args.output_dir``, or ``mmtune-output``.
         num_negatives: Hard negatives a row.
         matryoshka_dims: Dimensions that the loss trains and the evaluator scores. ``"auto"`` is the model's and those
@@ -142,6 +145,7 @@ def finetune(
         model=model,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
+        guard_dataset=guard_dataset,
         output_dir=output_dir,
         num_negatives=num_negatives,
         matryoshka_dims=matryoshka_dims,
@@ -312,12 +316,18 @@ class EmbeddingFinetuning(Finetuning):
         return in_batch_loss(model, self.kind, matryoshka_dims=self.matryoshka_dims, mini_batches=found)
 
     def build_evaluator(
-        self, evaluation: Mapping[str, RetrievalDataset], model: Retriever, loss: object, args: BaseTrainingArguments
+        self,
+        evaluation: Mapping[str, RetrievalDataset],
+        model: Retriever,
+        loss: object,
+        args: BaseTrainingArguments,
+        name: str | None = None,
     ) -> AnyEvaluator:
         """An evaluator at the full size and at each dimension that is trained or asked for."""
         return build_evaluator(
             evaluation[""] if list(evaluation) == [""] else evaluation,
             model=model,
+            name=name or "vdr",
             truncate_dims=[dim for dim in self._evaluated_dims(model, loss) if dim != model.get_embedding_dimension()],
             documents=self.documents,
             batch_size=args.per_device_eval_batch_size,

@@ -1,7 +1,7 @@
 """The data of a run: one set or several by name, built and checked before weights load."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -133,10 +133,12 @@ def _check_number(num_negatives: int, data: RetrievalDataset, name: str) -> None
         )
 
 
-def evaluation_sets(given: DatasetsLike | None, documents: DocumentKind) -> dict[str, RetrievalDataset]:
+def evaluation_sets(
+    given: DatasetsLike | None, documents: DocumentKind, argument: str = "eval_dataset"
+) -> dict[str, RetrievalDataset]:
     """The evaluation data by name; empty for ``None``, and a single set has the name ``""``."""
     parts = {} if given is None else datasets_by_name(given)
-    built = {name: as_retrieval_dataset(part, _argument("eval_dataset", name)) for name, part in parts.items()}
+    built = {name: as_retrieval_dataset(part, _argument(argument, name)) for name, part in parts.items()}
     return {name: _require_parts(data, documents) for name, data in built.items()}
 
 
@@ -210,13 +212,13 @@ def _require_parts(data: RetrievalDataset, documents: DocumentKind) -> Retrieval
     return data
 
 
-def check_pages(train: TrainingSets, evaluation: Mapping[str, RetrievalDataset], documents: DocumentKind) -> None:
+def check_pages(train: TrainingSets, measured: Iterable[RetrievalDataset], documents: DocumentKind) -> None:
     """Make sure that every page that will be read can be, looking at each dataset once.
 
     Raises:
         ImageDecodeError: A page is missing, damaged, or no image; the message names the document.
     """
     if "image" in documents.split("+"):
-        read = {id(data): data for data in (*(part.data for part in train.by_name.values()), *evaluation.values())}
+        read = {id(data): data for data in (*(part.data for part in train.by_name.values()), *measured)}
         for data in read.values():
             data.check_pages(show_progress_bar=not are_progress_bars_disabled())

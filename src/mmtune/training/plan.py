@@ -4,12 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mmtune.report.markdown import markdown_table
+from mmtune.report.markdown import markdown_table, show_seconds
 from mmtune.training.call import Finetuning
 from mmtune.training.trainers import PageTrainer
 from mmtune.training.weights import COMPENSATED
-
-_SECONDS_A_MINUTE, _SECONDS_AN_HOUR = 60, 3600
 
 
 @dataclass(frozen=True)
@@ -32,18 +30,11 @@ class Plan:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        head = f"{self.steps:,} steps, about {_as_time(self.seconds)}, {self.memory_bytes / 1e9:.2f} GB above the model"
+        took = show_seconds(self.seconds)
+        head = f"{self.steps:,} steps, about {took}, {self.memory_bytes / 1e9:.2f} GB above the model"
         facts = [f"  {name:<28} {value}" for name, value in self.facts.items()]
         rows = [[name, str(value), reason] for name, (value, reason) in self.choices.items()]
         return "\n".join([head, "", *facts, "", markdown_table(("choice", "value", "reason"), rows)])
-
-
-def _as_time(seconds: float) -> str:
-    if seconds < 2 * _SECONDS_A_MINUTE:
-        return f"{seconds:.0f} s"
-    if seconds < 2 * _SECONDS_AN_HOUR:
-        return f"{seconds / _SECONDS_A_MINUTE:.0f} min"
-    return f"{seconds / _SECONDS_AN_HOUR:.1f} h"
 
 
 def describe_choices(

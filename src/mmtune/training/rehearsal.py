@@ -10,7 +10,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,12 +46,12 @@ class Rehearsed:
 
     Attributes:
         build: Makes the evaluator for some data.
-        data: What is evaluated on, by name.
+        data: What is evaluated on, by name; then the guard sets.
         given: An evaluator of the caller; ``None`` without one.
     """
 
     build: Callable[[Mapping[str, RetrievalDataset]], AnyEvaluator]
-    data: Mapping[str, RetrievalDataset]
+    data: Sequence[Mapping[str, RetrievalDataset]]
     given: Any = None
 
 
@@ -95,7 +95,7 @@ def rehearse(
     page_s = processing.seconds / processing.count if processing is not None and processing.count else 0.0
     page_bytes = processing.num_bytes / processing.count if processing is not None and processing.count else 0.0
     documents = count_documents(train)
-    measured = sum(len(data.corpus) for data in evaluation.data.values())
+    measured = sum(len(data.corpus) for sets in evaluation.data for data in sets.values())
     room = math.inf if store is None or not page_bytes else store.max_bytes / page_bytes
     reads = steps * timed.pages if store is None else documents + steps * timed.pages * _share_missed(documents, room)
     loads_beside = trainer.args.dataloader_num_workers > 0
@@ -312,8 +312,8 @@ def _time_evaluation(
 ) -> TimedEvaluation:
     if not evaluations:
         return TimedEvaluation()
-    sample = {name: _sample_of(data) for name, data in evaluation.data.items()}
-    evaluators = [evaluation.build(sample)] if sample else []
+    samples = [{name: _sample_of(data) for name, data in sets.items()} for sets in evaluation.data]
+    evaluators = [evaluation.build(sample) for sample in samples]
     evaluators += [] if evaluation.given is None else [evaluation.given]
     seconds = []
     before = 0 if processing is None else processing.count
@@ -325,9 +325,12 @@ def _time_evaluation(
                 evaluator(trainer.model)
         taken = 0.0 if processing is None else processing.seconds - made
         seconds.append(max(0.0, clock() - started - taken))  # threads may process more than one page at a time
-    sizes = [sum(len(data.corpus) + len(data) for data in each.values()) for each in (evaluation.data, sample)]
+    sizes = [
+        sum(len(data.corpus) + len(data) for sets in each for data in sets.values())
+        for each in (evaluation.data, samples)
+    ]
     pages = 0 if processing is None else processing.count - before
-    return TimedEvaluation(min(seconds), pages, sizes[0] / sizes[1] if sample else 1.0)
+    return TimedEvaluation(min(seconds), pages, sizes[0] / sizes[1] if samples else 1.0)
 
 
 def _sample_of(data: RetrievalDataset) -> RetrievalDataset:

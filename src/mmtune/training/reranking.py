@@ -41,6 +41,7 @@ def finetune_reranker(
     train_dataset: DatasetsLike,
     eval_dataset: DatasetsLike | None = None,
     *,
+    guard_dataset: DatasetsLike | None = None,
     output_dir: str | os.PathLike[str] | None = None,
     num_negatives: int = 4,
     directions: Sequence[Direction] = ("text_to_image",),
@@ -76,6 +77,8 @@ def finetune_reranker(
             lists, as ``mine_hard_negatives`` finds them with a retriever, and random ones where lists are short.
         eval_dataset: What to measure on, before, during and after, likewise. The mean over several sets and directions
             chooses the checkpoint. ``None`` measures nothing.
+        guard_dataset: What the model must not get worse at, e.g. pages of other fields: measured whenever
+            ``eval_dataset`` is, and no checkpoint with a significant loss on it is kept as the best.
         output_dir: Folder for checkpoints, model and report. ``None`` is ``args.output_dir``, or ``mmtune-output``.
         num_negatives: Negatives to each relevant pair.
         directions: What asks: ``"text_to_image"``, ``"image_to_text"`` or both, each batch from one of them.
@@ -128,6 +131,7 @@ def finetune_reranker(
         model=model,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
+        guard_dataset=guard_dataset,
         output_dir=output_dir,
         num_negatives=num_negatives,
         directions=directions,
@@ -252,10 +256,16 @@ class RerankerFinetuning(Finetuning):
         return loss
 
     def build_evaluator(
-        self, evaluation: Mapping[str, RetrievalDataset], model: CrossEncoder, loss: object, args: BaseTrainingArguments
+        self,
+        evaluation: Mapping[str, RetrievalDataset],
+        model: CrossEncoder,
+        loss: object,
+        args: BaseTrainingArguments,
+        name: str | None = None,
     ) -> AnyRerankingEvaluator:
         """One evaluator for each set and direction; their mean where there are several."""
         parts: list[Any] = []
+        prefix = name or EVALUATOR_NAME
         several = len(evaluation) * len(self.directions) > 1
         for name, data in evaluation.items():
             for direction in self.directions:
@@ -265,14 +275,14 @@ class RerankerFinetuning(Finetuning):
                     direction=direction,
                     num_candidates=self._fit_candidates(data, direction),
                     # metric keys are split at "_"
-                    name="-".join(filter(None, (EVALUATOR_NAME, *own_name))) if several else EVALUATOR_NAME,
+                    name="-".join(filter(None, (prefix, *own_name))) if several else prefix,
                     documents=self.documents,
                     seed=self.seed,
                     batch_size=args.per_device_eval_batch_size,
                     show_progress_bar=not args.disable_tqdm,
                 )
                 parts.append(part)
-        return MeanEvaluator(parts, EVALUATOR_NAME) if several else parts[0]
+        return MeanEvaluator(parts, prefix) if several else parts[0]
 
     def settle_prompts(self, model: CrossEncoder, train: TrainingSets, args: BaseTrainingArguments) -> Any:
         """The caller's prompt for each set, else the model's for what asks in it.

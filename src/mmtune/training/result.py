@@ -11,6 +11,7 @@ from typing import Any
 from sentence_transformers.base.trainer import BaseTrainer
 
 from mmtune.data.dataset import RetrievalDataset
+from mmtune.evaluation.significance import Verdict
 from mmtune.models.kinds import HostModel
 from mmtune.report.card import add_to_card
 from mmtune.report.markdown import BeforeAfter, compare_metrics, text_table, write_report
@@ -47,6 +48,8 @@ class FinetuneResult:
         primary_metric: The metric that chose the checkpoint; ``None`` without an evaluation set.
         output_dir: The folder with ``final/``, ``metrics.json``, ``report.md`` and the checkpoints.
         settings: Everything that was chosen, by topic.
+        verdict: Whether it got better, for whom, and whether by chance; ``None`` where values by query are not known,
+            as without an evaluation set. They are in ``per_query.parquet``.
     """
 
     model: HostModel
@@ -56,6 +59,7 @@ class FinetuneResult:
     primary_metric: str | None
     output_dir: Path
     settings: dict[str, dict[str, Any]]
+    verdict: Verdict | None = None
 
     @classmethod
     def read(cls, folder: Path, kind: Kind) -> "FinetuneResult":
@@ -63,26 +67,39 @@ class FinetuneResult:
         saved = json.loads((folder / "metrics.json").read_text("utf-8"))
         parts = {name: saved[name] for name in ("before", "after", "primary_metric", "settings")}
         model = kind.model_class(str(folder / "final")).eval()
-        return cls(model, None, output_dir=folder, **parts)
+        verdict = Verdict.from_dict(saved["verdict"]) if saved.get("verdict") else None
+        return cls(model, None, output_dir=folder, verdict=verdict, **parts)
 
     @property
     def report(self) -> str:
         """The report in Markdown, as in ``report.md``."""
-        report = write_report("Finetuning report", self.rows, self.measure, self.settings)
-        return f"{self.warning}\n\n{report}" if self.warning else report
+        report = write_report("Finetuning report", self.rows, self.measure, self.settings, self.verdict_rows)
+        return "\n\n".join([*self.first_lines, report])
 
     @property
-    def warning(self) -> str:
-        """What a reader must know first: that nothing was gained, or that the model is worse; else empty."""
+    def first_lines(self) -> list[str]:
+        """What a reader must know first: the verdict, and whether the model is the one that came."""
+        lines = [] if self.verdict is None else [f"{self.verdict}."]
         if self.settings["training"].get("kept") == KEPT_START:
-            return "Nothing beat the start: final/ is the model as it came, untrained."
+            return [*lines, "Nothing beat the start: final/ is the model as it came, untrained."]
         before, after = (metrics.get(self.primary_metric or "") for metrics in (self.before, self.after))
         if before is None or after is None or before <= after:
-            return ""
-        return (
-            f"The model is worse than it was: {self.measure} {before:.4f} before, {after:.4f} after. "
-            "keep='best', with evaluation during the training, keeps the better one."
-        )
+            return lines
+        keeps = "keep='best', with evaluation during the training, keeps the better one."
+        return [
+            *lines,
+            f"The model is worse than it was: {self.measure} {before:.4f} before, {after:.4f} after. {keeps}",
+        ]
+
+    @property
+    def verdict_rows(self) -> list[list[str]]:
+        """The verdict by size and by group, as cells: what, before, after, change, interval, p, queries."""
+        if self.verdict is None:
+            return []
+        named = {f"size {size}": each for size, each in self.verdict.by_size.items()}
+        for column, verdicts in self.verdict.by_group.items():
+            named |= {f"{column}: {group}": each for group, each in verdicts.items()}
+        return [[name, *each.cells] for name, each in {"all": self.verdict, **named}.items()]
 
     @property
     def rows(self) -> list[BeforeAfter]:
@@ -99,7 +116,7 @@ class FinetuneResult:
         if not self.rows:
             return f"No evaluation set, so nothing is known about the gain; {saved}"
         table = text_table((self.measure, "before", "after", "change"), [row.cells for row in self.rows])
-        return "\n".join(filter(None, (self.warning, table, saved)))
+        return "\n".join([*self.first_lines, table, saved])
 
     def save(self) -> None:
         """Write ``metrics.json``, ``report.md`` and the card of the model, which is in ``final/`` already."""
@@ -116,6 +133,7 @@ class FinetuneResult:
             "before": self.before,
             "after": self.after,
             "primary_metric": self.primary_metric,
+            "verdict": None if self.verdict is None else self.verdict.as_dict(),
             "settings": self.settings,
             "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         }

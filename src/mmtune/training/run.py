@@ -4,6 +4,7 @@ import copy
 import errno
 import os
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,12 +19,16 @@ from sentence_transformers import CrossEncoder
 from sentence_transformers.base.training_args import BaseTrainingArguments
 from sentence_transformers.util.distributed import distributed_evaluation
 from torch import nn
+from tqdm.auto import tqdm
 
 from mmtune.arguments import listed
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
 from mmtune.errors import ConfigError
 from mmtune.evaluation.mean import AnyEvaluator
+from mmtune.evaluation.measurements import Measurements
+from mmtune.evaluation.significance import Verdict
+from mmtune.evaluation.verdict import describe_measuring, judge
 from mmtune.host import is_in_parts, let_read_typed_texts
 from mmtune.inference.page_store import open_page_store
 from mmtune.inference.preprocessing import reading_pages
@@ -47,7 +52,7 @@ from mmtune.training.checks import (
     check_resumed,
     check_training_arguments,
 )
-from mmtune.training.evaluators import GivenEvaluator
+from mmtune.training.evaluators import GUARD, RunEvaluator
 from mmtune.training.inputs import TrainingSets, check_pages, evaluation_sets, refuse_overlap, warn_of_leaks
 from mmtune.training.interruption import Interrupted, SavesWhenAsked
 from mmtune.training.mini_batches import MINI_BATCHES, describe_mini_batches
@@ -92,7 +97,17 @@ from mmtune.training.weights import (
 
 _WEIGHTS = "type of the weights"
 _NOT_DECIDING = {
-    *("kind", "model", "train_dataset", "eval_dataset", "output_dir", "args", "training_arguments", "overwrite"),
+    *(
+        "kind",
+        "model",
+        "train_dataset",
+        "eval_dataset",
+        "guard_dataset",
+        "output_dir",
+        "args",
+        "training_arguments",
+        "overwrite",
+    ),
     *("resume", "allow_overlap", "mini_batch_size", "callbacks", "evaluator", "page_store", "dry_run"),
 }
 
@@ -129,13 +144,15 @@ def _run_in(folder: Path, call: Finetuning) -> FinetuneResult | Plan:
 
     train = call.read_rows(call.form_of(call.loss))
     evaluation = evaluation_sets(call.eval_dataset, call.documents)
-    if not call.allow_overlap:
-        refuse_overlap(train, evaluation)
-        warn_of_leaks(train, evaluation)
-    args = _fit_arguments(call, folder, train, evaluation)
-    began_with = _describe_beginning(call, args, train, evaluation)
+    guard = evaluation_sets(call.guard_dataset, call.documents, "guard_dataset")
+    for measured in (evaluation, guard):
+        if not call.allow_overlap:
+            refuse_overlap(train, measured)
+            warn_of_leaks(train, measured)
+    args = _fit_arguments(call, folder, train, evaluation, guard)
+    began_with = _describe_beginning(call, args, train, evaluation, guard)
     if is_first_process() and not checkpoint and not is_over:  # a run that goes on has read these pages before
-        check_pages(train, evaluation, call.documents)
+        check_pages(train, [*evaluation.values(), *guard.values()], call.documents)
     if is_over:
         require_same(folder, RunRecord.read(folder).settings, began_with)
         return FinetuneResult.read(folder, call.kind)
@@ -156,10 +173,17 @@ def _run_in(folder: Path, call: Finetuning) -> FinetuneResult | Plan:
         began_with[MINI_BATCHES] = describe_mini_batches(loss, args.per_device_train_batch_size)
         if call.form_of(loss) != train.form:  # a callable has only now told what it makes
             train = call.read_rows(call.form_of(loss))
-            args = _fit_arguments(call, folder, train, evaluation)
+            args = _fit_arguments(call, folder, train, evaluation, guard)
 
-        evaluator: Any = call.build_evaluator(evaluation, model, loss, args) if evaluation else None
-        evaluator = evaluator if call.evaluator is None else GivenEvaluator(call.evaluator, evaluator)
+        build_evaluator = partial(call.build_evaluator, model=model, loss=loss, args=args)
+        evaluator: Any = None
+        if evaluation or call.evaluator is not None:
+            evaluator = RunEvaluator(
+                build_evaluator(evaluation) if evaluation else None,
+                call.evaluator,
+                build_evaluator(guard, name=GUARD) if guard else None,
+                Measurements.read(checkpoint) if checkpoint else None,
+            )
         rates = None if call.args else recipe.choose_rates(args, model, start.fresh, began, call.training_arguments)
         args = recipe.complete_arguments(
             args,
@@ -199,9 +223,9 @@ def _run_in(folder: Path, call: Finetuning) -> FinetuneResult | Plan:
         ):
             settings["training"] |= {"pages": reading, "page_store": str(store)}
             if begun is not None:
-                build = partial(call.build_evaluator, model=model, loss=loss, args=args)
                 choices = describe_choices(call, trainer, settings)
-                return rehearse(trainer, train, Rehearsed(build, evaluation, call.evaluator), store, choices, begun)
+                measured = Rehearsed(build_evaluator, [part for part in (evaluation, guard) if part], call.evaluator)
+                return rehearse(trainer, train, measured, store, choices, begun)
             before = began.before if began else measure(trainer, evaluator)
             if began and evaluator and not primary_of(evaluator, model):
                 measure(trainer, evaluator)  # evaluators of the host tell their metric when they have been called
@@ -215,7 +239,11 @@ def _run_in(folder: Path, call: Finetuning) -> FinetuneResult | Plan:
 
 
 def _fit_arguments(
-    call: Finetuning, folder: Path, train: TrainingSets, evaluation: Mapping[str, RetrievalDataset]
+    call: Finetuning,
+    folder: Path,
+    train: TrainingSets,
+    evaluation: Mapping[str, RetrievalDataset],
+    guard: Mapping[str, RetrievalDataset],
 ) -> BaseTrainingArguments:
     """The caller's arguments, or the recipe's for these rows, checked against the data."""
     evaluates = bool(evaluation) or call.evaluator is not None
@@ -231,7 +259,8 @@ def _fit_arguments(
     )
     check_host_arguments(args, **facts)
     check_early_stopping(args, call.callbacks)
-    call.check_data(train, evaluation, args)
+    for measured in (evaluation, guard):
+        call.check_data(train, measured, args)
     if call.dry_run:  # nothing is written, published or reported
         args = copy.copy(args)
         args.output_dir, args.push_to_hub, args.report_to, args.disable_tqdm = str(folder), False, [], True
@@ -243,16 +272,22 @@ def _describe_beginning(
     args: BaseTrainingArguments,
     train: TrainingSets,
     evaluation: Mapping[str, RetrievalDataset],
+    guard: Mapping[str, RetrievalDataset],
 ) -> dict[str, Any]:
     """What decides the weights and the scores of a run, as JSON has it; a model in memory has no name."""
     choices = {field.name: as_json(getattr(call, field.name)) for field in fields(call)}
     given = {name: value for name, value in choices.items() if name not in _NOT_DECIDING}
     named = {"model": describe_checkpoint(os.fspath(call.model))} if isinstance(call.model, (str, os.PathLike)) else {}
     measured = {
-        f"{name}: evaluation data".removeprefix(": "): describe_content(data) for name, data in evaluation.items()
+        f"{name}: {what}".removeprefix(": "): describe_content(data)
+        for what, sets in (("evaluation data", evaluation), ("guard data", guard))
+        for name, data in sets.items()
     }
-    if not evaluation:
-        measured = {"evaluation data": "none"}
+    measured = {
+        **({} if evaluation else {"evaluation data": "none"}),
+        **({} if guard else {"guard data": "none"}),
+        **measured,
+    }
     return {**describe_arguments(args), **given, **named, **describe_training_data(train), **measured}
 
 
@@ -299,7 +334,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 def _train(
     trainer: PageTrainer,
-    evaluator: AnyEvaluator | None,
+    evaluator: RunEvaluator | None,
     start: "Start",
     settings: dict[str, dict[str, Any]],
     folder: Path,
@@ -308,6 +343,8 @@ def _train(
     """Train, and write everything that the run leaves behind."""
     model, is_first_process, record = start.model, trainer.is_world_process_zero(), trainer.record
     assert record is not None
+    if trainer.logs is not None:
+        trainer.logs.before = record.before
     competes = trainer.args.load_best_model_at_end and bool(record.before)
     if competes:
         trainer.add_callback(StartCompetes(record.before))
@@ -324,6 +361,7 @@ def _train(
     for layer in start.fresh.values():
         mark_fresh(layer, fresh=False)
     after = measure(trainer, evaluator)
+    verdict, measured = _judge(trainer, evaluator, was_chosen=competes)
     trainer.become_saved()
     if is_in_parts(trainer):
         trainer.save_model(str(folder / "final"))
@@ -332,10 +370,16 @@ def _train(
     settings = {**settings, "training": {**settings["training"], **describe_steps(trainer), "kept": kept}}
     metric = primary_of(evaluator, model) or ((trainer.args.metric_for_best_model or "") if record.before else "")
     metric = metric.removeprefix("eval_") or None
-    result = FinetuneResult(model.eval(), trainer, record.before, after, metric, folder, settings)
+    if measured:
+        settings["evaluation"] = measured
+    result = FinetuneResult(model.eval(), trainer, record.before, after, metric, folder, settings, verdict)
     if is_first_process:
         record.write(folder)
+        if evaluator is not None:
+            evaluator.measurements.write_before_and_after(folder)
         result.save()
+        if verdict is not None:
+            tqdm.write(f"{verdict}\n{verdict.line}", file=sys.stderr)
         if trainer.args.push_to_hub and (failed := trainer.push_result(folder / "final")):
             settings["training"]["failed_pushes"] = failed
             result.save_metrics()
@@ -345,6 +389,18 @@ def _train(
     # A script that goes on with final/ in every process finds it whole.
     trainer.accelerator.wait_for_everyone()
     return result
+
+
+def _judge(
+    trainer: PageTrainer, evaluator: RunEvaluator | None, *, was_chosen: bool
+) -> tuple[Verdict | None, dict[str, Any]]:
+    """The verdict on the model as it will be saved, and what else its measurement tells; alike in all processes."""
+    found: tuple[Verdict | None, dict[str, Any]] = (None, {})
+    if evaluator is not None and trainer.is_world_process_zero():
+        verdict = judge(evaluator.measurements, evaluator, trainer.model, was_chosen=was_chosen)
+        with trainer.as_saved():
+            found = verdict, describe_measuring(evaluator, None if is_in_parts(trainer) else trainer.model)
+    return broadcast_object_list([found])[0]
 
 
 def _keep_best(trainer: PageTrainer, folder: Path) -> str:

@@ -59,6 +59,7 @@ from mmtune.models.precision import as_saved, convert_to_saved
 from mmtune.models.rerankers import build_reranker
 from mmtune.training.batches import ConflictFreeBatchSampler, ShuffledBatchSampler
 from mmtune.training.callbacks import BestCheckpointHere, EpochOfSampler, ShortLogs, ShortProgress
+from mmtune.training.evaluators import GUARD_IS_WORSE, RunEvaluator
 from mmtune.training.mini_batches import describe_mini_batches, halve_mini_batches
 from mmtune.training.records import RECORD, RunRecord, checkpoint_step
 
@@ -99,6 +100,7 @@ class PageTrainer(OwnCheckpoints, BaseTrainer):
 
     Attributes:
         record: What the run was begun with, for its checkpoints.
+        logs: What writes a line for each measurement; ``None`` in a notebook, where the host shows a table.
         compensates: Whether AdamW keeps what half precision rounds away of its steps (Kahan summation). The arguments
             name the host's ``stable_adamw`` then, which is of the same package and also clips each step.
         saved_types: The type of each weight in ``final/``, by ``id``; one that is missing is saved as it is.
@@ -114,10 +116,13 @@ class PageTrainer(OwnCheckpoints, BaseTrainer):
         self.add_callback(EpochOfSampler)
         self.add_callback(BestCheckpointHere)
         # In a notebook the host shows a table of its own, which stays.
+        self.logs: ShortLogs | None = None
         if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(ShortProgress)
+            self.logs = ShortProgress()
         elif self.pop_callback(PrinterCallback) is not None:
-            self.add_callback(ShortLogs)
+            self.logs = ShortLogs()
+        if self.logs is not None:
+            self.add_callback(self.logs)
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """The host's model card with everything that the host fills in, except from the rows.
@@ -149,6 +154,10 @@ class PageTrainer(OwnCheckpoints, BaseTrainer):
         """The host's metrics, of the model as it would be saved."""
         with self.as_saved():
             return super().evaluate(*args, **kwargs)
+
+    def may_be_best(self, metrics: dict[str, float]) -> bool:
+        """Not with a significant loss on the guard set."""
+        return not metrics.get(f"eval_{GUARD_IS_WORSE}")
 
     def get_optimizer_cls_and_kwargs(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """The host's, or compensated AdamW with what the host gives ``stable_adamw``."""
@@ -248,7 +257,9 @@ class PageTrainer(OwnCheckpoints, BaseTrainer):
         super().save_model(output_dir, _internal_call=_internal_call)
         folder = Path(output_dir or self.args.output_dir or ".")
         if self.record is not None and self.args.should_save and checkpoint_step(folder) is not None:
-            self.record.write(folder)
+            if isinstance(self.evaluator, RunEvaluator):
+                self.evaluator.measurements.write(folder)
+            self.record.write(folder)  # last: it lists the files
 
     def push_checkpoint(self, folder: str) -> None:
         """Begins to publish the model of a checkpoint, and its state where ``hub_strategy`` asks for it."""
