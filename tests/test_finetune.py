@@ -56,9 +56,9 @@ def run(
 
 def test_a_run_leaves_model_metrics_and_report(run: FinetuneResult) -> None:
     names = {path.name for path in run.output_dir.iterdir()}
-    assert {"final", "metrics.json", "report.md"} <= names
+    assert {"final", "metrics.json", "report.md", "per_query.parquet"} <= names
     metrics = json.loads((run.output_dir / "metrics.json").read_text())
-    assert set(metrics) == {"before", "after", "primary_metric", "settings", "versions"}
+    assert set(metrics) == {"before", "after", "primary_metric", "settings", "verdict", "versions"}
     assert metrics["primary_metric"] == "vdr_cosine_ndcg@10" == run.primary_metric
     assert metrics["before"] == run.before
     assert metrics["after"] == run.after
@@ -76,7 +76,8 @@ def test_before_and_after_are_the_scores_of_the_two_models(
 
 
 def test_the_result_prints_as_a_table_with_a_row_per_dimension(run: FinetuneResult) -> None:
-    table = str(run).splitlines()
+    table = str(run).splitlines()[1:]
+    assert str(run).splitlines()[0] == f"{run.verdict}."
     assert table[0].split() == ["ndcg@10", "before", "after", "change"]
     assert [line.split()[0] for line in table[2:-1]] == ["full", "64"]
     assert f"{run.after[run.primary_metric]:.4f}" in table[2]

@@ -291,7 +291,7 @@ def test_late_interaction_trains_by_the_same_call_and_reloads(late: FinetuneResu
     assert {"final", "metrics.json", "report.md"} <= {path.name for path in late.output_dir.iterdir()}
     assert late.settings["training"]["loss"] == "CachedMultiVectorMultipleNegativesRankingLoss"
     assert late.settings["training"]["matryoshka_dims"] == []
-    assert "full" in str(late).splitlines()[2]
+    assert "full" in str(late).splitlines()[3]
     assert_reloads(late, data)
 
 

@@ -108,7 +108,7 @@ def broken_weights(qwen3_vl_path: str, tmp_path: Path) -> str:
 def test_a_run_leaves_model_metrics_report_and_card(run: FinetuneResult) -> None:
     assert {"final", "metrics.json", "report.md"} <= {path.name for path in run.output_dir.iterdir()}
     metrics = json.loads((run.output_dir / "metrics.json").read_text())
-    assert set(metrics) == {"before", "after", "primary_metric", "settings", "versions"}
+    assert set(metrics) == {"before", "after", "primary_metric", "settings", "verdict", "versions"}
     assert (metrics["before"], metrics["after"]) == (run.before, run.after)
     card = (run.output_dir / "final" / "README.md").read_text()
     section = card.split("## Finetuning")[1].split("## Model Details")[0]
@@ -205,7 +205,7 @@ def test_one_query_with_many_relevant_documents_does_not_lengthen_every_list(on_
     evaluation = RetrievalDataset(evaluation.corpus, asked, Dataset.from_dict(qrels))
     result = on_texts(table(8), evaluation, output_dir=tmp_path, num_negatives=2, max_steps=1)
     assert result.settings["data"]["evaluation_candidates"] == {"vdr-rerank": 10}
-    many, one = result.trainer.evaluator.lists
+    many, one = result.trainer.evaluator.own.lists
     assert [(sum(gain > 0 for gain in each.gains), len(each.gains)) for each in (many, one)] == [(10, 19), (1, 10)]
 
     everything = {"query_id": ["q0"] * 40 + ["q35"], "document_id": [*ids, ids[35]], "score": [1] * 41}
@@ -711,6 +711,7 @@ def test_the_call_is_the_contract() -> None:
     parameters = inspect.signature(finetune_reranker).parameters
     defaults = {name: each.default for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY}
     assert defaults == {
+        "guard_dataset": None,
         "output_dir": None,
         "num_negatives": 4,
         "directions": ("text_to_image",),

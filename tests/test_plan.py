@@ -18,7 +18,7 @@ from mmtune import (
     load_model,
 )
 from mmtune.testing import generated_pages, tiny_llava
-from mmtune.training.plan import Plan, _as_time
+from mmtune.training.plan import Plan, show_seconds
 
 OPTIONS: dict[str, Any] = {"per_device_train_batch_size": 3, "learning_rate": 1e-3, "disable_tqdm": True}
 
@@ -134,4 +134,4 @@ def test_what_can_not_be_planned_is_refused(options, message: str, data, clip_pa
 
 @pytest.mark.parametrize(("seconds", "text"), [(5.4, "5 s"), (119, "119 s"), (600, "10 min"), (9000, "2.5 h")])
 def test_times_are_told_in_the_unit_that_fits(seconds: float, text: str) -> None:
-    assert _as_time(seconds) == text
+    assert show_seconds(seconds) == text

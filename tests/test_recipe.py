@@ -197,7 +197,7 @@ def test_callbacks_are_called(clip_path: str, data: tuple[RetrievalDataset, Retr
 def test_the_evaluation_batch_of_the_caller_is_used(
     clip_path: str, data: tuple[RetrievalDataset, RetrievalDataset], tmp_path: Path, given: Mapping[str, Any], used: int
 ) -> None:
-    evaluator: Any = finetune(clip_path, *data, output_dir=tmp_path, **QUIET, **given).trainer.evaluator
+    evaluator: Any = finetune(clip_path, *data, output_dir=tmp_path, **QUIET, **given).trainer.evaluator.own
     assert evaluator.batch_size == used
 
 

@@ -563,8 +563,9 @@ def test_the_start_is_kept_where_nothing_beats_it(lora, good: str, seen, tmp_pat
     result = finetune(good, seen, seen, output_dir=tmp_path, **options)
     assert result.after == result.before
     assert result.settings["training"]["kept"].startswith("the start")
-    assert str(result).startswith("Nothing beat the start")
-    assert (tmp_path / "report.md").read_text().startswith("Nothing beat the start")
+    for text in (str(result), (tmp_path / "report.md").read_text()):
+        assert text.startswith("No change: ")
+        assert "\nNothing beat the start" in text
     found = SentenceTransformer(str(tmp_path / "final"), device="cpu").encode("a report")
     assert torch.equal(torch.tensor(found), torch.tensor(SentenceTransformer(good, device="cpu").encode("a report")))
     again = finetune(good, seen, seen, output_dir=tmp_path, resume=True, **options)
@@ -573,8 +574,11 @@ def test_the_start_is_kept_where_nothing_beats_it(lora, good: str, seen, tmp_pat
 
 def test_a_worse_result_is_said(good: str, seen, tmp_path: Path) -> None:
     result = finetune(good, seen, seen, output_dir=tmp_path, keep="last", allow_overlap=True, **HARMFUL)
-    assert str(result).startswith("The model is worse than it was")
-    assert result.report.startswith("The model is worse than it was")
+    for text in (str(result), result.report):
+        assert text.startswith("Worse: ")
+        assert "\nThe model is worse than it was" in text
+    assert result.verdict is not None
+    assert result.verdict.outcome == "REGRESSION"
     assert result.settings["training"]["kept"] == "the last weights"
 
 

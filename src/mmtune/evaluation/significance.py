@@ -157,7 +157,8 @@ class Verdict:
         if self.num_clusters < FEWEST_CLUSTERS:
             return "Too few queries to tell"
         if not self.is_significant:
-            return "No difference that chance would not make"
+            is_same = self.wins == self.losses == 0
+            return "No change" if is_same else "No difference that chance would not make"
         is_guarded = self.delta > 0 and self.guard is not None and self.outcome == "REGRESSION"
         return "Better here, worse on the guard set" if is_guarded else "Better" if self.delta > 0 else "Worse"
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from mmtune.errors import ConfigError
+from mmtune.evaluation.measurements import PER_QUERY_FILE
 from mmtune.training.records import RECORD, checkpoint_step, checkpoints_of, find_last_checkpoint, why_unusable
 
 try:
@@ -23,9 +24,10 @@ try:
 except ImportError:  # on Windows nothing keeps two runs apart
     fcntl = None  # type: ignore[assignment]
 
-CSV_OF_EVALUATORS = "eval/*_vdr*_results.csv"
+CSV_OF_EVALUATORS = "eval/*_vdr*_results.csv", "eval/*_guard*_results.csv"
 START = "start"
 """The untrained model, for as long as it may be the best."""
+_RESULTS = ("metrics.json", "report.md", "report.html", PER_QUERY_FILE, RECORD)
 _LOCK = ".run-lock"
 _SETTING_ASIDE, _SET_ASIDE, _DELETING = ".replacing-run", ".replaced-run", ".deleted-run"
 _PATIENCE_S = 30.0
@@ -182,7 +184,7 @@ def _is_in_use(folder: Path, holder: str) -> ConfigError:
 def set_aside(folder: Path) -> None:
     """Put the run that the folder holds out of the way, complete; for the one process that writes."""
     moving = folder / _SETTING_ASIDE
-    for path in [*find_run(folder), *folder.glob(CSV_OF_EVALUATORS)]:
+    for path in [*find_run(folder), *_csv_files(folder)]:
         place = moving / path.relative_to(folder)
         place.parent.mkdir(parents=True, exist_ok=True)
         path.rename(place)
@@ -202,7 +204,7 @@ def recover(folder: Path) -> None:
     """Delete the run that was set aside if the new one has something of its own; else put it back in its place."""
     moving, replaced = folder / _SETTING_ASIDE, folder / _SET_ASIDE
     if replaced.is_dir() and not has_own(folder):
-        for path in [*find_run(folder), folder / START, *folder.glob(CSV_OF_EVALUATORS)]:
+        for path in [*find_run(folder), folder / START, *_csv_files(folder)]:
             _delete(path)
         replaced.rename(moving)
     if moving.is_dir():
@@ -233,6 +235,10 @@ def read_metrics(folder: Path) -> dict[str, Any] | None:
         return None
 
 
+def _csv_files(folder: Path) -> list[Path]:
+    return [path for pattern in CSV_OF_EVALUATORS for path in folder.glob(pattern)]
+
+
 def _delete(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -249,7 +255,7 @@ def find_run(folder: Path) -> list[Path]:
     found = checkpoints_of(folder)
     found += [path for path in [folder / "final"] if (path / "modules.json").is_file()]
     if read_metrics(folder) is not None:
-        found += [folder / "metrics.json", *folder.glob("report.md"), *folder.glob(RECORD)]
+        found += [folder / name for name in _RESULTS if (folder / name).is_file()]
     return sorted(found + [path for path in [folder / START] if found and path.is_dir()])
 
 
