@@ -160,6 +160,8 @@ def _schedule_run(steps: int, evaluates: bool, given: Mapping[str, Any]) -> dict
     return schedule | {
         "eval_strategy": evaluated,
         "eval_steps": interval,
+        # the loss stands in the line of the measurement
+        "logging_steps": interval if given.get("eval_steps") or given.get("save_steps") else 1 / EVALUATIONS,
         "load_best_model_at_end": "no" not in (evaluated, saved),
         "metric_for_best_model": METRIC_OF_RECIPE,
         "greater_is_better": True,
