@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets, interleave_datasets
+from huggingface_hub import ModelCard
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -65,6 +66,20 @@ def test_a_run_leaves_model_metrics_and_report(run: FinetuneResult) -> None:
     assert metrics["versions"]["sentence-transformers"]
 
 
+def test_the_card_says_what_was_found_on_which_data_and_the_hub_reads_it(run: FinetuneResult, clip_path: str) -> None:
+    path = run.output_dir / "final" / "README.md"
+    card = path.read_text()
+    assert f"**{run.verdict}.**" in card
+    assert run.settings["data"]["fingerprints"]["training data"] in card
+    assert "### Limits\n\n- Measured on " in card
+    assert "truncate_dim=64" in card
+    assert str(Path(clip_path).parent) not in card.split("## Usage")[0], "where a folder lay is nobody's business"
+    parsed = ModelCard.load(path)
+    measured = {each.metric_type: each.metric_value for each in parsed.data.eval_results if each.dataset_type == "vdr"}
+    assert measured["cosine_ndcg@10"] == pytest.approx(run.after[run.primary_metric], abs=1e-9)
+    assert not [each for each in path.parent.rglob("*") if each.suffix in (".png", ".jpg", ".webp")]
+
+
 def test_before_and_after_are_the_scores_of_the_two_models(
     run: FinetuneResult, data: tuple[RetrievalDataset, RetrievalDataset], clip_path: str
 ) -> None:
@@ -110,7 +125,7 @@ def test_the_model_card_states_base_data_recipe_and_gain(run: FinetuneResult, cl
     card = (run.output_dir / "final" / "README.md").read_text()
     section = card.split("## Finetuning")[1].split("## Model Details")[0]
     for fact in (
-        clip_path,
+        f"| base model | {Path(clip_path).name} |",
         "| training queries | 30 |",
         "| learning rate | 0.001 |",
         f"{run.after[run.primary_metric]:.4f}",

@@ -1,13 +1,13 @@
 """The host's model card, made to fit pages: what the finetuning gained, how to use the model, tags."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
 
-from mmtune.report.markdown import BeforeAfter, markdown_table, show, show_gain
+from mmtune.report.markdown import VERDICT_HEADER, BeforeAfter, markdown_table, show, show_gain
 
 _QUESTION = "What was the revenue in 2024?"
 _DOCUMENTS = {
@@ -30,6 +30,8 @@ def add_to_card(
     settings: Mapping[str, Mapping[str, Any]],
     *,
     name: str,
+    verdict: str = "",
+    verdicts: Sequence[Sequence[str]] = (),
 ) -> str:
     """The host's model card with a section on this finetuning first, and code that goes with the documents.
 
@@ -39,46 +41,98 @@ def add_to_card(
         measure: What the rows show, e.g. ``"ndcg@10"``.
         settings: By topic, with ``model``, ``data`` and ``training``.
         name: What a user loads the model by: its folder, or its id on the Hub.
+        verdict: The verdict on it, a sentence.
+        verdicts: The verdict by size and by group, a row each, with cells for ``VERDICT_HEADER``.
     """
     kinds = [value for key, value in settings["data"].items() if key.endswith("documents") and isinstance(value, str)]
     documents = kinds[0] if kinds else "image"
     base = settings["model"].get("base_model")
-    text = _USAGE.sub(lambda found: f"{found[1]}```python\n{_usage(card, documents, name)}\n```", card, count=1)
+    text = _USAGE.sub(
+        lambda found: f"{found[1]}```python\n{_usage(card, documents, name, settings)}\n```", card, count=1
+    )
     if base:
         text = text.replace(" model trained. It ", f" model finetuned from `{_short(base)}`. It ", 1)
         text = _UNKNOWN_BASE.sub(lambda _: f"- **Base model:** `{_short(base)}`", text, count=1)
     head, details, tail = text.partition("\n## Model Details")
-    text = f"{head.rstrip()}\n\n{_section(rows, measure, settings)}\n{details}{tail}"
+    section = _section(rows, measure, settings, verdict, verdicts)
+    text = f"{head.rstrip()}\n\n{section}\n{details}{tail}"
     return _add_metadata(text, documents, base)
 
 
-def _section(rows: list[BeforeAfter], measure: str, settings: Mapping[str, Mapping[str, Any]]) -> str:
-    """The gain, then everything that was chosen, folded away."""
+def _section(
+    rows: list[BeforeAfter],
+    measure: str,
+    settings: Mapping[str, Mapping[str, Any]],
+    verdict: str,
+    verdicts: Sequence[Sequence[str]],
+) -> str:
+    """The verdict, the gain, the data, what is not known, then everything that was chosen, folded away."""
     facts = {**settings["model"], **settings["data"], **settings["training"]}
+    facts["base_model"] = _short(str(facts.get("base_model")))
     cells = [[key.replace("_", " "), show(value)] for key, value in facts.items()]
-    folded = [
-        "<details><summary>Everything that was chosen</summary>",
-        markdown_table(("setting", "value"), cells),
-        "</details>",
-    ]
-    return "\n\n".join(["## Finetuning", show_gain(rows, measure), *folded])
+    parts = ["## Finetuning", *([f"**{verdict}**"] if verdict else []), show_gain(rows, measure)]
+    if len(verdicts) > 1:
+        parts += [markdown_table(VERDICT_HEADER, verdicts)]
+    parts += ["### Data", _list_data(settings["data"]), "### Limits", _list_limits(settings)]
+    return "\n\n".join(
+        [
+            *parts,
+            "<details><summary>Everything that was chosen</summary>",
+            markdown_table(("setting", "value"), cells),
+            "</details>",
+        ]
+    )
 
 
-def _usage(card: str, documents: str, name: str) -> str:
+def _list_data(data: Mapping[str, Any]) -> str:
+    """The size of each set with its fingerprint, by which it is told from others, and its license if it is known."""
+    lines = [f"- {name}: {what}" for name, what in data.get("fingerprints", {}).items() if what != "none"]
+    lines += [f"- {name.replace('_', ' ')}: {value}" for name, value in data.items() if name.endswith("license")]
+    return "\n".join(lines or ["- not recorded"]) + "\n\nNo page and no query of these data is in this repository."
+
+
+def _list_limits(settings: Mapping[str, Mapping[str, Any]]) -> str:
+    data, model = settings["data"], settings["model"]
+    lines = []
+    for name, queries in data.items():
+        if name.endswith("evaluation_queries"):
+            prefix = name.removesuffix("evaluation_queries")
+            documents = data.get(f"{prefix}evaluation_documents")
+            lines.append(
+                f"- Measured on {prefix}{queries} queries over {documents} documents; other queries, languages "
+                "and kinds of documents, and larger collections, give other scores."
+            )
+    if not lines:
+        lines.append("- Not measured: how good it is, is not known.")
+    if model.get("max_pixels"):
+        lines.append(f"- Pages are read at up to {model['max_pixels']} pixels; smaller print is lost.")
+    for hub in settings.get("evaluation", {}).get("hubs", ()):
+        lines.append(f"- A document came up far too often: {hub.partition(': ')[2]}.")
+    return "\n".join(lines)
+
+
+def _usage(card: str, documents: str, name: str, settings: Mapping[str, Mapping[str, Any]]) -> str:
     """Code that loads the model and compares a question with documents of this kind."""
     examples = ", ".join(_DOCUMENTS.get(documents, _DOCUMENTS["image"]))
     found = re.search(r"from sentence_transformers import (\w+)", card)
     model_class = found[1] if found else "SentenceTransformer"
+    training = settings["training"]
     lines = [f"from sentence_transformers import {model_class}", "", f"model = {model_class}({name!r})"]
     if "image" in documents:
         lines.insert(0, "from PIL import Image")
+    smaller = [dim for dim in training.get("evaluated_dims", ()) if dim != settings["model"].get("full_dimension")]
+    if smaller:
+        lines.append(
+            f"# smaller embeddings: {model_class}({name!r}, truncate_dim={smaller[0]}), of {smaller} as measured"
+        )
     lines += [f'query = "{_QUESTION}"', f"documents = [{examples}]"]
     if model_class == "CrossEncoder":
         lines += ["scores = model.predict([(query, document) for document in documents])", "print(scores)"]
-    else:
-        lines.append("scores = model.similarity(model.encode_query([query]), model.encode_document(documents))")
-        lines.append("print(scores)")
-    return "\n".join(lines)
+        return "\n".join(lines)
+    if any(training.get("prompts_of_model", {}).values()):
+        lines.append("# encode_query and encode_document put the prompts in front that the model was trained with")
+    lines.append("scores = model.similarity(model.encode_query([query]), model.encode_document(documents))")
+    return "\n".join([*lines, "print(scores)"])
 
 
 def _add_metadata(card: str, documents: str, base: str | None) -> str:

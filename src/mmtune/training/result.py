@@ -123,7 +123,15 @@ class FinetuneResult:
         card = self.output_dir / "final" / "README.md"
         if card.is_file():
             name = getattr(self.trainer and self.trainer.args, "hub_model_id", None) or str(card.parent)
-            text = add_to_card(card.read_text("utf-8"), self.rows, self.measure, self.settings, name=name)
+            text = add_to_card(
+                card.read_text("utf-8"),
+                self.rows,
+                self.measure,
+                self.settings,
+                name=name,
+                verdict=f"{self.verdict}." if self.verdict else "",
+                verdicts=self.verdict_rows,
+            )
             card.write_text(text, "utf-8")
         self.save_metrics()
 
@@ -169,6 +177,8 @@ def describe_data(train: TrainingSets, evaluation: Mapping[str, RetrievalDataset
             f"{prefix}negatives_refused_as_relevant": view.chosen["refused"],
             f"{prefix}byte_identical_copies": part.data.relevance_of(view.documents).num_copies,
         }
+        if part.data.corpus.info.license:
+            facts[f"{prefix}license"] = part.data.corpus.info.license
         audit |= {f"{prefix}{key}": count for key, count in part.data.audit().counts.items() if count}
     for name, data in evaluation.items():
         prefix = f"{name}: " if name else ""

@@ -372,6 +372,7 @@ def _train(
     metric = metric.removeprefix("eval_") or None
     if measured:
         settings["evaluation"] = measured
+    settings["data"]["fingerprints"] = {name: what for name, what in record.settings.items() if name.endswith(" data")}
     result = FinetuneResult(model.eval(), trainer, record.before, after, metric, folder, settings, verdict)
     if is_first_process:
         record.write(folder)
