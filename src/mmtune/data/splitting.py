@@ -153,7 +153,7 @@ def draw_evaluation_queries(
     Raises:
         DatasetError: Every set of tied queries is larger than ``eval_queries``, or nothing would be left to train on.
     """
-    set_of_query = _find_tied_sets(relevance, groups, together)
+    set_of_query = find_tied_sets(relevance, groups, together)
     sizes = np.bincount(set_of_query)
     order = np.random.default_rng(seed).permutation(len(sizes))
     # Something must be left to train on, at the least the smallest set.
@@ -205,7 +205,7 @@ def _warn_of_few(
     relevance: Relevance, groups: pa.Array | None, together: np.ndarray, left: int, taken: int, eval_queries: int
 ) -> None:
     """Warn that most queries went to evaluation, and say how many would leave the most to training."""
-    sizes = np.bincount(_find_tied_sets(relevance, groups, together))
+    sizes = np.bincount(find_tied_sets(relevance, groups, together))
     enough = max((left + taken) // 5, int(sizes.min()))
     remedy = f"eval_queries={enough} would do" if 2 * enough <= left + taken else "add data"
     warnings.warn(
@@ -215,7 +215,9 @@ def _warn_of_few(
     )
 
 
-def _find_tied_sets(relevance: Relevance, groups: pa.Array | None, together: np.ndarray | None) -> np.ndarray:
+def find_tied_sets(
+    relevance: Relevance, groups: pa.Array | None = None, together: np.ndarray | None = None
+) -> np.ndarray:
     """The number of the tied set of each query: components of the graph of queries, texts, pages and groups."""
     num_queries, num_documents = len(relevance.query_ids), len(relevance.document_ids)
     first_page, first_text = num_queries, num_queries + num_documents
