@@ -62,7 +62,9 @@ def main() -> None:
     else:
         data = RetrievalDataset.load(DATA, "eval", split="train")
     store = options.output / "measured"
-    found = compare_models(models, data, name="vdr-eval-hard", store=store, batch_size=options.batch_size, **how)
+    found = compare_models(
+        models, data, name="vdr-eval-hard", store=store, batch_size=options.batch_size, load_kwargs=how
+    )
     print(found)
     show_published(found)
     found.plot(options.output / "models.png")

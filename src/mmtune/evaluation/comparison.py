@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import logging
 import os
+import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,15 @@ import torch
 from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
-from mmtune.arguments import require_flag, require_name, require_path, require_whole, require_wholes, shown
+from mmtune.arguments import (
+    require_flag,
+    require_mapping,
+    require_name,
+    require_path,
+    require_whole,
+    require_wholes,
+    shown,
+)
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind, check_texts
 from mmtune.data.intake import DatasetLike, as_retrieval_dataset
@@ -190,7 +199,7 @@ def compare_models(
     depth: int = _RERANKED,
     batch_size: int = 16,
     show_progress_bar: bool = True,
-    **load_kwargs: Any,
+    load_kwargs: Mapping[str, Any] | None = None,
 ) -> Comparison:
     """Which of several models finds the documents of a dataset best, and whether the difference is one.
 
@@ -214,7 +223,7 @@ def compare_models(
         depth: How many documents a reranker sorts again for a query, 100 at most; all of a smaller corpus.
         batch_size: Texts, documents or pairs a forward pass.
         show_progress_bar: Whether to show bars.
-        **load_kwargs: How checkpoints are loaded, as ``load_model`` takes it, e.g. ``max_pixels=600 * 600``.
+        load_kwargs: How checkpoints are loaded, as ``load_model`` takes it, e.g. ``{"max_pixels": 600 * 600}``.
 
     Returns:
         The comparison, of all models that could be measured. A model that can't be loaded, is of another kind, runs
@@ -241,7 +250,9 @@ def compare_models(
         raise ConfigError(f"depth={most}: a ranking is kept to {MOST_RERANKED}. Pass e.g. depth={_RERANKED}.")
     size = require_whole("batch_size", batch_size)
     require_flag("show_progress_bar", show_progress_bar)
-    check_host_kwargs(SentenceTransformer, load_kwargs)
+    how = {} if load_kwargs is None else load_kwargs
+    require_mapping("load_kwargs", how, expected="arguments of load_model by name, e.g. {'max_pixels': 360000}")
+    check_host_kwargs(SentenceTransformer, how)
     data = as_retrieval_dataset(dataset)
     data.relevance.require_queries()
     check_texts(data.corpus, documents)
@@ -250,7 +261,7 @@ def compare_models(
 
     most = min(most, len(data.corpus))
     kept = MeasurementStore(store)
-    bench = Bench(data, documents, tuple(dims), most, size, show_progress_bar, load_kwargs, kept)
+    bench = Bench(data, documents, tuple(dims), most, size, show_progress_bar, how, kept)
     measured, failures = _measure_all(entries, bench)
     if not measured:
         reasons = "\n".join(f"- {key}: {message}" for key, message in failures.items())
@@ -273,8 +284,9 @@ def _measure_all(entries: Mapping[str, ModelEntry], bench: Bench) -> tuple[dict[
                 raise  # of the data: every model would fail
             except Exception as error:  # what others wrote fails in every way
                 failures[name] = _explain(error)
-                is_unexpected = not isinstance(error, MmtuneError)
-                logger.warning("%s could not be measured: %s", name, failures[name], exc_info=is_unexpected)
+                # as a text: a record with the traceback would hold the model wherever records are kept
+                trace = "" if isinstance(error, MmtuneError) else f"\n{traceback.format_exc()}"
+                logger.warning("%s could not be measured: %s%s", name, failures[name], trace)
             if name in failures:
                 free_memory()  # the error's frames held the model
     return measured, failures
