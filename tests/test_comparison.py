@@ -473,7 +473,7 @@ MODELS = [Planted(9)]
         *[({"models": each}, "models=.*expected several") for each in (None, 5, "path", MODELS[0], {"a"})],
         *[({"models": each}, "models is empty") for each in ([], {})],
         *[({"models": {name: MODELS[0]}}, "models holds the name") for name in (5, "", " ", "a\nb", None)],
-        *[({"models": [each]}, "Expected a model, the path") for each in (5, None, [], b"x", {})],
+        *[({"models": [each]}, "Expected a model, the path") for each in (5, None, [], b"x", {}, Planted)],
         *[({"models": [each]}, "is a tuple of") for each in ((MODELS[0],), (MODELS[0],) * 3)],
         ({"models": [(MODELS[0], None)]}, "Expected a model, the path"),
         ({"models": MODELS * 2}, "1 names in models stand for several, e.g. 'Planted'"),

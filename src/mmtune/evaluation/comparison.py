@@ -159,7 +159,7 @@ class Comparison:
     def __str__(self) -> str:
         dims = sorted({size.dimension for row in self.rows for size in row.sizes[1:]}, reverse=True)
         header = ["model", "kind", "parameters", f"nDCG@{AT_K}", "95% interval", "p against the best"]
-        header += [*(f"{dim}d" for dim in dims), "bytes a page", "ms a page", "ms a query"]
+        header += [*(f"{dim}d" for dim in dims), "bytes a document", "ms a document", "ms a query"]
         text = f"{self._title}\n\n{text_table(header, [_cells(row, dims) for row in self.rows])}"
         if self.num_clusters < FEWEST_CLUSTERS:
             text += (

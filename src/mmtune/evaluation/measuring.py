@@ -318,7 +318,7 @@ def check_source(name: str, source: object) -> None:
         ConfigError: It is something else.
     """
     is_path = isinstance(source, (str, os.PathLike)) and bool(os.fspath(source))
-    if not is_path and not callable(source):
+    if not is_path and (not callable(source) or isinstance(source, type)):
         raise ConfigError(
             f"The model {name!r} is {shown(source)}. Expected a model, the path or Hub name of a checkpoint, a "
             "function that loads one, or a pair (retriever, reranker) of these. Pass one."
