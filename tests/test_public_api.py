@@ -17,6 +17,7 @@ import mmtune.testing
 PUBLIC = [
     "ROUTER_PRESETS",
     "AuditReport",
+    "Comparison",
     "ConfigError",
     "ConflictFreeBatchSampler",
     "DatasetError",
@@ -32,10 +33,12 @@ PUBLIC = [
     "RouterPreset",
     "TeacherScores",
     "Verdict",
+    "as_mteb_task",
     "build_evaluator",
     "build_late_interaction",
     "build_reranker",
     "build_reranking_evaluator",
+    "compare_models",
     "compare_per_query",
     "compose_router",
     "evaluate_pipeline",
@@ -236,6 +239,9 @@ class Promised:
     ): ...
 
     @staticmethod
+    def compare_models(models, dataset, *, truncate_dims=(), name="vdr", store=None): ...
+
+    @staticmethod
     def generated_pages(num_queries, *, num_negatives=4, seed=0): ...
 
     @staticmethod
@@ -254,7 +260,7 @@ METHODS = [
 ]
 FUNCTIONS = [
     *("build_evaluator", "build_reranking_evaluator", "build_reranker", "compare_per_query"),
-    *("compose_router", "finetune"),
+    *("compare_models", "compose_router", "finetune"),
     *("finetune_reranker", "load_model", "mine_hard_negatives", "router_preset"),
     *("find_false_negatives", "generate_queries", "judge_negatives"),
 ]

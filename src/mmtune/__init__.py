@@ -10,10 +10,13 @@ from mmtune.errors import (
     MmtuneError,
 )
 from mmtune.evaluation import (
+    Comparison,
     PipelineReport,
     Verdict,
+    as_mteb_task,
     build_evaluator,
     build_reranking_evaluator,
+    compare_models,
     compare_per_query,
     evaluate_pipeline,
 )
@@ -44,6 +47,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ROUTER_PRESETS",
     "AuditReport",
+    "Comparison",
     "ConfigError",
     "ConflictFreeBatchSampler",
     "DatasetError",
@@ -59,10 +63,12 @@ __all__ = [
     "RouterPreset",
     "TeacherScores",
     "Verdict",
+    "as_mteb_task",
     "build_evaluator",
     "build_late_interaction",
     "build_reranker",
     "build_reranking_evaluator",
+    "compare_models",
     "compare_per_query",
     "compose_router",
     "evaluate_pipeline",

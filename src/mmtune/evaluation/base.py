@@ -2,7 +2,9 @@
 
 import math
 import os
+import time
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,6 +27,23 @@ from mmtune.inference.store import Embeddings
 _TIE_ORDER_SEED = 0
 _SAMPLE = 16
 CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class EncodingCost:
+    """What a model took to encode a dataset, and what it made of a document.
+
+    Attributes:
+        queries_s: Seconds for all queries.
+        documents_s: Seconds for all documents, with their decoding and without their scoring.
+        dimension: Of a vector, before an evaluator cuts it off.
+        num_numbers: How many numbers all documents became: the dimension, times their vectors.
+    """
+
+    queries_s: float = 0.0
+    documents_s: float = 0.0
+    dimension: int = 0
+    num_numbers: int = 0
 
 
 class OrderedId(str):
@@ -71,6 +90,7 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
         per_query: After a call, ``{metric key: {query id: value}}`` of nDCG at each depth and dimension.
         top_ids: After a call, ``{query id: [document id, ...]}`` of the best documents at full size, best first; a
             hundred, or as many as the deepest metric looks at.
+        cost: After a call, what encoding took.
     """
 
     model_class: ClassVar[type[BaseModel]]
@@ -108,6 +128,7 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
         self.predictions_file = self.csv_file.replace("_results.csv", "_predictions.jsonl")
         self.per_query: dict[str, dict[str, float]] = {}
         self.top_ids: dict[str, list[str]] = {}
+        self.cost = EncodingCost()
         self._shows_progress = show_progress_bar
         self._has_looked_for_cut_texts = False
         self._id_by_order = [document_ids[at] for at in np.argsort(order).tolist()]
@@ -166,16 +187,23 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
         if not self._has_looked_for_cut_texts:
             warn_of_cut_texts(model, self._reader)
             self._has_looked_for_cut_texts = True
-        ids = self.queries_ids
-        return join(encode(model, "query", ids, self._reader, batch_size=self.batch_size, at_once=len(ids)))
+        ids, started = self.queries_ids, time.perf_counter()
+        found = join(encode(model, "query", ids, self._reader, batch_size=self.batch_size, at_once=len(ids)))
+        self.cost = replace(self.cost, queries_s=time.perf_counter() - started)
+        return found
 
     def encode_documents(self, model: Retriever) -> Generator[Embeddings, None, None]:
         """The embeddings of the corpus, ``batch_size`` documents at a time."""
         ids = list(map(str, self.corpus_ids))
+        seconds, num_numbers, started = 0.0, 0, time.perf_counter()
         with tqdm(total=len(ids), desc="Encoding documents", disable=not self._shows_progress, leave=False) as bar:
             for portion in encode(model, "document", ids, self._reader, batch_size=self.batch_size):
                 bar.update(len(portion))
+                seconds, num_numbers = seconds + time.perf_counter() - started, num_numbers + _count_numbers(portion)
+                size = portion[0].shape[-1]
+                self.cost = replace(self.cost, documents_s=seconds, dimension=size, num_numbers=num_numbers)
                 yield portion
+                started = time.perf_counter()
 
     def compute_metrics(self, queries_result_list: list[Any]) -> dict[str, Any]:
         """The host's metrics, with nDCG graded, and ``per_query`` and ``top_ids`` filled.
@@ -203,3 +231,7 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
             self.per_query[f"{self.name}_{similarity}_ndcg@{k}"] = values
             metrics["ndcg@k"][k] = float(np.mean(list(values.values())))
         return metrics
+
+
+def _count_numbers(embeddings: Embeddings) -> int:
+    return embeddings.numel() if isinstance(embeddings, torch.Tensor) else sum(item.numel() for item in embeddings)

@@ -217,7 +217,7 @@ def evaluate_pipeline(
     chosen = _choose_depths(depths, num_documents)
     reader = DatasetReader(data.corpus, data.queries, documents)
 
-    retriever, reranker = _open_retriever(retriever, documents), _open_reranker(reranker)
+    retriever, reranker = open_retriever(retriever, documents), _open_reranker(reranker)
 
     # nDCG may look below the reranked documents.
     deepest = min(max(chosen[-1], k), num_documents)
@@ -236,15 +236,27 @@ def evaluate_pipeline(
         search_s=first_stage.search_s / len(ranked),
         pair_scoring_s=scored_s / (len(ranked) * chosen[-1]),
     )
-    return PipelineReport(tuple(chosen), k, num_documents, times, _measure_queries(ranked, scores, chosen, k))
+    return PipelineReport(tuple(chosen), k, num_documents, times, measure_queries(ranked, scores, chosen, k))
 
 
-def _open_retriever(model: Retriever | str | os.PathLike[str], documents: DocumentKind) -> Retriever:
+def open_retriever(
+    model: Retriever | str | os.PathLike[str], documents: DocumentKind, options: LoadOptions | None = None
+) -> Retriever:
+    """A retriever as it is, or what a checkpoint holds: a ``SentenceTransformer`` or a ``MultiVectorEncoder``.
+
+    Args:
+        model: The model, or the folder or Hub name of a checkpoint.
+        documents: What it must read.
+        options: How a checkpoint is loaded.
+
+    Raises:
+        ConfigError: The checkpoint can't be loaded.
+    """
     if not isinstance(model, (str, os.PathLike)):
         return model
-    path = os.fspath(model)
-    kind = MultiVectorEncoder if is_late_interaction(path) else SentenceTransformer
-    return load_host_model(kind, path, LoadOptions(), modality="image" if "image" in documents else "text")
+    path, options = os.fspath(model), options or LoadOptions()
+    kind = MultiVectorEncoder if is_late_interaction(path, options) else SentenceTransformer
+    return load_host_model(kind, path, options, modality="image" if "image" in documents else "text")
 
 
 def _open_reranker(model: CrossEncoder | str | os.PathLike[str]) -> CrossEncoder:
@@ -258,7 +270,7 @@ def _open_reranker(model: CrossEncoder | str | os.PathLike[str]) -> CrossEncoder
     return reranker
 
 
-def _measure_queries(
+def measure_queries(
     ranked: Sequence[CandidateList], scores: Sequence[np.ndarray], depths: Sequence[int], k: int
 ) -> dict[str, dict[str, float]]:
     """The metrics of each query by key.

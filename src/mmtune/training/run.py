@@ -25,8 +25,8 @@ from mmtune.arguments import listed
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
 from mmtune.errors import ConfigError
+from mmtune.evaluation.history import History
 from mmtune.evaluation.mean import AnyEvaluator
-from mmtune.evaluation.measurements import Measurements
 from mmtune.evaluation.significance import Verdict
 from mmtune.evaluation.verdict import describe_measuring, judge
 from mmtune.host import is_in_parts, let_read_typed_texts
@@ -182,7 +182,7 @@ def _run_in(folder: Path, call: Finetuning) -> FinetuneResult | Plan:
                 build_evaluator(evaluation) if evaluation else None,
                 call.evaluator,
                 build_evaluator(guard, name=GUARD) if guard else None,
-                Measurements.read(checkpoint) if checkpoint else None,
+                History.read(checkpoint) if checkpoint else None,
             )
         rates = None if call.args else recipe.choose_rates(args, model, start.fresh, began, call.training_arguments)
         args = recipe.complete_arguments(
@@ -377,7 +377,7 @@ def _train(
     if is_first_process:
         record.write(folder)
         if evaluator is not None:
-            evaluator.measurements.write_before_and_after(folder)
+            evaluator.history.write_before_and_after(folder)
         result.save()
         if verdict is not None:
             tqdm.write(f"{verdict}\n{verdict.line}", file=sys.stderr)
@@ -398,7 +398,7 @@ def _judge(
     """The verdict on the model as it will be saved, and what else its measurement tells; alike in all processes."""
     found: tuple[Verdict | None, dict[str, Any]] = (None, {})
     if evaluator is not None and trainer.is_world_process_zero():
-        verdict = judge(evaluator.measurements, evaluator, trainer.model, was_chosen=was_chosen)
+        verdict = judge(evaluator.history, evaluator, trainer.model, was_chosen=was_chosen)
         with trainer.as_saved():
             found = verdict, describe_measuring(evaluator, None if is_in_parts(trainer) else trainer.model)
     return broadcast_object_list([found])[0]
