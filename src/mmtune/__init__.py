@@ -10,12 +10,15 @@ from mmtune.errors import (
     MmtuneError,
 )
 from mmtune.evaluation import (
+    Frontier,
+    FrontierRow,
     PipelineReport,
     Verdict,
     build_evaluator,
     build_reranking_evaluator,
     compare_per_query,
     evaluate_pipeline,
+    size_frontier,
 )
 from mmtune.inference import (
     OpenAICompatible,
@@ -48,6 +51,8 @@ __all__ = [
     "ConflictFreeBatchSampler",
     "DatasetError",
     "FinetuneResult",
+    "Frontier",
+    "FrontierRow",
     "ImageDecodeError",
     "MissingDocumentError",
     "MissingExtraError",
@@ -77,4 +82,5 @@ __all__ = [
     "mine_hard_negatives",
     "router_preset",
     "score_rows",
+    "size_frontier",
 ]

@@ -1,15 +1,19 @@
 """How good a model is on a dataset: a retriever, a reranker, or the two together."""
 
+from mmtune.evaluation.frontier import Frontier, FrontierRow, size_frontier
 from mmtune.evaluation.pipeline import PipelineReport, evaluate_pipeline
 from mmtune.evaluation.reranking import build_reranking_evaluator
 from mmtune.evaluation.retrieval import build_evaluator
 from mmtune.evaluation.significance import Verdict, compare_per_query
 
 __all__ = [
+    "Frontier",
+    "FrontierRow",
     "PipelineReport",
     "Verdict",
     "build_evaluator",
     "build_reranking_evaluator",
     "compare_per_query",
     "evaluate_pipeline",
+    "size_frontier",
 ]

@@ -42,7 +42,10 @@ TEXT_MODULES = ("StaticEmbedding", "WordEmbeddings", "BoW")
 SAMPLES = {"text": "total revenue of the year", "image": Image.new("RGB", (64, 64), "white")}
 """What encoders are tried with: a short text and a small blank page."""
 
-EXTRA_BY_PACKAGE = {"torchvision": "vlm", "peft": "lora", "bitsandbytes": "qlora", "openai": "generate"}
+EXTRA_BY_PACKAGE = {
+    **{"torchvision": "vlm", "peft": "lora", "bitsandbytes": "qlora", "openai": "generate"},
+    **{"matplotlib": "report", "jinja2": "report"},
+}
 
 
 @dataclass(frozen=True)
