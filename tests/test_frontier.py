@@ -250,7 +250,9 @@ def test_what_the_table_says(dense: SentenceTransformer, data: RetrievalDataset,
     assert len(text.splitlines()) == 2 + 2 + 6 + 2
     assert "ranges of the evaluated documents" in text
     assert sum(line.startswith("|   *") for line in text.splitlines()) == 1
-    assert "ranges of 20 other documents" in str(size_frontier(dense, data, calibration=calibration, **quiet))
+    assert "ranges of 20 other documents, which are few" in str(
+        size_frontier(dense, data, calibration=calibration, **quiet)
+    )
     assert "ranges" not in str(size_frontier(dense, data, dtypes=["binary"], **quiet))
 
 
@@ -290,6 +292,14 @@ def test_a_size_that_is_best_by_itself_is_recommended_over_a_larger_one() -> Non
     full = np.linspace(0.2, 0.8, 40)
     chosen, _ = choose([full, full + 0.1], np.arange(40))
     assert chosen.dim == 256
+
+
+def test_a_choice_among_many_rows_is_corrected_for() -> None:
+    rng = np.random.default_rng(1)
+    full = rng.uniform(0.3, 0.9, 60)
+    small = full - 0.01 + rng.normal(0, 0.03, 60)
+    assert choose([full, small], np.arange(60))[0].dim == 256
+    assert choose([full, small, *[full - 0.3] * 8], np.arange(60))[0].dim == 512
 
 
 def test_queries_that_hang_together_count_once() -> None:
@@ -358,6 +368,7 @@ def test_the_picture(dense: SentenceTransformer, data: RetrievalDataset, tmp_pat
         ({"pool_factors": [2]}, ConfigError, "nothing to pool"),
         ({"calibration": 5}, DatasetError, "calibration=5 is no dataset"),
         ({"calibration": generated_pages(2)}, ConfigError, "text"),
+        ({"calibration": texts_about(1, seed=0)}, DatasetError, "calibration has 1 documents"),
         ({"documents": "words"}, ConfigError, "documents='words'"),
         ({"batch_size": 0}, ConfigError, "batch_size=0"),
     ],

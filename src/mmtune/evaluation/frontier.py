@@ -54,6 +54,7 @@ POOL_FACTORS = (1, 2, 4)
 _DEPTH = 10
 _MEASURE = f"nDCG@{_DEPTH}"
 _QUERIES_AT_ONCE = 128
+_FEW_DOCUMENTS = 100  # the host warns below it, too
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ def size_frontier(
         )
         ranged, source = (
             join(encode_shards(model, "document", ids[:], reader, **options)),
-            f"{len(ids)} other documents",
+            f"{len(ids)} other documents{', which are few' * (len(ids) < _FEW_DOCUMENTS)}",
         )
 
     encoded = Encoded(model, queries, kept, ranged)
@@ -318,8 +319,11 @@ def _require_factors(factors: Sequence[int] | None, model: Retriever) -> tuple[i
 
 def _check_calibration(data: RetrievalDataset, documents: DocumentKind) -> None:
     check_texts(data.corpus, documents)
-    if not len(data.corpus):
-        raise DatasetError("calibration has no documents, so that there are no ranges. Pass some, or leave it out.")
+    if len(data.corpus) < 2:
+        raise DatasetError(
+            f"calibration has {len(data.corpus)} documents, and ranges of int8 need some hundreds. Pass the pages of "
+            "training, or leave it out."
+        )
 
 
 def _number_clusters(data: RetrievalDataset, documents: DocumentKind, query_ids: Sequence[str]) -> np.ndarray:
