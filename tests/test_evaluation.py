@@ -294,7 +294,7 @@ def test_truncations_share_what_they_evaluate(pages: Dataset, clip: SentenceTran
     """Two hundred thousand documents and six sizes were a gigabyte of the same dictionaries."""
     evaluator = build_evaluator(pages, truncate_dims=[64, 16], show_progress_bar=False)
     for part in evaluator.truncations:
-        for name in ("corpus", "corpus_ids", "queries", "relevant_docs", "_score_by_document_id", "_reader"):
+        for name in ("corpus", "corpus_ids", "queries", "relevant_docs", "score_by_document_id", "_reader"):
             assert getattr(part, name) is getattr(evaluator, name)
     evaluator(clip)
     assert [part.primary_metric for part in evaluator.truncations] == [

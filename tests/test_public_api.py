@@ -22,6 +22,8 @@ PUBLIC = [
     "ConflictFreeBatchSampler",
     "DatasetError",
     "FinetuneResult",
+    "Frontier",
+    "FrontierRow",
     "ImageDecodeError",
     "MissingDocumentError",
     "MissingExtraError",
@@ -53,6 +55,7 @@ PUBLIC = [
     "mine_hard_negatives",
     "router_preset",
     "score_rows",
+    "size_frontier",
 ]
 TESTING = [
     *("generated_pages", "generated_pdfs"),
@@ -125,6 +128,11 @@ class Promised:
 
     @staticmethod
     def compare_per_query(before, after, *, groups=None, seed=0): ...
+
+    @staticmethod
+    def size_frontier(
+        model, dataset, *, dims=None, dtypes=("float32", "int8", "binary"), calibration=None, tolerance=0.01
+    ): ...
 
     @staticmethod
     def load_model(

@@ -11,6 +11,8 @@ from mmtune.errors import (
 )
 from mmtune.evaluation import (
     Comparison,
+    Frontier,
+    FrontierRow,
     PipelineReport,
     Verdict,
     as_mteb_task,
@@ -19,6 +21,7 @@ from mmtune.evaluation import (
     compare_models,
     compare_per_query,
     evaluate_pipeline,
+    size_frontier,
 )
 from mmtune.inference import (
     OpenAICompatible,
@@ -52,6 +55,8 @@ __all__ = [
     "ConflictFreeBatchSampler",
     "DatasetError",
     "FinetuneResult",
+    "Frontier",
+    "FrontierRow",
     "ImageDecodeError",
     "MissingDocumentError",
     "MissingExtraError",
@@ -83,4 +88,5 @@ __all__ = [
     "mine_hard_negatives",
     "router_preset",
     "score_rows",
+    "size_frontier",
 ]

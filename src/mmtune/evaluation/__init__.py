@@ -1,6 +1,7 @@
 """How good a model is on a dataset: a retriever, a reranker, or the two together."""
 
 from mmtune.evaluation.comparison import Comparison, compare_models
+from mmtune.evaluation.frontier import Frontier, FrontierRow, size_frontier
 from mmtune.evaluation.mteb_task import as_mteb_task
 from mmtune.evaluation.pipeline import PipelineReport, evaluate_pipeline
 from mmtune.evaluation.reranking import build_reranking_evaluator
@@ -9,6 +10,8 @@ from mmtune.evaluation.significance import Verdict, compare_per_query
 
 __all__ = [
     "Comparison",
+    "Frontier",
+    "FrontierRow",
     "PipelineReport",
     "Verdict",
     "as_mteb_task",
@@ -17,4 +20,5 @@ __all__ = [
     "compare_models",
     "compare_per_query",
     "evaluate_pipeline",
+    "size_frontier",
 ]

@@ -87,6 +87,7 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
         model_class: The kind of model that it scores.
         data: What is evaluated on.
         batch_size: Documents or queries a forward pass; what is set here holds from the next call on.
+        score_by_document_id: ``{query id: {document id: score}}`` of what is relevant.
         per_query: After a call, ``{metric key: {query id: value}}`` of nDCG at each depth and dimension.
         top_ids: After a call, ``{query id: [document id, ...]}`` of the best documents at full size, best first; a
             hundred, or as many as the deepest metric looks at.
@@ -108,16 +109,16 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
         data.relevance.require_queries()
         self.data = data
         self._reader = DatasetReader(data.corpus, data.queries, documents)
-        self._score_by_document_id: dict[str, dict[str, int]] = {}
+        self.score_by_document_id: dict[str, dict[str, int]] = {}
         judged = (data.qrels[name][:] for name in ("query_id", "document_id", "score"))
         for query_id, document_id, score in zip(*judged, strict=True):
-            self._score_by_document_id.setdefault(query_id, {})[document_id] = score
+            self.score_by_document_id.setdefault(query_id, {})[document_id] = score
         document_ids = data.corpus["document_id"][:]
         order = np.random.default_rng(_TIE_ORDER_SEED).permutation(len(document_ids)).tolist()
         super().__init__(
             queries=dict(self._reader.text_by_query_id),
             corpus={OrderedId(name, at): name for name, at in zip(document_ids, order, strict=True)},
-            relevant_docs={query_id: set(scores) for query_id, scores in self._score_by_document_id.items()},
+            relevant_docs={query_id: set(scores) for query_id, scores in self.score_by_document_id.items()},
             ndcg_at_k=list(ndcg_at_k),
             # Scoring takes a moment; the bar that matters is over the documents.
             show_progress_bar=False,
@@ -218,7 +219,7 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
         similarity = next(iter(self.score_functions or ()))
         values_by_k: dict[int, dict[str, float]] = {k: {} for k in self.ndcg_at_k}
         for query_id, hits in zip(self.queries_ids, queries_result_list, strict=True):
-            score_by_document_id = self._score_by_document_id[query_id]
+            score_by_document_id = self.score_by_document_id[query_id]
             wrong = next((hit for hit in hits if not math.isfinite(hit["score"])), None)
             if wrong is not None:
                 raise not_finite(query_id, str(wrong["corpus_id"]), wrong["score"])

@@ -200,7 +200,7 @@ def build_evaluator(
     return build_for_each(dataset, name, build)
 
 
-def require_dimensions(dims: Sequence[int | None], model: SentenceTransformer) -> None:
+def require_dimensions(dims: Sequence[int | None], model: Retriever) -> None:
     """Make sure that the model can be cut to these dimensions; ``None`` is the full size.
 
     Raises:

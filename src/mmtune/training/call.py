@@ -91,6 +91,12 @@ class Finetuning(ABC):
     def settle_prompts(self, model: Any, train: TrainingSets, args: BaseTrainingArguments) -> Any:
         """The prompts to train with, for the host's arguments; what the model is to use besides is written into it."""
 
+    def settle_size(
+        self, model: Any, loss: Any, args: BaseTrainingArguments, evaluation: Mapping[str, RetrievalDataset]
+    ) -> dict[str, Any]:
+        """What the trained model is cut to, written into it, and the settings of that; nothing by default."""
+        return {}
+
     @abstractmethod
     def describe(
         self, train: TrainingSets, evaluator: AnyEvaluator | None, model: Any, loss: Any

@@ -31,6 +31,7 @@ from mmtune.training.mini_batches import MINI_BATCHES, MiniBatches, choose_mini_
 from mmtune.training.records import RunRecord
 from mmtune.training.result import FinetuneResult
 from mmtune.training.run import run
+from mmtune.training.target_size import TargetSize, check_target_size, fit_size, settle_size
 from mmtune.training.trainers import EMBEDDING, LATE_INTERACTION, Kind
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ def finetune(
     max_pixels: int | None = None,
     page_store: Literal["auto"] | str | os.PathLike[str] | None = "auto",
     dry_run: bool = False,
+    target_size: TargetSize = None,
     **training_arguments: Any,
 ) -> FinetuneResult:
     """Finetune an embedding model on pages and queries, and measure what it gained.
@@ -122,6 +124,10 @@ def finetune(
             ``None`` keeps nothing. What is trained and measured is the same to the bit.
         dry_run: Train nothing and write nothing: time a few steps, an evaluation of a few pages and a checkpoint, put
             the weights back, and return a ``Plan`` of the run in place of its result.
+        target_size: The most dimensions that an embedding may have: the saved model cuts its embeddings to the
+            largest trained size of no more, by the host's ``truncate_dim``. ``"auto"`` cuts to the smallest of these
+            that ``size_frontier`` shows on the evaluation set to lose less than 0.01. ``None`` cuts nothing. What was
+            chosen stands in ``settings``; ``SentenceTransformer(path, truncate_dim=...)`` loads another size.
         **training_arguments: Training arguments of the host by name, in place of the recipe's.
 
     Returns:
@@ -166,6 +172,7 @@ def finetune(
         max_pixels=max_pixels,
         page_store=page_store,
         dry_run=dry_run,
+        target_size=target_size,
         training_arguments=training_arguments,
     )
     return cast("FinetuneResult", run(call))  # a Plan for those who ask for one
@@ -249,6 +256,7 @@ class EmbeddingFinetuning(Finetuning):
     matryoshka_dims: Literal["auto"] | Sequence[int] | None
     mini_batch_size: Literal["auto"] | int
     prompts: dict[str, str] | str | None
+    target_size: TargetSize = None
 
     def check_arguments(self) -> None:
         """Make sure of dimensions, mini-batches and negatives."""
@@ -263,10 +271,30 @@ class EmbeddingFinetuning(Finetuning):
                     "size (sentence-transformers 6.2). Leave matryoshka_dims out; build_late_interaction takes the "
                     "dimension."
                 )
+        check_target_size(self.target_size, self.kind, dims, self.eval_dataset)
         if not (isinstance(self.mini_batch_size, str) and self.mini_batch_size == "auto"):
             require_whole("mini_batch_size", self.mini_batch_size, or_else="'auto'")
             if self.loss is not None:
                 warnings.warn("mini_batch_size is not used: the loss that was given has its own.", stacklevel=4)
+
+    def settle_size(
+        self, model: Any, loss: Any, args: BaseTrainingArguments, evaluation: Mapping[str, RetrievalDataset]
+    ) -> dict[str, Any]:
+        """What was asked for, as the model's ``truncate_dim``."""
+        if self.target_size is None:
+            return {}
+        return settle_size(
+            self.target_size,
+            model,
+            self._trained_dims(model, loss),
+            next(iter(evaluation.values()), None),
+            documents=self.documents,
+            batch_size=args.per_device_eval_batch_size,
+            show_progress_bar=not args.disable_tqdm,
+        )
+
+    def _trained_dims(self, model: Any, loss: Any) -> Sequence[int]:
+        return self._evaluated_dims(model, loss) or (model.get_embedding_dimension(),)
 
     def form_of(self, loss: Any) -> Form:
         """A column for the query and for each document, whatever the loss."""
@@ -305,6 +333,14 @@ class EmbeddingFinetuning(Finetuning):
     ) -> nn.Module | dict[str, nn.Module]:
         """The caller's loss, or one for each dataset, else that of the recipe; the model gives its full size again."""
         use_full_size(model)
+        loss = self._build_loss(model, args, train, began)
+        if self.target_size is not None:
+            fit_size(self.target_size, self._trained_dims(model, loss))
+        return loss
+
+    def _build_loss(
+        self, model: Retriever, args: BaseTrainingArguments, train: TrainingSets, began: RunRecord | None
+    ) -> nn.Module | dict[str, nn.Module]:
         if isinstance(self.loss, Mapping):
             return {name: build_loss(part, model) for name, part in self.loss.items()}
         if self.loss is not None:

@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -235,7 +235,8 @@ def _run_in(folder: Path, call: Finetuning) -> FinetuneResult | Plan:
             # without overwrite, what a start from the beginning finds is what a kill left
             leftover = not checkpoint and bool(find_run(folder))
             with _written_in(folder, trainer, overwrite=call.overwrite or leftover):
-                return _train(trainer, evaluator, start, settings, folder, checkpoint)
+                settle_size = partial(call.settle_size, model, loss, args, evaluation)
+                return _train(trainer, evaluator, start, settings, folder, checkpoint, settle_size)
 
 
 def _fit_arguments(
@@ -339,6 +340,7 @@ def _train(
     settings: dict[str, dict[str, Any]],
     folder: Path,
     checkpoint: Path | None,
+    settle_size: Callable[[], dict[str, Any]],
 ) -> FinetuneResult:
     """Train, and write everything that the run leaves behind."""
     model, is_first_process, record = start.model, trainer.is_world_process_zero(), trainer.record
@@ -363,6 +365,7 @@ def _train(
     after = measure(trainer, evaluator)
     verdict, measured = _judge(trainer, evaluator, was_chosen=competes)
     trainer.become_saved()
+    settings["training"] |= settle_size()
     if is_in_parts(trainer):
         trainer.save_model(str(folder / "final"))
     elif is_first_process:
