@@ -71,7 +71,7 @@ def test_auto_takes_what_the_frontier_recommends(clip_path: str, sides: Any, tmp
         ({"target_size": 31, "matryoshka_dims": [64, 32]}, r"smallest .* 32 dimensions"),
         (
             {"target_size": 3, "matryoshka_dims": [64, 32]},
-            r"Pass target_size=32, or train a smaller one with matryoshka_dims=\[64, 3\]\.$",
+            r"Pass target_size=32, or train a smaller one with .*=\[64, 3\]\.$",
         ),
         ({"target_size": 63}, r"smallest .* 64 dimensions"),
         ({"target_size": 127, "matryoshka_dims": None}, r"smallest .* 128 dimensions"),
