@@ -44,7 +44,7 @@ def main() -> None:
 def report_a_run(output: Path, data: Path | None, epochs: float) -> None:
     """Train a small model from random weights, and write what changed."""
     if data:
-        train = evaluation = RetrievalDataset.load(data / "eval.parquet")
+        train, evaluation = (RetrievalDataset.load(data / f"{name}.parquet") for name in ("train", "eval"))
     else:
         train, evaluation = RetrievalDataset.from_id_rows(generated_pages(300)).split(60)
     evaluator: Any = build_evaluator(evaluation, truncate_dims=(64, 32, 16))
@@ -62,7 +62,6 @@ def report_a_run(output: Path, data: Path | None, epochs: float) -> None:
             num_train_epochs=epochs,
             per_device_train_batch_size=32,
             learning_rate=1e-3,
-            allow_overlap=data is not None,
             overwrite=True,
             matryoshka_dims=[128, 64, 32, 16],
             logging_steps=2,

@@ -233,7 +233,7 @@ def test_a_thumbnail_is_of_its_own_page(data: RetrievalDataset) -> None:
         content = base64.b64decode(each.picture.uri.partition(",")[2])
         image = Image.open(io.BytesIO(content))
         assert image.width <= 160
-        assert image.height <= 320
+        assert image.height <= 240
         assert np.abs(np.asarray(image.convert("RGB"), int)[-1, -1] - color).max() < 12
 
 

@@ -3,6 +3,7 @@
 import io
 import warnings
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,8 +19,10 @@ from mmtune.data.relevance import Direction
 from mmtune.errors import ImageDecodeError, MissingDocumentError, MissingExtraError
 from mmtune.report.charts import TIE, Picture, as_data_uri
 
-MOST_SHOWN, TOP = 50, 5
-_WIDTH_PX, _HEIGHT_PX, _QUALITY = 160, 320, 50
+MOST_SHOWN, TOP, _MOST_ANSWERS = 50, 5, 2
+_WIDTH_PX, _HEIGHT_PX, _QUALITY = 160, 240, 50
+_TOPS = ("top_ids_before", "top_ids_after")
+_THREADS = 4
 _LONGEST_TEXT = 220
 _LONGEST_QUERY = 240
 
@@ -111,7 +114,20 @@ class Gallery:
         """What each row of ``per_query.parquet`` says, with pictures."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the evaluation has read these pages before, and warned of them
+            for name, ids in self._documents_of(rows).items():
+                self._sets[name].read_all(ids)
             return [self._show(row) for row in rows]
+
+    def _documents_of(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+        """The documents that will be shown of each set."""
+        found: dict[str, list[str]] = {name: [] for name in self._sets}
+        for row in rows:
+            name, direction = self._read_name(str(row["metric"]))
+            ids = [row["query_id"]]
+            if direction == "text_to_image":
+                ids = [each for key in _TOPS for each in (row[key] or ())[:TOP]]
+            found.get(name, []).extend(map(str, ids))
+        return found
 
     def show_documents(self, document_ids: Sequence[str]) -> list[Shown]:
         """Documents that stand in any of the sets."""
@@ -126,7 +142,7 @@ class Gallery:
     def _show(self, row: Mapping[str, Any]) -> Change:
         name, direction = self._read_name(str(row["metric"]))
         shelf = self._sets.get(name)
-        tops = [[str(each) for each in row[key] or ()] for key in ("top_ids_before", "top_ids_after")]
+        tops = [[str(each) for each in row[key] or ()] for key in _TOPS]
         values = {"set_name": name, "before": float(row["before"]), "after": float(row["after"])}
         if shelf is None:
             found = [[Shown(each, rank=at) for at, each in enumerate(top[:TOP], 1)] for top in tops]
@@ -143,7 +159,7 @@ class Gallery:
             best = list(zip(top, relevant, strict=True))[:TOP]
             lists.append([replace(read(each), rank=at, is_relevant=fits) for at, (each, fits) in enumerate(best, 1)])
         is_shown = any(each.is_relevant for found in lists for each in found)
-        missed = [] if is_shown else shelf.answers(row["query_id"], direction)[:TOP]
+        missed = [] if is_shown else shelf.answers(row["query_id"], direction)[:_MOST_ANSWERS]
         answers = [replace(read(each), is_relevant=True) for each in missed]
         return Change(asking, **values, ranks=(ranks[0], ranks[1]), found=(lists[0], lists[1]), answers=answers)
 
@@ -181,6 +197,12 @@ class _Shelf:
         if document_id not in self._shown:
             self._shown[document_id] = self._read(document_id)
         return self._shown[document_id]
+
+    def read_all(self, document_ids: Sequence[str]) -> None:
+        """Read documents side by side: decoders of images leave the interpreter to the others."""
+        unread = [each for each in dict.fromkeys(document_ids) if each not in self._shown]
+        with ThreadPoolExecutor(_THREADS) as threads:
+            self._shown.update(zip(unread, threads.map(self._read, unread), strict=True))
 
     def has_document(self, document_id: str) -> bool:
         """Whether there is such a document."""
