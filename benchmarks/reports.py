@@ -76,7 +76,7 @@ def report_a_run(output: Path, data: Path | None, epochs: float) -> None:
     write_page(
         output / "report.html",
         title="Finetuning report",
-        verdict=as_values(verdicts[key]) | {"by_size": by_size, "batch_size_invariance": 2.4e-7},
+        verdict=as_values(verdicts[key]) | {"by_size": by_size},
         rows=rows,
         primary_metric=key,
         per_query=as_table(key, values[key], evaluator.per_query[key], tops, evaluator.top_ids),
