@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -327,6 +328,33 @@ def test_fifty_of_each_side_at_most() -> None:
     won, lost = choose_changes(pa.table({"before": np.zeros(201), "after": changes}))
     assert [row["after"] for row in won] == changes[::-1][:MOST_SHOWN].tolist()
     assert [row["after"] for row in lost] == changes[:MOST_SHOWN].tolist()
+
+
+@pytest.mark.slow
+def test_many_pages_take_seconds_and_megabytes(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    scans = []
+    for _ in range(50):
+        file = io.BytesIO()
+        ink = Image.fromarray(rng.integers(0, 2, (70, 50), dtype=np.uint8) * 80 + 150)
+        ink.resize((200, 280)).save(file, "JPEG", quality=40)
+        scans.append(file.getvalue())
+    ids, queries = [f"p{at}" for at in range(20_000)], [f"q{at}" for at in range(2_000)]
+    features = Features({"document_id": Value("string"), "image": ImageFeature(decode=False)})
+    images = [{"bytes": scans[at % 50] + at.to_bytes(4, "big"), "path": None} for at in range(len(ids))]
+    data = RetrievalDataset.from_beir(
+        Dataset.from_dict({"document_id": ids, "image": images}, features=features),
+        Dataset.from_dict({"query_id": queries, "text": queries}),
+        Dataset.from_dict({"query_id": queries, "document_id": ids[: len(queries)], "score": [1] * len(queries)}),
+    )
+    tops = [[[ids[at] for at in row] for row in rng.integers(0, len(ids), (len(queries), 10))] for _ in range(2)]
+    table = {"metric": [METRIC] * len(queries), "query_id": queries, "before": rng.random(len(queries))}
+    table |= {"after": rng.random(len(queries)), "top_ids_before": tops[0], "top_ids_after": tops[1]}
+    started = time.process_time()
+    text = write(tmp_path / "report.html", data, per_query=pa.table(table))
+    assert time.process_time() - started < 30
+    assert text.count("data:image/webp") > 1_000
+    assert len(text.encode()) < 10e6
 
 
 def look(path: Path, folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
