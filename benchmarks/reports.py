@@ -20,7 +20,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PillowImage
 
-from mmtune import RetrievalDataset, build_evaluator, compare_per_query, finetune, load_model
+from mmtune import RetrievalDataset, compare_per_query, finetune
 from mmtune.report.html import write_page
 from mmtune.report.markdown import compare_metrics, markdown_table
 from mmtune.testing import generated_pages, tiny_clip
@@ -47,15 +47,9 @@ def report_a_run(output: Path, data: Path | None, epochs: float) -> None:
         train, evaluation = (RetrievalDataset.load(data / f"{name}.parquet") for name in ("train", "eval"))
     else:
         train, evaluation = RetrievalDataset.from_id_rows(generated_pages(300)).split(60)
-    evaluator: Any = build_evaluator(evaluation, truncate_dims=(64, 32, 16))
     with tempfile.TemporaryDirectory() as folder:
-        model = load_model(tiny_clip(folder, hidden_size=128, image_size=128))
-        before = evaluator(model)
-        key = evaluator.metric_name(model)
-        values, tops = evaluator.per_query, dict(evaluator.top_ids)
-        started = time.perf_counter()
         result = finetune(
-            model,
+            tiny_clip(folder, hidden_size=128, image_size=128),
             train,
             evaluation,
             output_dir=output,
@@ -64,34 +58,8 @@ def report_a_run(output: Path, data: Path | None, epochs: float) -> None:
             learning_rate=1e-3,
             overwrite=True,
             matryoshka_dims=[128, 64, 32, 16],
-            logging_steps=2,
         )
-        seconds = time.perf_counter() - started
-        after = evaluator(result.model)
-    verdicts = {
-        metric: compare_per_query(values[metric], evaluator.per_query[metric], measure="nDCG@10") for metric in values
-    }
-    rows = compare_metrics(before, after, key)
-    by_size = [as_values(verdict) | {"name": row.label} for row, verdict in zip(rows, verdicts.values(), strict=True)]
-    write_page(
-        output / "report.html",
-        title="Finetuning report",
-        verdict=as_values(verdicts[key]) | {"by_size": by_size},
-        rows=rows,
-        primary_metric=key,
-        per_query=as_table(key, values[key], evaluator.per_query[key], tops, evaluator.top_ids),
-        log=result.trainer.state.log_history if result.trainer else [],
-        settings={**result.settings, "cost": {"whole_call_s": seconds}},
-        versions={"mmtune": "0.1.0"},
-        datasets={"": evaluation},
-    )
-    print(f"{verdicts[key]}\n{output / 'report.html'}: {(output / 'report.html').stat().st_size:,} bytes")
-
-
-def as_values(verdict: Any) -> dict[str, Any]:
-    """A verdict as ``metrics.json`` has it."""
-    names = ("outcome", "sentence", "line", "measure", "before", "after", "delta", "interval", "p_value", "wins")
-    return {name: getattr(verdict, name) for name in (*names, "ties", "losses", "num_queries", "num_clusters")}
+    print(f"{result.verdict}\n{output / 'report.html'}: {(output / 'report.html').stat().st_size:,} bytes")
 
 
 def as_table(
@@ -140,7 +108,7 @@ def measure_report(data: RetrievalDataset, ids: list[str], queries: list[str], t
     log = [{"step": step, "loss": 3 / (1 + step / 50)} for step in range(1, 2_000)]
     log += [{"step": step, "eval_vdr_cosine_ndcg@10": 0.5, "eval_runtime": 1.0} for step in range(200, 2_000, 200)]
     key = "vdr_cosine_ndcg@10"
-    verdict, table = as_values(compare_per_query(before, after)), as_table(key, before, after, *tops)
+    verdict, table = compare_per_query(before, after).as_dict(), as_table(key, before, after, *tops)
     with tempfile.TemporaryDirectory() as folder:
         started, path = time.process_time(), Path(folder, "report.html")
         write_page(

@@ -91,13 +91,13 @@ VERDICT = {
     **{"before": 0.5, "after": 0.56, "delta": 0.06, "interval": [-0.1, 0.22], "p_value": 0.04},
     **{"wins": 2, "ties": 1, "losses": 1, "num_queries": 4, "num_clusters": 4},
     "guard": {"outcome": "REGRESSION", "before": 0.6, "after": 0.4, "delta": -0.2, "interval": None, "p_value": 0.0004},
-    "by_size": [{"name": "full", "before": 0.5, "after": 0.56, "delta": 0.06, "interval": [0.01, 0.1], "p_value": 0.2}],
-    "by_group": [
-        {"column": "language", "group": ATTACK, "before": 0.1, "after": 0.2, "delta": 0.1, "interval": None},
-        {"column": "language", "group": "日本語", "before": 0.3, "after": 0.2, "delta": -0.1, "p_value": 0.5},
-    ],
-    "hubs": [{"document_id": "p1", "share": 0.75}, {"document_id": QUOTES, "share": 0.5}, {"document_id": "no such"}],
-    "batch_size_invariance": 1.3e-7,
+    "by_size": {"full": {"before": 0.5, "after": 0.56, "delta": 0.06, "interval": [0.01, 0.1], "p_value": 0.2}},
+    "by_group": {
+        "language": {
+            ATTACK: {"before": 0.1, "after": 0.2, "delta": 0.1, "interval": None},
+            "日本語": {"before": 0.3, "after": 0.2, "delta": -0.1, "p_value": 0.5},
+        }
+    },
 }
 LOG = [
     {"loss": 2.5, "step": 5},
@@ -107,7 +107,12 @@ LOG = [
     {"eval_vdr_cosine_ndcg@10": 0.56, "eval_vdr-64d_cosine_ndcg@10": 0.45, "eval_runtime": 2.0, "step": 10},
     {"train_runtime": 7300.0, "train_samples_per_second": 12.5, "step": 10},
 ]
+HUB = {"wrongly_in": 3, "queries": 4, "by_chance": 0.5}
 SETTINGS = {
+    "evaluation": {
+        "hubs": [{"document_id": name, **HUB} for name in ("p1", QUOTES, "no such")],
+        "largest_change_by_batch_size": 1.3e-7,
+    },
     "model": {"base_model": f"/models/{QUOTES}", "parameters": 238_785, "dtype": "float32"},
     "training": {"best_step": 10, "prompts": {"query": ATTACK}, "bytes_of_weights_gradients_optimizer": 3_820_548},
     "audit": {"relevant_negatives_by_id": 3, "en: short_negative_lists": 2, "a_new_kind": 1},

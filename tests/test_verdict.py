@@ -168,7 +168,7 @@ def test_hubs_are_named() -> None:
     top = {f"q{n}": ["d0", *rng.choice(ids[1:], 9, replace=False).tolist()] for n in range(60)}
     top |= {f"r{n}": rng.choice(ids[1:], 10, replace=False).tolist() for n in range(20)}
     part = SimpleNamespace(corpus=ids, top_ids=top, relevant_docs={"q0": {"d0"}})
-    assert find_hubs([part]) == ["d0: wrongly in the top 10 of 59 of 80 queries, by chance 4.0"]
+    assert find_hubs([part]) == [{"document_id": "d0", "wrongly_in": 59, "queries": 80, "by_chance": 4.0}]
     assert find_hubs([SimpleNamespace(corpus=ids[:8], top_ids=top, relevant_docs={})]) == [], "all of a small corpus"
 
 

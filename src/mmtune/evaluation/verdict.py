@@ -178,16 +178,17 @@ def _group_columns(table: Dataset) -> list[tuple[str, list[str | None]]]:
     return found
 
 
-def find_hubs(parts: Sequence[Any]) -> list[str]:
+def find_hubs(parts: Sequence[Any]) -> list[dict[str, Any]]:
     """Documents that stand among the ten best of far more queries than chance puts there, without being relevant.
 
     Chance is each query drawing its ten from the corpus; a document is named where that many would come up in less than
     one of a thousand corpora of this size (binomial, corrected for the number of documents), and three times as often.
 
     Returns:
-        A line for each, the worst first, five at most.
+        ``document_id``, ``wrongly_in`` how many lists, of how many ``queries``, and how many lists ``by_chance``; the
+        worst first, five at most.
     """
-    found: list[tuple[int, str]] = []
+    found: list[dict[str, Any]] = []
     for part in parts:
         size, relevant = len(getattr(part, "corpus", ())), getattr(part, "relevant_docs", {})
         if size <= DEPTH:
@@ -198,12 +199,12 @@ def find_hubs(parts: Sequence[Any]) -> list[str]:
             for each in set(ids[:DEPTH]) - set(relevant.get(query_id, ()))
         )
         asked = len(part.top_ids)
+        expected = asked * DEPTH / size
         for document_id, count in counts.items():
-            expected = asked * DEPTH / size
             if count > _FAR_MORE * expected and stats.binom.sf(count - 1, asked, DEPTH / size) * size < _HUB_LEVEL:
-                place = f"wrongly in the top {DEPTH} of {count} of {asked} queries"
-                found.append((count, f"{document_id}: {place}, by chance {expected:.1f}"))
-    return [line for _, line in sorted(found, reverse=True)[:_MOST_HUBS]]
+                place = {"wrongly_in": count, "queries": asked, "by_chance": round(expected, 1)}
+                found.append({"document_id": str(document_id), **place})
+    return sorted(found, key=lambda each: (-each["wrongly_in"] / each["queries"], each["document_id"]))[:_MOST_HUBS]
 
 
 def describe_measuring(evaluator: Any, model: Any | None) -> dict[str, Any]:

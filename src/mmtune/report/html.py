@@ -22,7 +22,6 @@ from mmtune.report.gallery import MOST_SHOWN, Gallery, changes_of, choose_change
 from mmtune.report.markdown import BeforeAfter, show
 
 _PACKAGES = ("jinja2", "matplotlib")
-_MOST_HUBS = 10
 _COSTS = {
     "train_runtime": ("time of the training", "s"),
     "train_samples_per_second": ("training rows a second", ""),
@@ -77,7 +76,7 @@ def write_page(
         per_query: The columns ``metric, query_id, before, after, top_ids_before, top_ids_after``; ``None`` where the
             values of each query are not known.
         log: ``trainer.state.log_history``.
-        settings: By topic; ``audit`` and ``cost`` have a section of their own.
+        settings: By topic; ``audit``, ``cost`` and ``evaluation`` have sections of their own.
         versions: By package.
         datasets: The evaluation sets by name, ``""`` for a single one.
         documents: What a document is made of: pages are shown as small images, texts cut.
@@ -99,7 +98,7 @@ def write_page(
         "measure": measure,
         "word": _judge(verdict, rows),
         "counts": _count(verdict),
-        "facts": _list_facts(verdict, measure),
+        "facts": _list_facts(verdict, measure, settings.get("evaluation", {})),
         "pictures": [
             picture
             for picture in (
@@ -118,13 +117,13 @@ def write_page(
             {"title": "Lost most", "kind": "lost", "changes": lost},
         ],
         "most_shown": MOST_SHOWN,
-        "hubs": _list_hubs(verdict, gallery),
+        "hubs": _list_hubs(settings.get("evaluation", {}).get("hubs", ()), gallery),
         "audit": _list_audit(settings.get("audit", {}), documents),
         "cost": _list_cost(log, settings),
         "settings": {
             topic: {name: _flatten(name, value) for name, value in facts.items()}
             for topic, facts in settings.items()
-            if topic not in ("audit", "cost") and facts
+            if topic not in ("audit", "cost", "evaluation") and facts
         },
         "versions": versions,
         "thumbnails": thumbnails,
@@ -164,7 +163,7 @@ def _count(verdict: Mapping[str, Any] | None) -> dict[str, int]:
     return counts if all(map(_is_known, counts.values())) else {}
 
 
-def _list_facts(verdict: Mapping[str, Any] | None, measure: str) -> list[dict[str, str]]:
+def _list_facts(verdict: Mapping[str, Any] | None, measure: str, evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
     """The cards below the banner: a name, a value, and a note."""
     if not verdict:
         return []
@@ -179,9 +178,9 @@ def _list_facts(verdict: Mapping[str, Any] | None, measure: str) -> list[dict[st
     if verdict.get("guard"):
         facts.append(_show_means(verdict["guard"], "On the guard set"))
         facts[-1]["note"] += f"; {_p(verdict['guard'].get('p_value'))}"
-    drift = verdict.get("batch_size_invariance")
+    drift = evaluation.get("largest_change_by_batch_size")
     if drift is not None:
-        note = "the most that an embedding moves with the size of the batch"
+        note = "the most that a number of the output moves with the size of the batch"
         facts.append({"name": "Batch size", "value": _number(drift), "note": note})
     return facts
 
@@ -193,18 +192,23 @@ def _show_means(verdict: Mapping[str, Any], name: str) -> dict[str, str]:
 
 def _list_sizes(verdict: Mapping[str, Any] | None, rows: Sequence[BeforeAfter]) -> list[dict[str, Any]]:
     """A row for each size, with interval and p where the verdict has them."""
-    tested = {str(each.get("name")): each for each in (verdict or {}).get("by_size") or ()}
-    known = {row.label: {"before": row.before, "after": row.after, "delta": row.change} for row in rows}
-    names = dict.fromkeys([*known, *tested])
-    return [{"name": name, **known.get(name, {}), **_tested(tested.get(name, {}))} for name in names]
+    tested = dict((verdict or {}).get("by_size") or {})
+    found: list[dict[str, Any]] = []
+    for row in rows:
+        # the first row of a size is that of the primary metric; further sets follow
+        own = tested.pop(row.label.rpartition(" ")[2], {})
+        known = {"before": row.before, "after": row.after, "delta": row.change}
+        found.append({"name": row.label, **known, **_tested(own)})
+    return found
 
 
 def _list_groups(verdict: Mapping[str, Any] | None) -> dict[str, list[dict[str, Any]]]:
     """The groups of each column."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for each in (verdict or {}).get("by_group") or ():
-        found.setdefault(str(each.get("column")), []).append({"name": str(each.get("group")), **_tested(each)})
-    return found
+    by_group = (verdict or {}).get("by_group") or {}
+    return {
+        column: [{"name": name, **_tested(each)} for name, each in groups.items()]
+        for column, groups in by_group.items()
+    }
 
 
 def _tested(each: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,11 +216,10 @@ def _tested(each: Mapping[str, Any]) -> dict[str, Any]:
     return {**kept, "interval": _interval(each)}
 
 
-def _list_hubs(verdict: Mapping[str, Any] | None, gallery: Gallery) -> list[dict[str, Any]]:
-    """Pages that stand in far more lists than chance would put them, as they are shown, with their share."""
-    hubs = [each for each in (verdict or {}).get("hubs") or () if each.get("document_id") is not None][:_MOST_HUBS]
+def _list_hubs(hubs: Sequence[Mapping[str, Any]], gallery: Gallery) -> list[dict[str, Any]]:
+    """Pages that stand in far more lists than chance would put them, as they are shown, and in how many."""
     shown = gallery.show_documents([str(each["document_id"]) for each in hubs])
-    return [{"document": one, "share": each.get("share")} for one, each in zip(shown, hubs, strict=True)]
+    return [{"document": one, **each} for one, each in zip(shown, hubs, strict=True)]
 
 
 def _list_audit(counts: Mapping[str, int], documents: DocumentKind) -> list[dict[str, Any]]:

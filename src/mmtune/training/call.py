@@ -49,6 +49,7 @@ class Finetuning(ABC):
     evaluator: Any
     max_pixels: int | None
     page_store: str | os.PathLike[str] | None
+    thumbnails: bool
     dry_run: bool
     training_arguments: Mapping[str, Any]
 

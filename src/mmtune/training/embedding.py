@@ -64,6 +64,7 @@ def finetune(
     evaluator: BaseEvaluator | Callable[..., Any] | None = None,
     max_pixels: int | None = None,
     page_store: Literal["auto"] | str | os.PathLike[str] | None = "auto",
+    thumbnails: bool = True,
     dry_run: bool = False,
     target_size: TargetSize = None,
     **training_arguments: Any,
@@ -122,6 +123,7 @@ def finetune(
             epochs and evaluations neither decode nor resize it again. ``"auto"`` keeps it for the run: in memory, or
             in the output folder where several processes read pages. A folder keeps it for other runs, too.
             ``None`` keeps nothing. What is trained and measured is the same to the bit.
+        thumbnails: Whether ``report.html`` shows pages of the evaluation set; ``False`` for confidential ones.
         dry_run: Train nothing and write nothing: time a few steps, an evaluation of a few pages and a checkpoint, put
             the weights back, and return a ``Plan`` of the run in place of its result.
         target_size: The most dimensions that an embedding may have: the saved model cuts its embeddings to the
@@ -171,6 +173,7 @@ def finetune(
         evaluator=evaluator,
         max_pixels=max_pixels,
         page_store=page_store,
+        thumbnails=thumbnails,
         dry_run=dry_run,
         target_size=target_size,
         training_arguments=training_arguments,

@@ -366,6 +366,11 @@ class PeakMemory:
             _forget_peak()
             self._start = _status_bytes("VmRSS")
 
+    @staticmethod
+    def of_process() -> int:
+        """Bytes that this process has held at most, of its GPU if it has one; 0 where the system does not tell."""
+        return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status_bytes("VmHWM")
+
     def above_start(self) -> int:
         """Bytes, as far as the system tells."""
         peak = torch.cuda.max_memory_allocated() if self._on_gpu else _status_bytes("VmHWM")

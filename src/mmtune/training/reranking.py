@@ -60,6 +60,7 @@ def finetune_reranker(
     evaluator: BaseEvaluator | Callable[..., Any] | None = None,
     max_pixels: int | None = None,
     page_store: Literal["auto"] | str | os.PathLike[str] | None = "auto",
+    thumbnails: bool = True,
     dry_run: bool = False,
     **training_arguments: Any,
 ) -> FinetuneResult:
@@ -107,6 +108,7 @@ def finetune_reranker(
             epochs and evaluations neither decode nor resize it again. ``"auto"`` keeps it for the run: in memory, or
             in the output folder where several processes read pages. A folder keeps it for other runs, too.
             ``None`` keeps nothing. What is trained and measured is the same to the bit.
+        thumbnails: Whether ``report.html`` shows pages of the evaluation set; ``False`` for confidential ones.
         dry_run: Train nothing and write nothing: time a few steps, an evaluation of a few pages and a checkpoint, put
             the weights back, and return a ``Plan`` of the run in place of its result.
         **training_arguments: Training arguments of the host by name, in place of the recipe's.
@@ -150,6 +152,7 @@ def finetune_reranker(
         evaluator=evaluator,
         max_pixels=max_pixels,
         page_store=page_store,
+        thumbnails=thumbnails,
         dry_run=dry_run,
         training_arguments=training_arguments,
     )

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -82,7 +83,7 @@ from mmtune.training.records import (
     require_same,
     why_unusable,
 )
-from mmtune.training.rehearsal import Begun, Rehearsed, rehearse
+from mmtune.training.rehearsal import Begun, PeakMemory, Rehearsed, rehearse
 from mmtune.training.result import KEPT_START, FinetuneResult, describe_data, describe_recipe, describe_steps
 from mmtune.training.trainers import Kind, PageTrainer
 from mmtune.training.weights import (
@@ -108,7 +109,7 @@ _NOT_DECIDING = {
         "training_arguments",
         "overwrite",
     ),
-    *("resume", "allow_overlap", "mini_batch_size", "callbacks", "evaluator", "page_store", "dry_run"),
+    *("resume", "allow_overlap", "mini_batch_size", "callbacks", "evaluator", "page_store", "dry_run", "thumbnails"),
 }
 
 
@@ -137,6 +138,7 @@ def run(call: Finetuning) -> FinetuneResult | Plan:
 
 
 def _run_in(folder: Path, call: Finetuning) -> FinetuneResult | Plan:
+    began_at = time.monotonic()
     begun = Begun(had_model=isinstance(call.model, nn.Module)) if call.dry_run else None
     inputs = (call.model, call.train_dataset, call.eval_dataset)
     is_over = call.resume == "auto" and is_finished(folder)
@@ -236,7 +238,8 @@ def _run_in(folder: Path, call: Finetuning) -> FinetuneResult | Plan:
             leftover = not checkpoint and bool(find_run(folder))
             with _written_in(folder, trainer, overwrite=call.overwrite or leftover):
                 settle_size = partial(call.settle_size, model, loss, args, evaluation)
-                return _train(trainer, evaluator, start, settings, folder, checkpoint, settle_size)
+                writing = Writing(folder, evaluation, call.documents, call.thumbnails, settle_size, began_at)
+                return _train(trainer, evaluator, start, settings, writing, checkpoint)
 
 
 def _fit_arguments(
@@ -338,11 +341,11 @@ def _train(
     evaluator: RunEvaluator | None,
     start: "Start",
     settings: dict[str, dict[str, Any]],
-    folder: Path,
+    writing: "Writing",
     checkpoint: Path | None,
-    settle_size: Callable[[], dict[str, Any]],
 ) -> FinetuneResult:
     """Train, and write everything that the run leaves behind."""
+    folder = writing.folder
     model, is_first_process, record = start.model, trainer.is_world_process_zero(), trainer.record
     assert record is not None
     if trainer.logs is not None:
@@ -365,7 +368,7 @@ def _train(
     after = measure(trainer, evaluator)
     verdict, measured = _judge(trainer, evaluator, was_chosen=competes)
     trainer.become_saved()
-    settings["training"] |= settle_size()
+    settings["training"] |= writing.settle_size()
     if is_in_parts(trainer):
         trainer.save_model(str(folder / "final"))
     elif is_first_process:
@@ -375,13 +378,14 @@ def _train(
     metric = metric.removeprefix("eval_") or None
     if measured:
         settings["evaluation"] = measured
+    settings["cost"] = {"seconds": time.monotonic() - writing.began_at, "peak_memory_bytes": PeakMemory.of_process()}
     settings["data"]["fingerprints"] = {name: what for name, what in record.settings.items() if name.endswith(" data")}
     result = FinetuneResult(model.eval(), trainer, record.before, after, metric, folder, settings, verdict)
     if is_first_process:
         record.write(folder)
         if evaluator is not None:
             evaluator.history.write_before_and_after(folder)
-        result.save()
+        result.save(writing.evaluation, writing.documents, thumbnails=writing.thumbnails)
         if verdict is not None:
             tqdm.write(f"{verdict}\n{verdict.line}", file=sys.stderr)
         if trainer.args.push_to_hub and (failed := trainer.push_result(folder / "final")):
@@ -393,6 +397,27 @@ def _train(
     # A script that goes on with final/ in every process finds it whole.
     trainer.accelerator.wait_for_everyone()
     return result
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What a run has to know to write its result.
+
+    Attributes:
+        folder: Of the run.
+        evaluation: The evaluation sets, for the report.
+        documents: What a document is made of.
+        thumbnails: Whether the report shows documents.
+        settle_size: Cuts the model to the size that was asked for, and says so.
+        began_at: When the call was, by the monotonic clock.
+    """
+
+    folder: Path
+    evaluation: Mapping[str, RetrievalDataset]
+    documents: DocumentKind
+    thumbnails: bool
+    settle_size: Callable[[], dict[str, Any]]
+    began_at: float
 
 
 def _judge(
