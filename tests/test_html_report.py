@@ -23,7 +23,7 @@ from PIL import Image
 from mmtune import ConfigError, RetrievalDataset
 from mmtune.errors import MissingExtraError
 from mmtune.report import html as report_html
-from mmtune.report.gallery import MOST_SHOWN, Gallery, choose_changes
+from mmtune.report.gallery import MOST_SHOWN, Gallery, at_full_size, choose_changes
 from mmtune.report.html import write_page
 from mmtune.report.markdown import BeforeAfter
 
@@ -413,3 +413,20 @@ def test_a_phone_scrolls_down_alone(page: Path, tmp_path: Path) -> None:
     assert width == window == 390
     assert images > 12
     assert (without_alt, undrawn) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("primary", "shown"),
+    [
+        ("vdr_cosine_ndcg@10", ["vdr_cosine_ndcg@10"]),
+        ("vdr-mean_cosine_ndcg@10", ["vdr-a_cosine_ndcg@10", "vdr-b-c_cosine_ndcg@10"]),
+        ("vdr-rerank_ndcg@10", ["vdr-rerank_ndcg@10"]),
+        ("my_own_cosine_ndcg@10", ["my_own_cosine_ndcg@10"]),
+        ("score", []),
+    ],
+)
+def test_only_queries_of_the_evaluation_at_full_size_are_shown(primary: str, shown: list[str]) -> None:
+    others = ["vdr-64d_cosine_ndcg@10", "vdr-a-64d_cosine_ndcg@10", "guard_cosine_ndcg@10", "my_own-64d_cosine_ndcg@10"]
+    metrics = [*shown, *others]
+    table = pa.table({"metric": metrics, "query_id": ["q"] * len(metrics)})
+    assert at_full_size(table, primary)["metric"].to_pylist() == shown

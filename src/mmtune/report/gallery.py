@@ -1,6 +1,7 @@
 """The queries that changed most, with what they found before and after."""
 
 import io
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
 
 from mmtune.data.arrow import positions
@@ -81,6 +83,15 @@ def choose_changes(per_query: pa.Table) -> tuple[list[dict[str, Any]], list[dict
     won = [row for row in order if changes[row] > TIE][:MOST_SHOWN]
     lost = [row for row in order[::-1] if changes[row] < -TIE][:MOST_SHOWN]
     return per_query.take(pa.array(won, pa.int64())).to_pylist(), per_query.take(pa.array(lost, pa.int64())).to_pylist()
+
+
+def at_full_size(per_query: pa.Table, primary_metric: str) -> pa.Table:
+    """The rows of the evaluation sets at full size, without those of truncated embeddings and of a guard set."""
+    name, _, measure = primary_metric.partition("_")
+    own = re.escape(name.removesuffix("-mean"))
+    wanted = re.compile(rf"{own}(?:-(?!\d+d_)[^_]+)?_{re.escape(measure)}")
+    metrics = [each for each in pc.unique(per_query["metric"]).to_pylist() if wanted.fullmatch(each)]
+    return per_query.filter(pc.is_in(per_query["metric"], pa.array(metrics, pa.string())))
 
 
 def changes_of(per_query: pa.Table) -> np.ndarray:

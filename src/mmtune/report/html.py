@@ -18,7 +18,7 @@ from mmtune.data.findings import GOOD_TO_KNOW, PROBLEMS
 from mmtune.data.relevance import Direction
 from mmtune.errors import MissingExtraError
 from mmtune.report.charts import draw_changes, draw_loss, draw_measure, draw_sizes, name_measure
-from mmtune.report.gallery import MOST_SHOWN, Gallery, changes_of, choose_changes
+from mmtune.report.gallery import MOST_SHOWN, Gallery, at_full_size, changes_of, choose_changes
 from mmtune.report.markdown import BeforeAfter, show
 
 _PACKAGES = ("jinja2", "matplotlib")
@@ -74,7 +74,7 @@ def write_page(
         rows: Before and after at each size; empty without an evaluation set.
         primary_metric: What chose the checkpoint, e.g. ``"vdr_cosine_ndcg@10"``; ``None`` without an evaluation set.
         per_query: The columns ``metric, query_id, before, after, top_ids_before, top_ids_after``; ``None`` where the
-            values of each query are not known.
+            values of each query are not known. Rows of truncated embeddings and of a guard set are not shown.
         log: ``trainer.state.log_history``.
         settings: By topic; ``audit``, ``cost`` and ``evaluation`` have sections of their own.
         versions: By package.
@@ -90,6 +90,8 @@ def write_page(
     """
     require_flag("thumbnails", thumbnails)
     require_report()
+    if per_query is not None and primary_metric:
+        per_query = at_full_size(per_query, primary_metric)
     measure = str((verdict or {}).get("measure") or name_measure(primary_metric or ""))
     gallery = Gallery(datasets, documents, direction, thumbnails=thumbnails)
     won, lost = ([], []) if per_query is None else map(gallery.show, choose_changes(per_query))
