@@ -39,7 +39,7 @@ def split_tables(
     copies, sides = _number_sets(relevance, together), []
     for size in reversed(sizes):
         rest, kept, held_out = _hold_out(relevance, size, seed, group_column, stratify_column, copies)
-        relevance, copies = Relevance(rest, relevance.documents), copies[kept]
+        relevance, copies = Relevance(rest, relevance.documents, relevance.queries), copies[kept]
         sides.append(held_out)
     return [relevance.tables, *reversed(sides)]
 

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from mmtune.arguments import shown
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
+from mmtune.data.query_kinds import QueryKind
 from mmtune.errors import ConfigError
 from mmtune.evaluation.metrics import ndcg
 from mmtune.inference.encoder import DatasetReader, Retriever, encode, join, warn_of_cut_texts
@@ -55,6 +56,7 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
     Args:
         data: What is evaluated on.
         documents: What a document is made of.
+        queries: What a query is made of.
         ndcg_at_k: Depths of nDCG.
         batch_size: Documents or queries a forward pass.
         show_progress_bar: Whether to show a bar over the documents.
@@ -75,13 +77,14 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
         data: RetrievalDataset,
         documents: DocumentKind,
         *,
+        queries: QueryKind = "text",
         ndcg_at_k: Sequence[int] = (10,),
         batch_size: int = 16,
         show_progress_bar: bool = True,
         **host_kwargs: Any,
     ) -> None:
-        data.relevance.require_queries()
-        self._reader = DatasetReader(data.corpus, data.queries, documents)
+        data.relevance_of(documents, queries).require_queries()
+        self._reader = DatasetReader(data.corpus, data.queries, documents, queries)
         self._score_by_document_id: dict[str, dict[str, int]] = {}
         judged = (data.qrels[name][:] for name in ("query_id", "document_id", "score"))
         for query_id, document_id, score in zip(*judged, strict=True):

@@ -17,6 +17,7 @@ from mmtune.data.documents import DocumentKind, document_columns
 from mmtune.data.identity import usual_kind
 from mmtune.data.intake import DatasetLike, as_retrieval_dataset
 from mmtune.data.label_changes import label_changes, lists_before, with_label_changes
+from mmtune.data.query_kinds import check_queries
 from mmtune.errors import ConfigError, DatasetError, MissingDocumentError
 from mmtune.inference.asking import Asker, Call, Failure, Pages, everything_of
 from mmtune.inference.encoder import DatasetReader
@@ -135,7 +136,8 @@ def judge_negatives(
         raise DatasetError(
             "The dataset lists no negatives that could be judged. Find some with mine_hard_negatives(dataset, model)."
         )
-    relevance = data.relevance_of(kind)
+    check_queries(data.queries, "text")
+    relevance = data.relevance_of(kind, "text")
     listed = relevance.listed_negatives
     is_open = ~relevance.may_be_relevant(listed.rows, listed.values)
     if not is_open.any():

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from mmtune.arguments import nearest_name, require_whole, require_wholes, shown
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
+from mmtune.data.query_kinds import QueryKind
 from mmtune.errors import ConfigError
 from mmtune.evaluation.base import Retriever
 from mmtune.evaluation.mean import AnyEvaluator
@@ -23,6 +24,7 @@ from mmtune.evaluation.retrieval import build_evaluator
 from mmtune.models.late_interaction import is_late_interaction
 from mmtune.models.loading import check_checkpoint
 from mmtune.models.lora import LoraChoice
+from mmtune.models.routes import ignores_prompt
 from mmtune.training.call import Finetuning
 from mmtune.training.checks import check_contrast, check_full_batch
 from mmtune.training.inputs import DatasetsLike, Form, TrainingSets, training_sets
@@ -63,6 +65,7 @@ def finetune(
     max_pixels: int | None = None,
     page_store: Literal["auto"] | str | os.PathLike[str] | None = "auto",
     dry_run: bool = False,
+    queries: QueryKind = "text",
     **training_arguments: Any,
 ) -> FinetuneResult:
     """Finetune an embedding model on pages and queries, and measure what it gained.
@@ -119,6 +122,8 @@ def finetune(
             ``None`` keeps nothing. What is trained and measured is the same to the bit.
         dry_run: Train nothing and write nothing: time a few steps, an evaluation of a few pages and a checkpoint, put
             the weights back, and return a ``Plan`` of the run in place of its result.
+        queries: What a query is made of, as ``documents`` says it of a document: ``"image"`` trains to find the page
+            like this photo.
         **training_arguments: Training arguments of the host by name, in place of the recipe's.
 
     Returns:
@@ -138,7 +143,7 @@ def finetune(
         ['final', 'metrics.json', 'mmtune_run.json', 'report.md']
     """
     call = EmbeddingFinetuning(
-        kind=kind_of(model),
+        kind=kind_of(model, documents, queries),
         model=model,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
@@ -162,13 +167,18 @@ def finetune(
         max_pixels=max_pixels,
         page_store=page_store,
         dry_run=dry_run,
+        queries=queries,
         training_arguments=training_arguments,
     )
     return cast("FinetuneResult", run(call))  # a Plan for those who ask for one
 
 
-def kind_of(model: object) -> Kind:
+def kind_of(model: object, *kinds: object) -> Kind:
     """The kind of a retriever or of its checkpoint, which is checked as far as its small files go.
+
+    Args:
+        model: What was given.
+        *kinds: What it is to embed; what they join, it has to take in one input.
 
     Raises:
         ConfigError: It is neither, a reranker, or a checkpoint that can't be loaded.
@@ -176,7 +186,9 @@ def kind_of(model: object) -> Kind:
     if isinstance(model, (str, os.PathLike)):
         path = os.fspath(model)
         late = is_late_interaction(path)
-        check_checkpoint(path, model_class=MultiVectorEncoder if late else SentenceTransformer)
+        joined = dict.fromkeys(kind for kind in kinds if isinstance(kind, str) and "+" in kind)
+        kind_class = MultiVectorEncoder if late else SentenceTransformer
+        check_checkpoint(path, model_class=kind_class, modalities=("image", "text", *joined))
         return LATE_INTERACTION if late else EMBEDDING
     if isinstance(model, SentenceTransformer):
         return EMBEDDING
@@ -271,7 +283,11 @@ class EmbeddingFinetuning(Finetuning):
     def read_rows(self, form: Form) -> TrainingSets:
         """A set for each dataset."""
         return training_sets(
-            self.train_dataset, num_negatives=self.num_negatives, documents=self.documents, seed=self.seed
+            self.train_dataset,
+            num_negatives=self.num_negatives,
+            documents=self.documents,
+            seed=self.seed,
+            queries=self.queries,
         )
 
     def check_data(
@@ -320,6 +336,7 @@ class EmbeddingFinetuning(Finetuning):
             model=model,
             truncate_dims=[dim for dim in self._evaluated_dims(model, loss) if dim != model.get_embedding_dimension()],
             documents=self.documents,
+            queries=self.queries,
             batch_size=args.per_device_eval_batch_size,
             show_progress_bar=not args.disable_tqdm,
         )
@@ -353,13 +370,15 @@ class EmbeddingFinetuning(Finetuning):
     ) -> dict[str, dict[str, Any]]:
         """The dimensions."""
         first = next(iter(loss.values())) if isinstance(loss, Mapping) else loss
-        facts = {
+        facts: dict[str, Any] = {
             "matryoshka_dims": list(getattr(first, "matryoshka_dims", ())),
             "evaluated_dims": list(self._evaluated_dims(model, loss)),
             "similarity": str(model.similarity_fn_name),
             "prompts_of_model": own_prompts(model),
         }
-        return {"data": {}, "training": facts}
+        if self.queries != "text":
+            facts["prompt_of_queries_is_read"] = not ignores_prompt(model, self.queries)
+        return {"data": {"queries": self.queries}, "training": facts}
 
     def _evaluated_dims(self, model: Retriever, loss: object) -> tuple[int, ...]:
         """The dimensions that the caller names, else those that the loss trains."""
