@@ -475,6 +475,7 @@ class RetrievalDataset:
         if input_size is not None:
             input_size = require_input_size(input_size)
         seed = require_seed("seed", seed)
+        query_columns(self.queries, queries)
         relevance = self.relevance_of(documents, queries)
         if num_negatives > 1 and self.negatives is None:
             warnings.warn(
@@ -516,6 +517,7 @@ class RetrievalDataset:
         """
         num_negatives = require_whole("num_negatives", num_negatives, at_least=0)
         seed = require_seed("seed", seed)
+        query_columns(self.queries, queries)
         relevance = self.relevance_of(documents, queries)
         judgements = Judgements.of(relevance, direction, each_copy=True).with_near_misses()
         return labeled_pairs(judgements, num_negatives, documents, seed)
@@ -548,6 +550,7 @@ class RetrievalDataset:
         """
         num_negatives = require_whole("num_negatives", num_negatives, at_least=0)
         seed = require_seed("seed", seed)
+        query_columns(self.queries, queries)
         relevance = self.relevance_of(documents, queries)
         judgements = Judgements.of(relevance, direction, each_copy=True).with_near_misses()
         return labeled_lists(judgements, num_negatives, documents, seed)

@@ -142,7 +142,9 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
             warn_of_cut_texts(model, self._reader)
             self._has_looked_for_cut_texts = True
         ids = self.queries_ids
-        return join(encode(model, "query", ids, self._reader, batch_size=self.batch_size, at_once=len(ids)))
+        # texts go to the host at once, which sorts them by length; images are read a batch at a time
+        at_once = len(ids) if self._reader.query_kind == "text" else None
+        return join(encode(model, "query", ids, self._reader, batch_size=self.batch_size, at_once=at_once))
 
     def encode_documents(self, model: Retriever) -> Generator[Embeddings, None, None]:
         """The embeddings of the corpus, ``batch_size`` documents at a time."""

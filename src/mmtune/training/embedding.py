@@ -377,7 +377,7 @@ class EmbeddingFinetuning(Finetuning):
             "prompts_of_model": own_prompts(model),
         }
         if self.queries != "text":
-            facts["prompt_of_queries_is_read"] = not ignores_prompt(model, self.queries)
+            facts["query_prompt_has_no_effect"] = ignores_prompt(model, self.queries)
         return {"data": {"queries": self.queries}, "training": facts}
 
     def _evaluated_dims(self, model: Retriever, loss: object) -> tuple[int, ...]:
