@@ -10,12 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
-from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+from sentence_transformers import (
+    MultiVectorEncoder,
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
+from comparing import assert_same_weights, weights
 from mmtune import (
     ConfigError,
     ConflictFreeBatchSampler,
@@ -97,11 +104,7 @@ def crop_of(content: bytes) -> bytes:
 def cropped(num_queries: int, seed: int = 0) -> Dataset:
     """Pages, each with a part of it to ask with where it has a query."""
     rows = generated_pages(num_queries, seed=seed).cast_column("image", ImageFeature(decode=False))
-    random = Random(seed)
-    crops = [
-        crop_of(page["bytes"], random) if text else None
-        for page, text in zip(rows["image"], rows["query"], strict=True)
-    ]
+    crops = [crop_of(page["bytes"]) if text else None for page, text in zip(rows["image"], rows["query"], strict=True)]
     return rows.add_column("query_image", crops)
 
 
@@ -509,6 +512,49 @@ def test_a_run_trains_on_photos_and_says_what_has_no_effect(crops, tmp_path, cli
         finetune(model, rows, output_dir=tmp_path / "rows", **SHORT)
     plan = finetune(model, rows, evaluation, queries="image", output_dir=tmp_path / "plan", dry_run=True, **SHORT)
     assert plan.steps == 2
+
+
+def test_weights_equal_those_of_a_plain_host_script_on_decoded_images(crops, clip_path, tmp_path):
+    def args(folder: str) -> SentenceTransformerTrainingArguments:
+        return SentenceTransformerTrainingArguments(
+            output_dir=str(tmp_path / folder),
+            per_device_train_batch_size=4,
+            max_steps=3,
+            learning_rate=1e-3,
+            save_strategy="no",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            report_to="none",
+        )
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The batch sampler is")
+        ours = finetune(
+            clip_path, crops, args=args("ours"), queries="image", loss=MultipleNegativesRankingLoss, num_negatives=1
+        )
+    model = SentenceTransformer(clip_path, device="cpu")
+    rows = crops.training_rows(1, queries="image")
+    decoded = Dataset.from_list(list(rows), features=Features(dict.fromkeys(rows[0], ImageFeature())))
+    loss = MultipleNegativesRankingLoss(model)
+    SentenceTransformerTrainer(model=model, args=args("theirs"), train_dataset=decoded, loss=loss).train()
+    assert_same_weights(weights(ours.model), weights(model))
+
+
+@pytest.mark.parametrize("kind", ["router by task", "router by modality", "late", "workers"])
+def test_each_kind_of_model_trains_on_what_it_takes(kind, crops, tmp_path, request):
+    asked, options = "image", {}
+    if kind.startswith("router"):
+        paths = (request.getfixturevalue(f"{name}_path") for name in ("text_encoder", "siglip"))
+        model = compose_router(*paths, device="cpu", route_by=kind.rpartition(" ")[2])
+    elif kind == "late":
+        model, asked = build_late_interaction(request.getfixturevalue("qwen3_vl_path"), device="cpu"), "text+image"
+    else:
+        model, options = request.getfixturevalue("clip_path"), {"dataloader_num_workers": 1}
+    train, evaluation = crops.split(4)
+    result = finetune(model, train, evaluation, queries=asked, output_dir=tmp_path / "run", **SHORT, **options)
+    assert build_evaluator(evaluation, model=result.model, queries=asked, **QUIET)(result.model)[
+        result.primary_metric
+    ] == pytest.approx(result.after[result.primary_metric], abs=1e-6)
 
 
 def test_a_photo_that_asks_on_both_sides_is_said(clip, tmp_path):

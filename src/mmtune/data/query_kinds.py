@@ -52,7 +52,7 @@ def check_queries(queries: Dataset, kind: QueryKind) -> None:
         has = {name: has_content(queries, name) for name in query_parts(queries)}
         lost = next(name for name in query_columns(queries, kind) if not has[name][missing[0]])
         whole = [name for name in has if has[name].all()]
-        remedy = f", or pass queries={'+'.join(whole)!r}" if whole else ""
+        remedy = f", or pass queries={'+'.join(whole)!r} where that is taken" if whole else ""
         raise DatasetError(
             f"{len(missing)} queries lack what queries={kind!r} reads, e.g. {first!r} has no {lost}. Give them one, "
             f"take them out with dataset.without(dataset.audit(queries={kind!r}, num_examples=None)"
@@ -84,11 +84,11 @@ class QueryReader(DocumentReader):
         return super()._document({**row, "document_id": QueryId(row["document_id"])})
 
 
-def require_text(kind: QueryKind, call: str) -> None:
-    """Make sure that queries are texts, for what takes no others.
+def require_text(kind: QueryKind, why: str) -> None:
+    """Make sure that queries are texts, for what takes no others; ``why`` stands in the message.
 
     Raises:
         ConfigError: They are something else.
     """
     if kind != "text":
-        raise ConfigError(f"queries={kind!r}: {call}, and takes text alone. Pass queries='text'.")
+        raise ConfigError(f"queries={kind!r}: {why}, so that queries have to be text. Pass queries='text'.")
