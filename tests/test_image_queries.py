@@ -209,6 +209,7 @@ def test_a_split_ties_what_it_is_told_to():
 def test_rows_of_each_layout_bring_images_that_ask(crops):
     rows = cropped(12)
     by_id = {row["id"]: row["query_image"] for row in rows}
+    ids = crops.queries["query_id"][:]
     assert len(crops) == 12
     for query in crops.queries:
         assert query["image"]["bytes"] == by_id[query["query_id"]]
@@ -222,6 +223,8 @@ def test_rows_of_each_layout_bring_images_that_ask(crops):
     named = RetrievalDataset.from_id_rows(renamed, query_image_column="photo")
     assert named.queries["image"][:] == crops.queries["image"][:]
     assert "image" not in RetrievalDataset.from_id_rows(rows, query_image_column=None).queries.column_names
+    by_type = RetrievalDataset.from_id_rows(rows.remove_columns("query").rename_column("query_image", "query"))
+    assert sorted(image["bytes"] for image in by_type.queries["image"]) == sorted(by_id[each] for each in ids)
     columns = rows.filter(lambda row: row["query"] is not None).select_columns(["query", "query_image", "image"])
     flat = RetrievalDataset.from_columns(columns)
     assert [image["bytes"] for image in flat.queries["image"]] == columns["query_image"][:]
@@ -237,6 +240,8 @@ def test_a_beir_set_brings_them_under_either_name():
         assert built.queries["text"][:] == ["a", None]
         alone = RetrievalDataset.from_beir(data.corpus, queries.remove_columns("text"), data.qrels)
         assert alone.queries["text"][:] == [None, None]
+    typed = data.queries.remove_columns("text").rename_column("image", "query")
+    assert RetrievalDataset.from_beir(data.corpus, typed, data.qrels).queries["image"][:] == data.queries["image"][:]
     lacking = RetrievalDataset.from_beir(
         data.corpus,
         Dataset.from_dict({"query_id": ["q0", "q1"], "text": [None, " "], "image": [png(1), None]}),

@@ -123,7 +123,7 @@ class RetrievalDataset:
         Args:
             rows: The table; its order does not matter.
             id_column: Unique ids, strings or integers.
-            query_column: Texts; ``query_id`` is the row's id.
+            query_column: Texts, or images that ask; ``query_id`` is the row's id.
             image_column: Images, encoded or as paths.
             negatives_column: Lists of ids, best first; a row's own id among them is not used, and audited. ``None``
                 where the rows list no negatives; that is also what the default means for rows without such a column,

@@ -69,7 +69,9 @@ def identical_queries(queries: Dataset, kind: QueryKind | None = None) -> np.nda
         [np.where(has_content(queries, name), identical_documents(table, cast("Any", name)), -1) for name in names]
     )
     has_nothing = (parts < 0).all(axis=0)
-    parts[:, has_nothing] = len(queries) + np.flatnonzero(has_nothing)
+    parts[:, has_nothing] = np.flatnonzero(has_nothing)
+    if len(parts) == 1:
+        return parts[0]
     _, at, inverse = np.unique(parts, axis=1, return_index=True, return_inverse=True)
     return at[inverse.reshape(-1)]
 

@@ -271,21 +271,28 @@ def _warn_of_unused(names: Sequence[str], instead: str) -> None:
 
 def _name_parts(queries: Dataset) -> dict[str, str]:
     """The columns that the queries of a BEIR set ask with, by our names."""
-    images = [
-        name
-        for name in ("image", _ASKING)
-        if name in queries.column_names and has_content(with_encoded_images(queries, name), name).any()
-    ]
-    parts = {"image": images[0]} if images else {}
-    if not images or set(_QUERY_TEXT) & set(queries.column_names):
-        parts["text"] = _find_column(queries, _QUERY_TEXT, "table of queries")
-    return parts
+    asked = [name for name in ("image", _ASKING) if name in queries.column_names]
+    asked += [name for name in _QUERY_TEXT if _holds_images(queries, name)]
+    images = [name for name in asked if has_content(with_encoded_images(queries, name), name).any()]
+    texts = [name for name in _QUERY_TEXT if name in queries.column_names and name not in asked]
+    if not texts and not images:
+        _find_column(queries, _QUERY_TEXT, "table of queries")
+    return {part: names[0] for part, names in (("image", images), ("text", texts)) if names}
+
+
+def _holds_images(table: Dataset, name: str) -> bool:
+    """Whether a table has such a column, and it is one of encoded images by its type."""
+    if name not in table.column_names:
+        return False
+    kind = table.data.table.schema.field(name).type
+    is_struct = pa.types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}
+    return is_struct or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def _asks(rows: Dataset, query_name: str, asking_name: str | None) -> np.ndarray:
     """Which rows ask: with a text, or with an image."""
     has_text = np.zeros(len(rows), dtype=bool)
-    if query_name in rows.column_names:
+    if query_name in rows.column_names and query_name != asking_name:
         has_text = ~is_blank(text_column(rows, query_name))
     return has_text if asking_name is None else has_text | has_content(rows, asking_name)
 
@@ -295,6 +302,8 @@ def _check_rows(
 ) -> tuple[Dataset, str | None]:
     """The rows, and the column of images that ask, encoded; ``None`` where there is none."""
     rows = require_table(rows).with_format(None)
+    if asking_name in (None, _ASKING) and _holds_images(rows, query_name):
+        asking_name = query_name
     if not len(rows):
         raise DatasetError(
             f"The table of rows has zero rows (columns: {rows.column_names}). Nothing can be built from it."
@@ -303,7 +312,7 @@ def _check_rows(
         asking_name = None
     # a text may be left out where an image asks, but not one whose column is named
     asking = [] if asking_name is None else [asking_name]
-    texts = [query_name] if asking_name is None or query_name != "query" else []
+    texts = [query_name] if asking_name is None or query_name != "query" else []  # which may be images
     require_columns(rows, [*required, *texts, *asking], "The table of rows")
     return rows if asking_name is None else with_encoded_images(rows, asking_name), asking_name
 
@@ -341,7 +350,7 @@ def _select_asking(
     others = [
         name for name, feature in rows.features.items() if name not in reserved and not isinstance(feature, Image)
     ]
-    has_text = query_name in rows.column_names
+    has_text = query_name in rows.column_names and query_name != asking_name
     new = {"query_id": ids, "text": text_column(rows, query_name) if has_text else pa.nulls(len(rows), pa.string())}
     if asking_name is not None:
         asking = rows.select_columns([asking_name, *others])
