@@ -2,7 +2,6 @@
 
 import io
 import logging
-import shutil
 import sys
 import time
 import warnings
@@ -22,7 +21,7 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-from comparing import assert_same_weights, weights
+from comparing import assert_same_weights, weights, without_weights
 from mmtune import (
     ConfigError,
     ConflictFreeBatchSampler,
@@ -43,6 +42,7 @@ from mmtune import (
 )
 from mmtune.data.intake import leaks_between
 from mmtune.data.rows import view_of
+from mmtune.models.routes import freeze_unreached
 from mmtune.testing import generated_pages, tiny_clip
 
 QUIET = {"show_progress_bar": False}
@@ -336,7 +336,7 @@ def test_rows_hold_what_queries_says():
 
 
 @pytest.mark.parametrize("where", ["middle", "null", "file"])
-def test_an_image_that_cannot_be_read_is_named_with_its_query(where, tmp_path, clip):
+def test_an_image_that_cannot_be_read_is_named_with_its_query(where, tmp_path, clip, clip_path):
     broken = {"middle": b"no image", "null": None, "file": None}[where]
     data = asking(["a", "b", "c"], [png(1), broken, png(2)])
     if where == "file":
@@ -370,7 +370,7 @@ def test_an_image_that_cannot_be_read_is_named_with_its_query(where, tmp_path, c
     with pytest.raises(ImageDecodeError, match=named):
         build_evaluator(data, queries="image", **QUIET)(clip)
     with pytest.raises(ImageDecodeError, match=named):
-        finetune(clip, data, queries="image", output_dir=tmp_path / "run", **SHORT)
+        finetune(without_weights(clip_path, tmp_path / "clip"), data, queries="image", output_dir=tmp_path / "run")
     assert data.training_rows(0)[:]["query"] == data.queries["text"][:]  # texts ask all the same
 
 
@@ -519,6 +519,16 @@ def test_a_run_trains_on_photos_and_says_what_has_no_effect(crops, tmp_path, cli
     assert plan.steps == 2
 
 
+def test_what_no_image_reaches_is_frozen_and_what_a_text_reaches_is_not(clip_path):
+    learns = {}
+    for kind in ("text", "image"):
+        model = load_model(clip_path, device="cpu")
+        freeze_unreached(model, "image", kind)
+        learns[kind] = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert any("text_model" in name for name in learns["text"])
+    assert learns["image"] == {name for name in learns["text"] if "text" not in name}
+
+
 def test_weights_equal_those_of_a_plain_host_script_on_decoded_images(crops, clip_path, tmp_path):
     def args(folder: str) -> SentenceTransformerTrainingArguments:
         return SentenceTransformerTrainingArguments(
@@ -577,10 +587,7 @@ def test_what_a_model_cannot_take_is_refused_by_name(kind, crops, tmp_path, requ
         with pytest.raises(ConfigError, match=r"can't embed queries='text\+image'"):
             finetune(model, crops, queries="text+image", output_dir=tmp_path / "run", **SHORT)
     elif kind == "clip":
-        path = tmp_path / "clip"
-        shutil.copytree(request.getfixturevalue("clip_path"), path)
-        for weights in path.glob("*.safetensors"):
-            weights.write_bytes(b"no weights are read")
+        path = without_weights(request.getfixturevalue("clip_path"), tmp_path / "clip")
         with pytest.raises(ConfigError, match=r"can't embed text\+image .*in an input of its own"):
             finetune(path, crops, queries="text+image", output_dir=tmp_path / "run", **SHORT)
     else:
