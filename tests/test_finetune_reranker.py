@@ -732,4 +732,5 @@ def test_the_call_is_the_contract() -> None:
         "max_pixels": None,
         "page_store": "auto",
         "dry_run": False,
+        "queries": "text",
     }

@@ -18,6 +18,7 @@ from mmtune.arguments import shown
 from mmtune.data.clusters import connected_queries
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
+from mmtune.data.query_kinds import QueryKind
 from mmtune.errors import ConfigError
 from mmtune.evaluation.metrics import ndcg
 from mmtune.inference.encoder import DatasetReader, Retriever, Task, as_float32, encode, join, warn_of_cut_texts
@@ -78,6 +79,7 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
     Args:
         data: What is evaluated on.
         documents: What a document is made of.
+        queries: What a query is made of.
         ndcg_at_k: Depths of nDCG.
         batch_size: Documents or queries a forward pass.
         show_progress_bar: Whether to show a bar over the documents.
@@ -101,14 +103,15 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
         data: RetrievalDataset,
         documents: DocumentKind,
         *,
+        queries: QueryKind = "text",
         ndcg_at_k: Sequence[int] = (10,),
         batch_size: int = 16,
         show_progress_bar: bool = True,
         **host_kwargs: Any,
     ) -> None:
-        data.relevance.require_queries()
+        data.relevance_of(documents, queries).require_queries()
         self.data = data
-        self._reader = DatasetReader(data.corpus, data.queries, documents)
+        self._reader = DatasetReader(data.corpus, data.queries, documents, queries)
         self.score_by_document_id: dict[str, dict[str, int]] = {}
         judged = (data.qrels[name][:] for name in ("query_id", "document_id", "score"))
         for query_id, document_id, score in zip(*judged, strict=True):
@@ -137,7 +140,7 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
     @property
     def groups(self) -> dict[str, str]:
         """``{query id: cluster}``: queries that share pages or texts, directly or by others, are of one cluster."""
-        return connected_queries(self.data.relevance_of(self._reader.kind))
+        return connected_queries(self.data.relevance_of(self._reader.kind, self._reader.query_kind))
 
     def measure_effect_of_batch_size(self, model: Retriever) -> float:
         """How far embeddings move with what else is in their batch: the largest change of a coordinate.
@@ -189,7 +192,9 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
             warn_of_cut_texts(model, self._reader)
             self._has_looked_for_cut_texts = True
         ids, started = self.queries_ids, time.perf_counter()
-        found = join(encode(model, "query", ids, self._reader, batch_size=self.batch_size, at_once=len(ids)))
+        # texts go to the host at once, which sorts them by length; images are read a batch at a time
+        at_once = len(ids) if self._reader.query_kind == "text" else None
+        found = join(encode(model, "query", ids, self._reader, batch_size=self.batch_size, at_once=at_once))
         self.cost = replace(self.cost, queries_s=time.perf_counter() - started)
         return found
 

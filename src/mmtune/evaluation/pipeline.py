@@ -14,6 +14,7 @@ from mmtune.arguments import require_whole, require_wholes
 from mmtune.data.documents import DocumentKind
 from mmtune.data.intake import DatasetLike, as_retrieval_dataset
 from mmtune.data.judgements import CandidateList, Judgements
+from mmtune.data.query_kinds import QueryKind
 from mmtune.errors import ConfigError
 from mmtune.evaluation.metrics import expected_gains, ndcg
 from mmtune.inference.encoder import DatasetReader, Retriever, require_retriever
@@ -161,6 +162,7 @@ def evaluate_pipeline(
     ndcg_at_k: int = 10,
     batch_size: int = 16,
     show_progress_bar: bool = True,
+    queries: QueryKind = "text",
 ) -> PipelineReport:
     """What a reranker adds to a retriever over a corpus, for each depth of reranking.
 
@@ -179,13 +181,14 @@ def evaluate_pipeline(
         ndcg_at_k: Depth of nDCG.
         batch_size: Texts, documents or pairs a forward pass.
         show_progress_bar: Whether to show bars.
+        queries: What a query is made of, likewise.
 
     Returns:
         The report; its ``save`` writes it to a folder.
 
     Raises:
         ConfigError: A depth is not positive or larger than the corpus, a model is of the wrong kind or can't be
-            loaded, or the corpus lacks what ``documents`` asks for.
+            loaded, or the data lack what ``documents`` or ``queries`` asks for.
         DatasetError: The data can't be read, its layout is unknown, or a model gives no finite numbers for an item.
 
     Example:
@@ -212,10 +215,10 @@ def evaluate_pipeline(
     k = require_whole("ndcg_at_k", ndcg_at_k)
     size = require_whole("batch_size", batch_size)
     data = as_retrieval_dataset(dataset)
-    judgements = Judgements.of(data.relevance_of(documents), "text_to_image")
+    judgements = Judgements.of(data.relevance_of(documents, queries), "text_to_image")
     num_documents = len(judgements.distinct_items)
     chosen = _choose_depths(depths, num_documents)
-    reader = DatasetReader(data.corpus, data.queries, documents)
+    reader = DatasetReader(data.corpus, data.queries, documents, queries)
 
     retriever, reranker = open_retriever(retriever, documents), _open_reranker(reranker)
 

@@ -23,6 +23,7 @@ from mmtune.report.charts import TIE, Picture, as_data_uri
 
 MOST_SHOWN, TOP, _MOST_ANSWERS = 50, 5, 2
 _WIDTH_PX, _HEIGHT_PX, _QUALITY = 160, 240, 50
+_SIZED = re.compile(r"-\d+d_")
 _TOPS = ("top_ids_before", "top_ids_after")
 _THREADS = 4
 _LONGEST_TEXT = 220
@@ -89,8 +90,12 @@ def at_full_size(per_query: pa.Table, primary_metric: str) -> pa.Table:
     """The rows of the evaluation sets at full size, without those of truncated embeddings and of a guard set."""
     name, _, measure = primary_metric.partition("_")
     own = re.escape(name.removesuffix("-mean"))
-    wanted = re.compile(rf"{own}(?:-(?!\d+d_)[^_]+)?_{re.escape(measure)}")
-    metrics = [each for each in pc.unique(per_query["metric"]).to_pylist() if wanted.fullmatch(each)]
+    wanted = re.compile(rf"{own}(?:-[^_]+)?_{re.escape(measure)}")
+    metrics = [
+        each
+        for each in pc.unique(per_query["metric"]).to_pylist()
+        if wanted.fullmatch(each) and not _SIZED.search(each)
+    ]
     return per_query.filter(pc.is_in(per_query["metric"], pa.array(metrics, pa.string())))
 
 

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
+from mmtune.data.query_kinds import QueryKind
 from mmtune.evaluation.mean import AnyEvaluator
 from mmtune.models.kinds import HostModel
 from mmtune.models.lora import LoraChoice
@@ -38,6 +39,7 @@ class Finetuning(ABC):
     loss: Loss | Mapping[str, Loss] | None
     args: BaseTrainingArguments | None
     documents: DocumentKind
+    queries: QueryKind
     lora: LoraChoice
     freeze: Sequence[str]
     allow_overlap: bool

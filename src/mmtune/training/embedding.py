@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from mmtune.arguments import nearest_name, require_whole, require_wholes, shown
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
+from mmtune.data.query_kinds import QueryKind
 from mmtune.errors import ConfigError
 from mmtune.evaluation.base import Retriever
 from mmtune.evaluation.mean import AnyEvaluator
@@ -23,6 +24,7 @@ from mmtune.evaluation.retrieval import build_evaluator
 from mmtune.models.late_interaction import is_late_interaction
 from mmtune.models.loading import check_checkpoint
 from mmtune.models.lora import LoraChoice
+from mmtune.models.routes import ignores_prompt
 from mmtune.training.call import Finetuning
 from mmtune.training.checks import check_contrast, check_full_batch
 from mmtune.training.inputs import DatasetsLike, Form, TrainingSets, training_sets
@@ -67,6 +69,7 @@ def finetune(
     thumbnails: bool = True,
     dry_run: bool = False,
     target_size: TargetSize = None,
+    queries: QueryKind = "text",
     **training_arguments: Any,
 ) -> FinetuneResult:
     """Finetune an embedding model on pages and queries, and measure what it gained.
@@ -130,6 +133,8 @@ def finetune(
             largest trained size of no more, by the host's ``truncate_dim``. ``"auto"`` cuts to the smallest of these
             that ``size_frontier`` shows on the evaluation set to lose less than 0.01. ``None`` cuts nothing. What was
             chosen stands in ``settings``; ``SentenceTransformer(path, truncate_dim=...)`` loads another size.
+        queries: What a query is made of, as ``documents`` says it of a document: ``"image"`` trains to find the page
+            like this photo.
         **training_arguments: Training arguments of the host by name, in place of the recipe's.
 
     Returns:
@@ -149,7 +154,7 @@ def finetune(
         ['final', 'metrics.json', 'mmtune_run.json', 'report.md']
     """
     call = EmbeddingFinetuning(
-        kind=kind_of(model),
+        kind=kind_of(model, documents, queries),
         model=model,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
@@ -176,13 +181,18 @@ def finetune(
         thumbnails=thumbnails,
         dry_run=dry_run,
         target_size=target_size,
+        queries=queries,
         training_arguments=training_arguments,
     )
     return cast("FinetuneResult", run(call))  # a Plan for those who ask for one
 
 
-def kind_of(model: object) -> Kind:
+def kind_of(model: object, *kinds: object) -> Kind:
     """The kind of a retriever or of its checkpoint, which is checked as far as its small files go.
+
+    Args:
+        model: What was given.
+        *kinds: What it is to embed; what they join, it has to take in one input.
 
     Raises:
         ConfigError: It is neither, a reranker, or a checkpoint that can't be loaded.
@@ -190,7 +200,9 @@ def kind_of(model: object) -> Kind:
     if isinstance(model, (str, os.PathLike)):
         path = os.fspath(model)
         late = is_late_interaction(path)
-        check_checkpoint(path, model_class=MultiVectorEncoder if late else SentenceTransformer)
+        joined = dict.fromkeys(kind for kind in kinds if isinstance(kind, str) and "+" in kind)
+        kind_class = MultiVectorEncoder if late else SentenceTransformer
+        check_checkpoint(path, model_class=kind_class, modalities=("image", "text", *joined))
         return LATE_INTERACTION if late else EMBEDDING
     if isinstance(model, SentenceTransformer):
         return EMBEDDING
@@ -306,7 +318,11 @@ class EmbeddingFinetuning(Finetuning):
     def read_rows(self, form: Form) -> TrainingSets:
         """A set for each dataset."""
         return training_sets(
-            self.train_dataset, num_negatives=self.num_negatives, documents=self.documents, seed=self.seed
+            self.train_dataset,
+            num_negatives=self.num_negatives,
+            documents=self.documents,
+            seed=self.seed,
+            queries=self.queries,
         )
 
     def check_data(
@@ -369,6 +385,7 @@ class EmbeddingFinetuning(Finetuning):
             name=name or "vdr",
             truncate_dims=[dim for dim in self._evaluated_dims(model, loss) if dim != model.get_embedding_dimension()],
             documents=self.documents,
+            queries=self.queries,
             batch_size=args.per_device_eval_batch_size,
             show_progress_bar=not args.disable_tqdm,
         )
@@ -402,13 +419,15 @@ class EmbeddingFinetuning(Finetuning):
     ) -> dict[str, dict[str, Any]]:
         """The dimensions."""
         first = next(iter(loss.values())) if isinstance(loss, Mapping) else loss
-        facts = {
+        facts: dict[str, Any] = {
             "matryoshka_dims": list(getattr(first, "matryoshka_dims", ())),
             "evaluated_dims": list(self._evaluated_dims(model, loss)),
             "similarity": str(model.similarity_fn_name),
             "prompts_of_model": own_prompts(model),
         }
-        return {"data": {}, "training": facts}
+        if self.queries != "text":
+            facts["query_prompt_has_no_effect"] = ignores_prompt(model, self.queries)
+        return {"data": {"queries": self.queries}, "training": facts}
 
     def _evaluated_dims(self, model: Retriever, loss: object) -> tuple[int, ...]:
         """The dimensions that the caller names, else those that the loss trains."""

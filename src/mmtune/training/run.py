@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from mmtune.arguments import listed
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
+from mmtune.data.query_kinds import QueryKind
 from mmtune.errors import ConfigError
 from mmtune.evaluation.history import History
 from mmtune.evaluation.mean import AnyEvaluator
@@ -145,8 +146,8 @@ def _run_in(folder: Path, call: Finetuning) -> FinetuneResult | Plan:
     checkpoint = check_output_dir(folder, overwrite=call.overwrite, resume=call.resume, inputs=inputs)
 
     train = call.read_rows(call.form_of(call.loss))
-    evaluation = evaluation_sets(call.eval_dataset, call.documents)
-    guard = evaluation_sets(call.guard_dataset, call.documents, "guard_dataset")
+    evaluation = evaluation_sets(call.eval_dataset, call.documents, call.queries)
+    guard = evaluation_sets(call.guard_dataset, call.documents, call.queries, "guard_dataset")
     for measured in (evaluation, guard):
         if not call.allow_overlap:
             refuse_overlap(train, measured)
@@ -154,7 +155,7 @@ def _run_in(folder: Path, call: Finetuning) -> FinetuneResult | Plan:
     args = _fit_arguments(call, folder, train, evaluation, guard)
     began_with = _describe_beginning(call, args, train, evaluation, guard)
     if is_first_process() and not checkpoint and not is_over:  # a run that goes on has read these pages before
-        check_pages(train, [*evaluation.values(), *guard.values()], call.documents)
+        check_pages(train, [*evaluation.values(), *guard.values()], call.documents, call.queries)
     if is_over:
         require_same(folder, RunRecord.read(folder).settings, began_with)
         return FinetuneResult.read(folder, call.kind)
@@ -162,7 +163,8 @@ def _run_in(folder: Path, call: Finetuning) -> FinetuneResult | Plan:
     if began:
         require_same(folder, began.settings, began_with)
 
-    choices = {"documents": call.documents, "freeze": call.freeze, "lora": call.lora, "seed": call.seed}
+    kinds = {"documents": call.documents, "queries": call.queries}
+    choices = {**kinds, "freeze": call.freeze, "lora": call.lora, "seed": call.seed}
     weights = choose_weights(call, args, began.settings.get(_WEIGHTS) if began else None)
     began_with[_WEIGHTS] = weights.name
     with ready_model(call.model, call.kind, max_pixels=call.max_pixels, weights=weights, **choices) as start:
@@ -485,6 +487,7 @@ def ready_model(
     kind: Kind,
     *,
     documents: DocumentKind,
+    queries: QueryKind = "text",
     freeze: Iterable[str] | None,
     lora: LoraChoice,
     seed: int,
@@ -509,13 +512,13 @@ def ready_model(
     let_read_typed_texts(ready)
     if isinstance(ready, CrossEncoder):
         score_in_float32(ready)
-    check_documents(ready, documents)
-    check_routes(ready, documents)
+    check_documents(ready, documents, queries)
+    check_routes(ready, documents, queries)
     names = part_names(freeze)
     before = [(parameter, parameter.requires_grad) for parameter in ready.parameters()]
     try:
         freeze_parts(ready, names)
-        freeze_unreached(ready, documents)
+        freeze_unreached(ready, documents, queries)
         frozen = [parameter for parameter, learned in before if learned and not parameter.requires_grad]
         adapters = add_lora(ready, lora, freeze=names, seed=seed)
         parts = model_parts(ready)
