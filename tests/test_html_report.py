@@ -266,7 +266,8 @@ def test_sets_are_told_apart_by_the_name_of_the_metric(data: RetrievalDataset, t
         rows = per_query(metric).slice(1, 1).to_pylist()
         change = Gallery({"a": other, "b-a": data}, "image", "text_to_image", thumbnails=True).show(rows)[0]
         assert (change.set_name, bool(change.asking.text)) == (name, name == "b-a")
-    assert "set-a" in write(tmp_path / "r.html", None, datasets={"set-a": data}, per_query=per_query("vdr-set-a_ndcg"))
+    rows = {"primary_metric": "vdr-mean_ndcg", "per_query": per_query("vdr-set-a_ndcg")}
+    assert "set-a" in write(tmp_path / "r.html", None, datasets={"set-a": data}, **rows)
 
 
 def test_texts_of_documents_are_cut(data: RetrievalDataset, tmp_path: Path) -> None:

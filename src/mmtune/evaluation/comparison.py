@@ -28,6 +28,7 @@ from mmtune.arguments import (
 from mmtune.data.clusters import connected_queries
 from mmtune.data.documents import DocumentKind, check_texts
 from mmtune.data.intake import DatasetLike, as_retrieval_dataset
+from mmtune.data.query_kinds import QueryKind
 from mmtune.errors import ConfigError, ImageDecodeError, MissingDocumentError, MissingExtraError, MmtuneError
 from mmtune.evaluation.measuring import (
     AT_K,
@@ -195,6 +196,7 @@ def compare_models(
     name: str = "vdr",
     store: str | os.PathLike[str] | None = None,
     documents: DocumentKind = "image",
+    queries: QueryKind = "text",
     depth: int = _RERANKED,
     batch_size: int = 16,
     show_progress_bar: bool = True,
@@ -219,6 +221,7 @@ def compare_models(
             the weights of a model in memory, and by the data, the settings and the device. ``None`` keeps nothing.
             Times are those of the first measurement.
         documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
+        queries: What a query is made of, likewise.
         depth: How many documents a reranker sorts again for a query, 100 at most; all of a smaller corpus.
         batch_size: Texts, documents or pairs a forward pass.
         show_progress_bar: Whether to show bars.
@@ -253,19 +256,19 @@ def compare_models(
     require_mapping("load_kwargs", how, expected="arguments of load_model by name, e.g. {'max_pixels': 360000}")
     check_host_kwargs(SentenceTransformer, how)
     data = as_retrieval_dataset(dataset)
-    data.relevance.require_queries()
     check_texts(data.corpus, documents)
+    data.relevance_of(documents, queries).require_queries()
     if data.relevance_of(documents).num_copies:
         data = data.deduplicate(documents=documents)
 
     most = min(most, len(data.corpus))
     kept = MeasurementStore(store)
-    bench = Bench(data, documents, tuple(dims), most, size, show_progress_bar, how, kept)
+    bench = Bench(data, documents, queries, tuple(dims), most, size, show_progress_bar, how, kept)
     measured, failures = _measure_all(entries, bench)
     if not measured:
         reasons = "\n".join(f"- {key}: {message}" for key, message in failures.items())
         raise ConfigError(f"None of the {len(failures)} models could be measured:\n{reasons}")
-    clusters = connected_queries(data.relevance_of(documents))
+    clusters = connected_queries(data.relevance_of(documents, queries))
     rows = _test_against_best([_row(key, found, name, clusters) for key, found in measured.items()], clusters)
     return Comparison(name, tuple(rows), failures, len(data), len(data.corpus), len(set(clusters.values())))
 

@@ -22,10 +22,10 @@ from mmtune.arguments import (
     require_wholes,
     shown,
 )
-from mmtune.data.clusters import find_tied_sets
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind, check_texts
 from mmtune.data.intake import DatasetLike, as_retrieval_dataset
+from mmtune.data.query_kinds import QueryKind
 from mmtune.errors import ConfigError, DatasetError, MissingExtraError
 from mmtune.evaluation.base import CorpusEvaluator
 from mmtune.evaluation.metrics import expected_gains, ndcg
@@ -166,6 +166,7 @@ def size_frontier(
     tolerance: float = 0.01,
     pool_factors: Sequence[int] | None = None,
     documents: DocumentKind = "image",
+    queries: QueryKind = "text",
     batch_size: int = 16,
     show_progress_bar: bool = True,
 ) -> Frontier:
@@ -194,6 +195,7 @@ def size_frontier(
         pool_factors: For late interaction, by what to divide the vectors of a document, with the host's
             ``HierarchicalTokenPooling``; 1 pools nothing. ``None`` is 1, 2 and 4.
         documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
+        queries: What a query is made of, likewise.
         batch_size: Documents or queries a forward pass.
         show_progress_bar: Whether to show bars.
 
@@ -225,7 +227,9 @@ def size_frontier(
         _check_calibration(calibrating, documents)
     options: dict[str, Any] = {"batch_size": require_whole("batch_size", batch_size)}
     options["show_progress_bar"] = show_progress_bar
-    evaluator: Any = build_evaluator(data, model=model, documents=documents, ndcg_at_k=(_DEPTH,), **options)
+    evaluator: Any = build_evaluator(
+        data, model=model, documents=documents, queries=queries, ndcg_at_k=(_DEPTH,), **options
+    )
 
     queries = Vectors.of(as_float32(evaluator.encode_queries(model), model.device))
     kept = as_float32(join(evaluator.encode_documents(model)), model.device)
@@ -242,7 +246,8 @@ def size_frontier(
 
     encoded = Encoded(model, queries, kept, ranged)
     chosen_dims = dims_asked or _default_dims(model, queries.values.shape[1])
-    clusters = _number_clusters(data, documents, evaluator.queries_ids)
+    groups = evaluator.groups
+    clusters = np.unique([groups[query_id] for query_id in evaluator.queries_ids], return_inverse=True)[1]
     rows: list[FrontierRow] = []
     values: list[np.ndarray] = []
     with tqdm(
@@ -324,13 +329,6 @@ def _check_calibration(data: RetrievalDataset, documents: DocumentKind) -> None:
             f"calibration has {len(data.corpus)} documents, and ranges of int8 need some hundreds. Pass the pages of "
             "training, or leave it out."
         )
-
-
-def _number_clusters(data: RetrievalDataset, documents: DocumentKind, query_ids: Sequence[str]) -> np.ndarray:
-    """The number of the cluster of each query, from 0: queries that share relevant pages or their text are in one."""
-    relevance = data.relevance_of(documents)
-    number_by_query_id = dict(zip(relevance.query_ids.to_pylist(), find_tied_sets(relevance), strict=True))
-    return np.unique([number_by_query_id[query_id] for query_id in query_ids], return_inverse=True)[1]
 
 
 def _measure_queries(

@@ -21,6 +21,7 @@ from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
 from mmtune.data.identity import document_digests, text_digest
 from mmtune.data.judgements import CandidateList
+from mmtune.data.query_kinds import QueryKind
 from mmtune.errors import ConfigError
 from mmtune.evaluation.pipeline import measure_queries, open_retriever
 from mmtune.evaluation.retrieval import build_evaluator
@@ -145,6 +146,7 @@ class Bench:
     Attributes:
         data: One document for each content; what can be checked without a model has been.
         documents: What a document is made of.
+        queries: What a query is made of.
         truncate_dims: Sizes to measure besides the full one, where a model has as many.
         depth: How many documents a reranker gets for a query, 100 at most.
         batch_size: Texts, documents or pairs a forward pass.
@@ -155,6 +157,7 @@ class Bench:
 
     data: RetrievalDataset
     documents: DocumentKind
+    queries: QueryKind
     truncate_dims: tuple[int, ...]
     depth: int
     batch_size: int
@@ -211,16 +214,23 @@ class Bench:
     def _key(self, fingerprint: str, device: torch.device | str, settings: tuple[object, ...]) -> str:
         device = torch.device(device)
         machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        return text_digest(repr([fingerprint, machine, self.documents, self.batch_size, self._content, settings]))
+        return text_digest(
+            repr([fingerprint, machine, self.documents, self.queries, self.batch_size, self._content, settings])
+        )
 
     @cached_property
     def _content(self) -> str:
         """A digest of the documents, queries and judgements."""
         parts: list[Any] = document_digests(self.data.corpus, self.documents, range(len(self.data.corpus)))
-        tables = (self.data.corpus, ("document_id",)), (self.data.queries, ("query_id", "text"))
+        parts += self._reader.digests("query", self.data.queries["query_id"][:])
+        tables = (self.data.corpus, ("document_id",)), (self.data.queries, ("query_id",))
         for table, names in (*tables, (self.data.qrels, ("query_id", "document_id", "score"))):
             parts += [table[name][:] for name in names]
         return text_digest(repr(parts))
+
+    @cached_property
+    def _reader(self) -> DatasetReader:
+        return DatasetReader(self.data.corpus, self.data.queries, self.documents, self.queries)
 
     def _open_retriever(self, source: ModelSource) -> Retriever:
         if isinstance(source, (str, os.PathLike)):
@@ -234,7 +244,7 @@ class Bench:
         return model
 
     def _evaluate(self, model: Retriever) -> Measurement:
-        check_documents(model, self.documents)
+        check_documents(model, self.documents, self.queries)
         is_late = isinstance(model, MultiVectorEncoder)
         full = model.get_embedding_dimension()
         dims = () if is_late else [dim for dim in self.truncate_dims if full is None or dim < full]
@@ -243,6 +253,7 @@ class Bench:
             model=model,
             truncate_dims=dims,
             documents=self.documents,
+            queries=self.queries,
             ndcg_at_k=(AT_K,),
             batch_size=self.batch_size,
             show_progress_bar=self.show_progress_bar,
@@ -271,13 +282,12 @@ class Bench:
 
     def _rerank(self, first: Measurement, model: CrossEncoder) -> Measurement:
         ranked = self._ranked_lists(first.top_ids)
-        reader = DatasetReader(self.data.corpus, self.data.queries, self.documents)
         shallow = [
             dataclasses.replace(each, candidate_ids=each.candidate_ids[: self.depth], gains=each.gains[: self.depth])
             for each in ranked
         ]
         started = time.perf_counter()
-        scores = PairScorer(model, reader, self.batch_size, self.show_progress_bar).score_lists(shallow)
+        scores = PairScorer(model, self._reader, self.batch_size, self.show_progress_bar).score_lists(shallow)
         seconds = time.perf_counter() - started
         values = measure_queries(ranked, scores, [self.depth], AT_K)[f"ndcg@{AT_K}_after@{self.depth}"]
         return dataclasses.replace(

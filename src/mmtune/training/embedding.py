@@ -304,6 +304,7 @@ class EmbeddingFinetuning(Finetuning):
             self._trained_dims(model, loss),
             next(iter(evaluation.values()), None),
             documents=self.documents,
+            queries=self.queries,
             batch_size=args.per_device_eval_batch_size,
             show_progress_bar=not args.disable_tqdm,
         )

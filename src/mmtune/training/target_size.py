@@ -8,6 +8,7 @@ from sentence_transformers import SentenceTransformer
 from mmtune.arguments import require_whole
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
+from mmtune.data.query_kinds import QueryKind
 from mmtune.errors import ConfigError
 from mmtune.evaluation.frontier import size_frontier
 from mmtune.training.trainers import Kind
@@ -74,6 +75,7 @@ def settle_size(
     data: RetrievalDataset | None,
     *,
     documents: DocumentKind,
+    queries: QueryKind,
     batch_size: int,
     show_progress_bar: bool,
 ) -> dict[str, Any]:
@@ -85,12 +87,14 @@ def settle_size(
         dims: The sizes that it was trained at.
         data: What ``"auto"`` measures on.
         documents: What a document is made of.
+        queries: What a query is made of.
         batch_size: Of that measurement.
         show_progress_bar: Of that measurement.
     """
     if target == "auto" and data is not None:
         options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
-        found = size_frontier(model, data, dims=dims, dtypes=["float32"], documents=documents, **options)
+        options |= {"documents": documents, "queries": queries}
+        found = size_frontier(model, data, dims=dims, dtypes=["float32"], **options)
         dim, reason = found.recommended.dim, found.reason
     else:
         dim, reason = fit_size(target, dims), f"the largest trained size of at most {target} dimensions"
