@@ -231,7 +231,7 @@ def size_frontier(
         data, model=model, documents=documents, queries=queries, ndcg_at_k=(_DEPTH,), **options
     )
 
-    queries = Vectors.of(as_float32(evaluator.encode_queries(model), model.device))
+    encoded_queries = Vectors.of(as_float32(evaluator.encode_queries(model), model.device))
     kept = as_float32(join(evaluator.encode_documents(model)), model.device)
     ranged, source = kept, "the evaluated documents themselves, which flatters it: pass calibration="
     if calibrating is not None and "int8" in kinds:
@@ -244,8 +244,8 @@ def size_frontier(
             f"{len(ids)} other documents{', which are few' * (len(ids) < _FEW_DOCUMENTS)}",
         )
 
-    encoded = Encoded(model, queries, kept, ranged)
-    chosen_dims = dims_asked or _default_dims(model, queries.values.shape[1])
+    encoded = Encoded(model, encoded_queries, kept, ranged)
+    chosen_dims = dims_asked or _default_dims(model, encoded_queries.values.shape[1])
     groups = evaluator.groups
     clusters = np.unique([groups[query_id] for query_id in evaluator.queries_ids], return_inverse=True)[1]
     rows: list[FrontierRow] = []
