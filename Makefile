@@ -69,11 +69,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo 'The versions in constraints.txt need Python 3.11 or newer. Choose one with PYTHON=python3.12.'; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) --editable .
+	$(PIP_INSTALL) --editable '.[report]'
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED)
-	$(PIP_INSTALL) --editable '.[dev,lora,pdf,generate]'
+	$(PIP_INSTALL) --editable '.[dev,lora,pdf,generate,report,mteb]'
 	$(PIP_INSTALL) --no-deps --upgrade --target $(TORCHVISION_FOR_TESTS) torchvision \
 		|| echo 'No torchvision wheel here: the tests that need one are skipped.'
 	@touch $@

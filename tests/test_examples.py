@@ -160,3 +160,14 @@ def test_the_receipts_benchmark_runs_on_a_folder(run, tmp_path: Path, capsys: py
         part.to_parquet(tmp_path / f"{name}.parquet")
     run("benchmarks/receipts.py", "--data", str(tmp_path), "--output", "out", "--epochs", "1")
     assert "unseen receipts, after" in capsys.readouterr().out
+
+
+def test_the_models_of_the_guide_are_compared_in_tiny_mode(run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("matplotlib")
+    module = run("examples/compare_guide_models.py", "--tiny", "--output", "out")
+    printed = capsys.readouterr().out
+    assert "vdr-eval-hard: 16 queries" in printed
+    assert "- not there: " in printed
+    assert len(list((tmp_path / "out" / "measured").glob("*.json"))) == 2
+    assert (tmp_path / "out" / "models.png").is_file()
+    assert len(module.PUBLISHED) == 20

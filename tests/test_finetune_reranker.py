@@ -712,6 +712,7 @@ def test_the_call_is_the_contract() -> None:
     defaults = {name: each.default for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY}
     assert defaults == {
         "guard_dataset": None,
+        "thumbnails": True,
         "output_dir": None,
         "num_negatives": 4,
         "directions": ("text_to_image",),
@@ -731,4 +732,5 @@ def test_the_call_is_the_contract() -> None:
         "max_pixels": None,
         "page_store": "auto",
         "dry_run": False,
+        "queries": "text",
     }

@@ -178,7 +178,7 @@ def test_query_texts_on_both_sides_are_found_and_said():
     found = leaks_between(train, asked(["x", "y"], [11, 12], {"x": "new", "y": "same"}))
     assert found == Leaks(query_texts=(("q-a", "q-y"),))
     assert found
-    assert str(found) == "1 query texts stand on both sides, e.g. 'q-a' (there 'q-y')"
+    assert str(found) == "1 queries stand on both sides, e.g. 'q-a' (there 'q-y')"
 
 
 def test_a_split_leaks_nothing():

@@ -17,10 +17,13 @@ import mmtune.testing
 PUBLIC = [
     "ROUTER_PRESETS",
     "AuditReport",
+    "Comparison",
     "ConfigError",
     "ConflictFreeBatchSampler",
     "DatasetError",
     "FinetuneResult",
+    "Frontier",
+    "FrontierRow",
     "ImageDecodeError",
     "MissingDocumentError",
     "MissingExtraError",
@@ -32,10 +35,12 @@ PUBLIC = [
     "RouterPreset",
     "TeacherScores",
     "Verdict",
+    "as_mteb_task",
     "build_evaluator",
     "build_late_interaction",
     "build_reranker",
     "build_reranking_evaluator",
+    "compare_models",
     "compare_per_query",
     "compose_router",
     "evaluate_pipeline",
@@ -50,6 +55,7 @@ PUBLIC = [
     "mine_hard_negatives",
     "router_preset",
     "score_rows",
+    "size_frontier",
 ]
 TESTING = [
     *("generated_pages", "generated_pdfs"),
@@ -122,6 +128,11 @@ class Promised:
 
     @staticmethod
     def compare_per_query(before, after, *, groups=None, seed=0): ...
+
+    @staticmethod
+    def size_frontier(
+        model, dataset, *, dims=None, dtypes=("float32", "int8", "binary"), calibration=None, tolerance=0.01
+    ): ...
 
     @staticmethod
     def load_model(
@@ -236,6 +247,9 @@ class Promised:
     ): ...
 
     @staticmethod
+    def compare_models(models, dataset, *, truncate_dims=(), name="vdr", store=None): ...
+
+    @staticmethod
     def generated_pages(num_queries, *, num_negatives=4, seed=0): ...
 
     @staticmethod
@@ -254,7 +268,7 @@ METHODS = [
 ]
 FUNCTIONS = [
     *("build_evaluator", "build_reranking_evaluator", "build_reranker", "compare_per_query"),
-    *("compose_router", "finetune"),
+    *("compare_models", "compose_router", "finetune"),
     *("finetune_reranker", "load_model", "mine_hard_negatives", "router_preset"),
     *("find_false_negatives", "generate_queries", "judge_negatives"),
 ]

@@ -22,7 +22,7 @@ from mmtune import (
     finetune,
 )
 from mmtune.data.clusters import connected_documents, connected_queries
-from mmtune.evaluation.measurements import BEGINNING, END, Measurements
+from mmtune.evaluation.history import BEGINNING, END, History
 from mmtune.evaluation.significance import Verdict
 from mmtune.evaluation.verdict import find_hubs, judge
 from mmtune.testing import generated_pages
@@ -86,8 +86,8 @@ def part_of(name: str, data: RetrievalDataset | None, **options: Any) -> Any:
     return SimpleNamespace(**known, **groups, **options)
 
 
-def measured(*by_step: tuple[int, list[tuple[Any, dict[str, float]]]]) -> Measurements:
-    found = Measurements()
+def measured(*by_step: tuple[int, list[tuple[Any, dict[str, float]]]]) -> History:
+    found = History()
     for step, values_of_parts in by_step:
         for part, values in values_of_parts:
             part.per_query = {f"{part.name}_cosine_ndcg@10": values}
@@ -142,7 +142,7 @@ def test_groups_and_sizes_have_verdicts_of_their_own() -> None:
     language = ["en"] * 20 + ["de"] * 20
     data = table({name: [f"d-{name}"] for name in names}, language=language, note=names)
     part = part_of("vdr", data, truncations=[SimpleNamespace(name="vdr-32d", truncate_dim=32)])
-    found = Measurements()
+    found = History()
     for step, english, german, short in ((BEGINNING, 0.5, 0.5, 0.4), (END, 0.9, 0.4, 0.4)):
         full = {name: english if own == "en" else german for name, own in zip(names, language, strict=True)}
         part.per_query = {METRIC: full, "vdr-32d_cosine_ndcg@10": dict.fromkeys(names, short), "vdr_cosine_map": {}}
@@ -158,8 +158,8 @@ def test_groups_and_sizes_have_verdicts_of_their_own() -> None:
 
 
 def test_without_values_by_query_there_is_no_verdict() -> None:
-    assert judge(Measurements(), SimpleNamespace(parts=[part_of("vdr", None)]), None, was_chosen=True) is None
-    assert judge(Measurements(), SimpleNamespace(evaluators=[]), None, was_chosen=True) is None
+    assert judge(History(), SimpleNamespace(parts=[part_of("vdr", None)]), None, was_chosen=True) is None
+    assert judge(History(), SimpleNamespace(evaluators=[]), None, was_chosen=True) is None
 
 
 def test_hubs_are_named() -> None:
@@ -168,7 +168,7 @@ def test_hubs_are_named() -> None:
     top = {f"q{n}": ["d0", *rng.choice(ids[1:], 9, replace=False).tolist()] for n in range(60)}
     top |= {f"r{n}": rng.choice(ids[1:], 10, replace=False).tolist() for n in range(20)}
     part = SimpleNamespace(corpus=ids, top_ids=top, relevant_docs={"q0": {"d0"}})
-    assert find_hubs([part]) == ["d0: wrongly in the top 10 of 59 of 80 queries, by chance 4.0"]
+    assert find_hubs([part]) == [{"document_id": "d0", "wrongly_in": 59, "queries": 80, "by_chance": 4.0}]
     assert find_hubs([SimpleNamespace(corpus=ids[:8], top_ids=top, relevant_docs={})]) == [], "all of a small corpus"
 
 
@@ -178,12 +178,12 @@ def test_measurements_are_read_as_they_were_written(tmp_path: Path) -> None:
     part.top_ids = {name: [str(n) for n in range(30)] for name in values}
     found = measured((BEGINNING, [(part, values)]), (4, [(part, values)]), (END, [(part, values)]))
     found.write(tmp_path)
-    again = Measurements.read(tmp_path)
+    again = History.read(tmp_path)
     assert (again.ids, again.steps, again.top_ids) == (found.ids, [4], found.top_ids)
     assert again.of(4, METRIC) == values
     assert again.of(5, METRIC) == {}
     assert again.before_and_after().equals(found.before_and_after())
-    assert Measurements.read(tmp_path / "nothing").values == {}
+    assert History.read(tmp_path / "nothing").values == {}
 
 
 # In a run

@@ -10,12 +10,18 @@ from mmtune.errors import (
     MmtuneError,
 )
 from mmtune.evaluation import (
+    Comparison,
+    Frontier,
+    FrontierRow,
     PipelineReport,
     Verdict,
+    as_mteb_task,
     build_evaluator,
     build_reranking_evaluator,
+    compare_models,
     compare_per_query,
     evaluate_pipeline,
+    size_frontier,
 )
 from mmtune.inference import (
     OpenAICompatible,
@@ -44,10 +50,13 @@ __version__ = "0.1.0"
 __all__ = [
     "ROUTER_PRESETS",
     "AuditReport",
+    "Comparison",
     "ConfigError",
     "ConflictFreeBatchSampler",
     "DatasetError",
     "FinetuneResult",
+    "Frontier",
+    "FrontierRow",
     "ImageDecodeError",
     "MissingDocumentError",
     "MissingExtraError",
@@ -59,10 +68,12 @@ __all__ = [
     "RouterPreset",
     "TeacherScores",
     "Verdict",
+    "as_mteb_task",
     "build_evaluator",
     "build_late_interaction",
     "build_reranker",
     "build_reranking_evaluator",
+    "compare_models",
     "compare_per_query",
     "compose_router",
     "evaluate_pipeline",
@@ -77,4 +88,5 @@ __all__ = [
     "mine_hard_negatives",
     "router_preset",
     "score_rows",
+    "size_frontier",
 ]

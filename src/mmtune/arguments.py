@@ -300,3 +300,17 @@ def listed(names: Sequence[str]) -> str:
         'text', 'image'
     """
     return ", ".join(map(repr, names))
+
+
+class QueryId(str):
+    """The id of a query where that of a document would stand: what is read of it is read as a document is."""
+
+
+def item_of(item_id: str) -> str:
+    """``"document"``, or ``"query"`` for a ``QueryId``: what a message says that an id is of."""
+    return "query" if isinstance(item_id, QueryId) else "document"
+
+
+def name_item(item_id: str) -> str:
+    """An id with what it is of, as a message begins: ``"Document 'p1'"``, or ``"Query 'q1'"`` for a ``QueryId``."""
+    return f"{item_of(item_id).capitalize()} {item_id!r}"

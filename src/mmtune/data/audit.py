@@ -11,6 +11,7 @@ from mmtune.data.arrow import column
 from mmtune.data.content import Content
 from mmtune.data.findings import GOOD_TO_KNOW, PROBLEMS, AuditReport, Example, Finding, count_entries, most_common
 from mmtune.data.images import EncodedImages
+from mmtune.data.query_kinds import lacking
 from mmtune.data.relevance import Relevance
 from mmtune.data.tables import DroppedQuery, is_blank
 
@@ -62,6 +63,7 @@ def examine(relevance: Relevance, *, num_examples: int | None = 5, content: Cont
         **examiner.count_texts(),
         **examiner.count_pages(),
         **examiner.count_missing_content(),
+        **examiner.count_incomplete_queries(),
         "taken_out": _Count(len(taken_out), taken_out[:num_examples]),
         **{key: _Count(count_entries(key, entries), entries) for key, entries in content.entries_by_key.items()},
     }
@@ -207,6 +209,13 @@ class _Examiner:
             "unreadable_images": self._count_documents(unreadable),
             "documents_without_text": self._count_documents(no_text),
         }
+
+    def count_incomplete_queries(self) -> dict[str, _Count]:
+        """Queries without a part of what they are to be made of, where somebody says what that is."""
+        asked = self._relevance.queries
+        if asked is None:
+            return {}
+        return {"incomplete_queries": self._count_queries(lacking(self._relevance.tables.queries, asked))}
 
     def _count_queries(self, mask: np.ndarray) -> _Count:
         return self._count(mask, lambda row: self._example([row]))

@@ -11,6 +11,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from mmtune.data.arrow import column, is_text
 from mmtune.data.neighbors import FILE_COLUMN
 from mmtune.data.relevance import Relevance
+from mmtune.data.tables import has_content, query_parts
 
 _TAGS = ("mmtune", "visual-document-retrieval")
 _LANGUAGE = re.compile(r"[a-z]{2,3}")
@@ -83,9 +84,11 @@ def _data_files(config: Mapping[str, Any] | None) -> list[dict[str, str]]:
 def _describe(relevance: Relevance, layout: str | None, split: str, name: str) -> str:
     tables = relevance.tables
     modalities = [kind for kind in ("image", "text") if kind in tables.corpus.column_names]
+    asking = [name for name in query_parts(tables.queries) if has_content(tables.queries, name).any()]
+    made_of = f" ({' and '.join(asking)})" if asking not in ([], ["text"]) else ""
     rows = [
         ("documents", f"{len(tables.corpus):,} ({' and '.join(modalities)})"),
-        ("queries", f"{len(tables.queries):,}"),
+        ("queries", f"{len(tables.queries):,}{made_of}"),
         ("judgements", f"{len(tables.qrels):,}, scores {', '.join(map(str, np.unique(relevance.judged_score)))}"),
         ("hard negatives", "none" if tables.negatives is None else f"{len(relevance.listed_negatives.values):,}"),
         (

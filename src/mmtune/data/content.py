@@ -16,10 +16,11 @@ from tqdm.auto import tqdm
 
 from mmtune.data.arrow import IntLists, column
 from mmtune.data.findings import Example
-from mmtune.data.identity import match_documents, text_digest
+from mmtune.data.identity import match_documents, match_queries, text_digest
 from mmtune.data.images import EncodedImages, decode_page, stored_size
 from mmtune.data.near_copies import RASTER_PX, AlignedPage, Sketch, find_candidates, make_raster, sketch_page
 from mmtune.data.relevance import Relevance
+from mmtune.data.tables import has_content, query_parts
 from mmtune.errors import ImageDecodeError
 
 Item = TypeVar("Item")
@@ -225,7 +226,7 @@ class _Pages:
         return {
             "page_width_px": [width for width, _ in sizes],
             "page_height_px": [height for _, height in sizes],
-            "query_words": [len(split_words(text)) for text in queries],
+            "query_words": [len(split_words(text)) for text in queries if (text or "").strip()],
             "document_words": [text.length for text in self.texts.values()],
         }
 
@@ -332,6 +333,8 @@ def _find_odd_queries(pages: _Pages) -> dict[str, list[Example]]:
     relevance = pages.relevance
     words = [split_words(text) for text in relevance.query_texts.to_pylist()]
     ids = relevance.query_ids.to_pylist()
+    # of a query without a text, which asks with something else, its words say nothing
+    asks = has_content(relevance.tables.queries, "text")
     copied: dict[int, str] = {}
     judged = zip(relevance.judged_query.tolist(), relevance.judged_document.tolist(), strict=True)
     for query, document in judged:
@@ -339,7 +342,7 @@ def _find_odd_queries(pages: _Pages) -> dict[str, list[Example]]:
         if len(words[query]) >= _COPIED_WORDS and f" {' '.join(words[query])} " in f" {page} ":
             copied.setdefault(query, pages.ids[document])
     return {
-        "short_queries": [Example((ids[k],)) for k in range(len(ids)) if len(words[k]) < _SHORT_WORDS],
+        "short_queries": [Example((ids[k],)) for k in range(len(ids)) if asks[k] and len(words[k]) < _SHORT_WORDS],
         "copied_queries": [Example((ids[query],), (document,)) for query, document in sorted(copied.items())],
     }
 
@@ -351,23 +354,37 @@ def _find_answers(relevance: Relevance) -> np.ndarray:
 
 
 def _find_leaks(relevance: Relevance, against: Relevance, answers: np.ndarray) -> dict[str, list[Example]]:
-    """Documents that equal an answer of the other dataset, and queries that have the words of one of its queries."""
+    """Documents that equal an answer of the other dataset, and queries that equal one of its, texts by words."""
     corpora = relevance.tables.corpus, against.tables.corpus
     same = match_documents(*corpora, np.arange(len(corpora[0])), answers)
     first_by_row: dict[int, int] = {}
     for row, answer in sorted(same):
         first_by_row.setdefault(row, answer)
-    asked = {tuple(split_words(text)): row for row, text in reversed(list(enumerate(against.query_texts.to_pylist())))}
-    words = [tuple(split_words(text)) for text in relevance.query_texts.to_pylist()]
+    words, asked_words = (_words_alone(side) for side in (relevance, against))
+    asked = {each: row for row, each in reversed(list(enumerate(asked_words))) if each is not None}
+    leaked = {row: at for at, row in match_queries(against.tables.queries, relevance.tables.queries)}
+    leaked |= {row: asked[each] for row, each in enumerate(words) if each in asked}
+    leaked_texts = {int(relevance.text[row]): at for row, at in leaked.items()}
     documents, queries = (
         [getattr(side, name).to_pylist() for side in (relevance, against)] for name in ("document_ids", "query_ids")
     )
     return {
         "leaked_documents": [Example((), (documents[0][row], documents[1][at])) for row, at in first_by_row.items()],
         "leaked_queries": [
-            Example((queries[0][row], queries[1][asked[each]])) for row, each in enumerate(words) if each in asked
+            Example((queries[0][row], queries[1][leaked_texts[text]]))
+            for row, text in enumerate(relevance.text.tolist())
+            if text in leaked_texts
         ],
     }
+
+
+def _words_alone(relevance: Relevance) -> list[tuple[str, ...] | None]:
+    """The words of each query that is a text and nothing else; ``None`` for the others."""
+    queries = relevance.tables.queries
+    others = [has_content(queries, name) for name in query_parts(queries)[1:]]
+    has_others = np.any([np.zeros(len(queries), dtype=bool), *others], axis=0).tolist()
+    texts = relevance.query_texts.to_pylist()
+    return [None if more else tuple(split_words(text)) for text, more in zip(texts, has_others, strict=True)]
 
 
 def _spread(values: Sequence[int]) -> tuple[float, float, float]:

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import numpy as np
 from datasets import Dataset
 
-from mmtune.arguments import is_whole, require_flag, require_one_of, require_seed, require_whole
+from mmtune.arguments import QueryId, is_whole, require_flag, require_one_of, require_seed, require_whole
 from mmtune.data import files, layouts
 from mmtune.data.arrow import as_texts, table_dataset
 from mmtune.data.audit import AuditReport, examine
@@ -26,11 +26,12 @@ from mmtune.data.judgements import Judgements
 from mmtune.data.label_changes import label_changes
 from mmtune.data.negatives import OnShort
 from mmtune.data.pdf_corpus import build_from_pdfs
+from mmtune.data.query_kinds import QueryKind, as_documents, query_columns
 from mmtune.data.relevance import Direction, Relevance
 from mmtune.data.removal import take_out
 from mmtune.data.rows import labeled_lists, labeled_pairs, training_rows
 from mmtune.data.splitting import split_tables
-from mmtune.data.tables import BuildNotes, Tables, check_tables
+from mmtune.data.tables import BuildNotes, Tables, check_tables, has_content, query_parts
 from mmtune.errors import ConfigError, DatasetError
 
 
@@ -41,7 +42,7 @@ class RetrievalDataset:
     table          columns
     =============  ====================================================================================
     ``corpus``     ``document_id``, ``image`` (encoded) and/or ``text``; other columns are kept
-    ``queries``    ``query_id``, ``text``; other columns are kept
+    ``queries``    ``query_id``, ``text`` and/or ``image`` (encoded); other columns are kept
     ``qrels``      ``query_id``, ``document_id``, ``score`` (an integer of 1 and above)
     ``negatives``  ``query_id``, ``document_ids`` (best first); ``None`` where there are none
     =============  ====================================================================================
@@ -50,6 +51,9 @@ class RetrievalDataset:
     all: pages to be encoded, or asked about with ``generate_queries``. Ids are strings. Images stay bytes or paths, and
     no method copies them.
 
+    A query may ask with an image, alone or beside its text, which may then be blank. It is read as a text wherever
+    ``queries=`` does not say otherwise.
+
     Args:
         corpus: The documents.
         queries: The queries.
@@ -57,8 +61,8 @@ class RetrievalDataset:
         negatives: For each query the documents that look relevant and are not.
 
     Raises:
-        DatasetError: A column is missing or of the wrong type, an id stands twice, a query is blank, or none of the
-            queries has a relevant document.
+        DatasetError: A column is missing or of the wrong type, an id stands twice, a query has neither text nor image,
+            or none of the queries has a relevant document.
         MissingDocumentError: A judgement or a negative refers to an id that is not there.
 
     Example:
@@ -99,6 +103,7 @@ class RetrievalDataset:
         image_column: str = "image",
         negatives_column: str | None = "negatives",
         on_missing: str = "error",
+        query_image_column: str | None = "query_image",
     ) -> "RetrievalDataset":
         """A dataset from one row per page whose negatives are ids of other rows.
 
@@ -112,17 +117,21 @@ class RetrievalDataset:
         "p3"  None                     <page 3>   None
         ====  =======================  =========  ==============
 
-        A row whose query is null or blank is a document only. Ids are resolved against all rows, wherever they stand.
+        A row whose query is null or blank, and that has no image to ask with, is a document only. Ids are resolved
+        against all rows, wherever they stand.
 
         Args:
             rows: The table; its order does not matter.
             id_column: Unique ids, strings or integers.
-            query_column: Texts; ``query_id`` is the row's id.
+            query_column: Texts, or images that ask; ``query_id`` is the row's id.
             image_column: Images, encoded or as paths.
             negatives_column: Lists of ids, best first; a row's own id among them is not used, and audited. ``None``
                 where the rows list no negatives; that is also what the default means for rows without such a column,
                 unless another one looks like it.
             on_missing: ``"error"``, or ``"drop"`` to leave out negative ids that no row has, and count them.
+            query_image_column: Images that ask, beside a text or without one; they become the column ``image`` of the
+                queries, and ``queries="image"`` reads them. ``None`` leaves such a column out; so does the default
+                for rows without one. Where there is one, there may be no ``query_column``.
 
         Raises:
             DatasetError: A column is missing or of the wrong type, an id stands twice, a row has no image, or there are
@@ -138,6 +147,7 @@ class RetrievalDataset:
                 image_name=image_column,
                 negatives_name=negatives_column,
                 on_missing=on_missing,
+                asking_name=query_image_column,
             )
         )
 
@@ -149,6 +159,7 @@ class RetrievalDataset:
         query_column: str = "query",
         image_column: str = "image",
         negative_columns: Sequence[str] | None = None,
+        query_image_column: str | None = "query_image",
     ) -> "RetrievalDataset":
         """A dataset from one row per query with the images in it.
 
@@ -160,11 +171,13 @@ class RetrievalDataset:
 
         Args:
             rows: The table.
-            query_column: Texts. A row whose query is null or blank gives documents only.
+            query_column: Texts. A row whose query is null or blank, and that has no image to ask with, gives documents
+                only.
             image_column: The page that answers the query.
             negative_columns: Columns of images, best first. ``None`` takes every column named ``negative`` or
                 ``negative_<k>``, by number; other columns that look like negatives are an error then, and a warning
                 where columns were named.
+            query_image_column: As for ``from_id_rows``.
 
         Raises:
             DatasetError: A column is missing or of the wrong type, looks like negatives and would not be used, or no
@@ -177,6 +190,7 @@ class RetrievalDataset:
                 query_name=query_column,
                 image_name=image_column,
                 negative_names=negative_columns,
+                asking_name=query_image_column,
             )
         )
 
@@ -190,7 +204,8 @@ class RetrievalDataset:
         table     columns
         ========  =====================================================================================
         corpus    ``document_id``, ``corpus-id``, ``corpus_id``, ``docid``, ``_id`` or ``id``; ``image``
-        queries   ``query_id``, ``query-id``, ``_id`` or ``id``; ``query``, ``query_text`` or ``text``
+        queries   ``query_id``, ``query-id``, ``_id`` or ``id``; ``query``, ``query_text`` or ``text``;
+                  ``image`` or ``query_image``, alone or beside the text
         qrels     the ids as above; ``score``, ``relevance`` or ``label``, integers or floats
         ========  =====================================================================================
 
@@ -199,7 +214,7 @@ class RetrievalDataset:
 
         Args:
             corpus: The documents.
-            queries: The queries; those without text are left out and counted.
+            queries: The queries; those with neither text nor image are left out and counted.
             qrels: The judgements. ``None`` takes ``positive_document_ids`` of the queries.
 
         Raises:
@@ -344,7 +359,7 @@ class RetrievalDataset:
 
     @property
     def queries(self) -> Dataset:
-        """The queries: ``query_id``, ``text``, and what else the rows held."""
+        """The queries: ``query_id``, ``text``, ``image`` where images ask, and what else the rows held."""
         return self.tables.queries
 
     @property
@@ -364,32 +379,37 @@ class RetrievalDataset:
 
     @cached_property
     def relevance(self) -> Relevance:
-        """The judgements by position, with equal texts and byte-identical pages as one; computed once.
+        """The judgements by position, with equal queries and byte-identical pages as one; computed once.
 
-        Where the corpus has no images, documents with equal texts are one.
+        Where the corpus has no images, documents with equal texts are one. Queries are the same where everything that
+        they have is.
         """
         return Relevance(self.tables)
 
     @cached_property
-    def _relevance_by_kind(self) -> dict[DocumentKind, Relevance]:
-        return {self.relevance.documents: self.relevance}
+    def _relevance_by_kind(self) -> dict[tuple[DocumentKind, QueryKind | None], Relevance]:
+        return {(self.relevance.documents, None): self.relevance}
 
-    def relevance_of(self, documents: DocumentKind) -> Relevance:
-        """The judgements by position, for documents made of this; computed once for each.
+    def relevance_of(self, documents: DocumentKind, queries: QueryKind | None = None) -> Relevance:
+        """The judgements by position, for documents and queries made of this; computed once for each.
 
         With ``"text"``, two texts of one page image are two documents; with ``"text+image"``, documents are the same
-        where both parts are.
+        where both parts are. So it is with queries.
 
         Args:
             documents: ``"image"``, ``"text"`` or ``"text+image"``.
+            queries: Likewise; ``None`` is everything that the queries have.
 
         Raises:
-            ConfigError: ``documents`` is unknown, or the corpus lacks a column of it.
+            ConfigError: ``documents`` or ``queries`` is unknown, or the corpus or the queries lack a column of it.
         """
         document_columns(self.corpus, documents)
-        if documents not in self._relevance_by_kind:
-            self._relevance_by_kind[documents] = Relevance(self.tables, documents)
-        return self._relevance_by_kind[documents]
+        if queries is not None:
+            query_columns(self.queries, queries)
+        kind = documents, queries
+        if kind not in self._relevance_by_kind:
+            self._relevance_by_kind[kind] = Relevance(self.tables, documents, queries)
+        return self._relevance_by_kind[kind]
 
     def training_rows(
         self,
@@ -400,6 +420,7 @@ class RetrievalDataset:
         documents: DocumentKind = "image",
         on_short: OnShort = "random",
         seed: int = 42,
+        queries: QueryKind = "text",
     ) -> Dataset:
         """Rows for the host's trainers, one per query and relevant document, decoded when they are read.
 
@@ -412,7 +433,8 @@ class RetrievalDataset:
         Under ``rows.with_format(None)`` the same rows hold ids: ``query_id``, ``document_id``,
         ``negative_document_ids``, and a number, ``relevance_group``, that rows of one query text share; the view of
         the rows knows what is relevant to each group. ``shuffle``, ``select``, ``filter`` and ``train_test_split`` keep
-        both. With ``documents="text"`` the columns keep their names and hold texts.
+        both. With ``documents="text"`` the columns keep their names and hold texts; with ``queries="image"`` the column
+        ``query`` holds images, and dictionaries of both with ``"text+image"``.
 
         Args:
             num_negatives: Negatives a row. A dataset without negatives gives rows without, and a warning where more
@@ -429,10 +451,13 @@ class RetrievalDataset:
             on_short: What to do with a query that has too few negatives: ``"random"`` fills with documents that are not
                 relevant to it, ``"drop"`` leaves its rows out, ``"error"`` raises.
             seed: Of the filling.
+            queries: What a query is made of: ``"text"``, ``"image"`` or ``"text+image"``; it decides which queries are
+                the same, too.
 
         Raises:
             ConfigError: An argument has a value it can't have.
-            DatasetError: A query has too few negatives and ``on_short="error"``, or the corpus can't fill a row.
+            DatasetError: A query has too few negatives and ``on_short="error"``, the corpus can't fill a row, or a
+                query lacks what ``queries`` says.
 
         Warns:
             UserWarning: ``max_pixels`` is given, and what that costs.
@@ -450,7 +475,8 @@ class RetrievalDataset:
         if input_size is not None:
             input_size = require_input_size(input_size)
         seed = require_seed("seed", seed)
-        relevance = self.relevance_of(documents)
+        query_columns(self.queries, queries)
+        relevance = self.relevance_of(documents, queries)
         if num_negatives > 1 and self.negatives is None:
             warnings.warn(
                 f"num_negatives={num_negatives} is not used: the dataset lists no negatives, so that rows have none. "
@@ -469,6 +495,7 @@ class RetrievalDataset:
         direction: Direction = "text_to_image",
         documents: DocumentKind = "image",
         seed: int = 42,
+        queries: QueryKind = "text",
     ) -> Dataset:
         """Rows for rerankers: ``query, document, label``, each relevant pair with its negatives after it.
 
@@ -477,18 +504,22 @@ class RetrievalDataset:
 
         Args:
             num_negatives: Pairs of label 0 to each pair of label 1.
-            direction: ``"text_to_image"`` asks with a text for pages. ``"image_to_text"`` asks with a page for query
-                texts: its negatives are first the texts that list the page as a negative.
+            direction: ``"text_to_image"`` asks with a query for pages. ``"image_to_text"`` asks with a page for
+                queries: its negatives are first those that list the page as a negative.
             documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
             seed: Of the filling.
+            queries: What a query is made of, likewise.
 
         Raises:
             ConfigError: An argument has a value it can't have.
-            DatasetError: There are too few documents, or texts, to fill a row.
+            DatasetError: There are too few documents, or queries, to fill a row, or a query lacks what ``queries``
+                says.
         """
         num_negatives = require_whole("num_negatives", num_negatives, at_least=0)
         seed = require_seed("seed", seed)
-        judgements = Judgements.of(self.relevance_of(documents), direction, each_copy=True).with_near_misses()
+        query_columns(self.queries, queries)
+        relevance = self.relevance_of(documents, queries)
+        judgements = Judgements.of(relevance, direction, each_copy=True).with_near_misses()
         return labeled_pairs(judgements, num_negatives, documents, seed)
 
     def labeled_lists(
@@ -498,6 +529,7 @@ class RetrievalDataset:
         direction: Direction = "text_to_image",
         documents: DocumentKind = "image",
         seed: int = 42,
+        queries: QueryKind = "text",
     ) -> Dataset:
         """Rows for listwise losses: ``query, documents, labels``, one row per query (per page, for texts).
 
@@ -509,14 +541,18 @@ class RetrievalDataset:
             direction: As in ``labeled_pairs``.
             documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
             seed: Of the filling.
+            queries: What a query is made of, likewise.
 
         Raises:
             ConfigError: An argument has a value it can't have.
-            DatasetError: There are too few documents, or texts, to fill a list.
+            DatasetError: There are too few documents, or queries, to fill a list, or a query lacks what ``queries``
+                says.
         """
         num_negatives = require_whole("num_negatives", num_negatives, at_least=0)
         seed = require_seed("seed", seed)
-        judgements = Judgements.of(self.relevance_of(documents), direction, each_copy=True).with_near_misses()
+        query_columns(self.queries, queries)
+        relevance = self.relevance_of(documents, queries)
+        judgements = Judgements.of(relevance, direction, each_copy=True).with_near_misses()
         return labeled_lists(judgements, num_negatives, documents, seed)
 
     def audit(
@@ -527,6 +563,7 @@ class RetrievalDataset:
         num_examples: int | None = 5,
         num_workers: int | None = None,
         show_progress_bar: bool = True,
+        queries: QueryKind | None = None,
     ) -> AuditReport:
         """What is odd about the data: counts and examples of everything that can hurt training or scores.
 
@@ -542,6 +579,8 @@ class RetrievalDataset:
                 are listed.
             num_workers: Threads that decode and compare pages; ``None`` is one for each core.
             show_progress_bar: Whether to show bars over the pages.
+            queries: What a query is to be made of: those that lack a part are counted then, and queries are the same
+                where all of it is. ``None`` compares everything that they have.
 
         Raises:
             ConfigError: An argument has a value it can't have.
@@ -558,12 +597,13 @@ class RetrievalDataset:
             from mmtune.data.intake import as_retrieval_dataset  # it stands on this module
 
             other = as_retrieval_dataset(against).relevance
+        relevance = self.relevance if queries is None else self.relevance_of(self.relevance.documents, queries)
         if not content and other is None:
-            return examine(self.relevance, num_examples=num_examples)
+            return examine(relevance, num_examples=num_examples)
         found = look_into(
-            self.relevance, other, content=content, num_workers=num_workers, show_progress_bar=show_progress_bar
+            relevance, other, content=content, num_workers=num_workers, show_progress_bar=show_progress_bar
         )
-        return examine(self.relevance, num_examples=num_examples, content=found)
+        return examine(relevance, num_examples=num_examples, content=found)
 
     def without(self, findings: Finding | Iterable[Finding]) -> "RetrievalDataset":
         """The dataset without what findings name; nothing else is touched. Its audit lists what went.
@@ -575,7 +615,7 @@ class RetrievalDataset:
                                                                 over their judgements and places among negatives
         ``blank_pages``, ``damaged_pages``, ``leaked_*`` ...    the documents, with judgements and places in lists
         ``short_queries``, ``copied_queries``,                  the queries
-        ``leaked_queries``
+        ``leaked_queries``, ``incomplete_queries``
         ``find_false_negatives``, ``relevant_negatives_*``      the documents from these queries' lists
         ======================================================  ====================================================
 
@@ -631,16 +671,27 @@ class RetrievalDataset:
         return self.from_tables(merge_copies(relevance, relevance.page))
 
     def check_pages(self, *, show_progress_bar: bool = True) -> None:
-        """Make sure that every page can be decoded, from its header and its end rather than in full.
+        """Make sure that every page, and every image that asks, can be decoded: from its header and its end.
 
         What is damaged in the middle of a JPEG is not found, neither here nor when it is read: its decoder goes on
         with grey or shifted blocks and reports nothing.
 
         Raises:
-            ImageDecodeError: A page is missing, damaged, or no image; the message names the document.
+            ImageDecodeError: A page is missing, damaged, or no image; the message names the document or query.
         """
         if "image" in self.corpus.column_names:
             check_pages(self.corpus, show_progress_bar=show_progress_bar)
+        self.check_queries(show_progress_bar=show_progress_bar)
+
+    def check_queries(self, *, show_progress_bar: bool = True) -> None:
+        """Make sure that every image that asks can be decoded, as ``check_pages`` does for pages.
+
+        Raises:
+            ImageDecodeError: One is missing, damaged, or no image; the message names the query.
+        """
+        if "image" in query_parts(self.queries):
+            asking = as_documents(self.queries).select(np.flatnonzero(has_content(self.queries, "image")))
+            check_pages(asking, show_progress_bar=show_progress_bar, id_class=QueryId)
 
     def split(
         self,
@@ -651,10 +702,11 @@ class RetrievalDataset:
         group_column: str | None = None,
         stratify_column: str | None = None,
         together: Sequence[Sequence[str]] = (),
+        queries: QueryKind | None = None,
     ) -> tuple["RetrievalDataset", ...]:
         """Two datasets ``(train, evaluation)`` such that no document relevant on one side is relevant on the other.
 
-        Queries that share a relevant page, or whose texts are equal, stay on one side. The evaluation corpus holds the
+        Queries that share a relevant page, or that are the same, stay on one side. The evaluation corpus holds the
         relevant documents and the negatives of its queries. The training corpus holds everything but the documents
         that are relevant in evaluation: they are no training negatives either, and ``notes`` counts those taken out.
         Pages of files, as of PDFs, are split by file.
@@ -669,6 +721,8 @@ class RetrievalDataset:
             stratify_column: A column of the queries, such as their language: each value has the same share of both
                 sides, as nearly as what stays together allows.
             together: Lists of ids of documents that stay on one side, such as near-copies; also as negatives.
+            queries: What a query is made of, which decides which are the same: pass what will be trained with. ``None``
+                is everything that the queries have.
 
         Raises:
             DatasetError: The pages that queries share allow no split, there are no queries, a column is missing, or an
@@ -679,7 +733,8 @@ class RetrievalDataset:
         Warns:
             UserWarning: Fewer queries are left to train on than to evaluate.
         """
-        self.relevance.require_queries()
+        relevance = self.relevance if queries is None else self.relevance_of(self.relevance.documents, queries)
+        relevance.require_queries()
         for name, value in {"eval_queries": eval_queries, "test_queries": test_queries}.items():
             if isinstance(value, float) and 0 < value < 1:
                 raise ConfigError(
@@ -690,7 +745,7 @@ class RetrievalDataset:
         if test_queries is not None:
             sizes.append(require_whole("test_queries", test_queries))
         sides = split_tables(
-            self.relevance,
+            relevance,
             sizes,
             seed=require_seed("seed", seed),
             group_column=group_column,
@@ -829,6 +884,8 @@ class RetrievalDataset:
 
     def __repr__(self) -> str:
         kinds = "+".join(name for name in ("text", "image") if name in self.corpus.column_names)
+        parts = [name for name in query_parts(self.queries) if has_content(self.queries, name).any()]
+        asking = f" ({'+'.join(parts)})" if parts not in ([], ["text"]) else ""
         negatives = "none"
         if self.negatives is not None and len(self):
             lengths = self.relevance.listed_negatives.lengths
@@ -836,7 +893,7 @@ class RetrievalDataset:
         lines = [
             "RetrievalDataset",
             f"  corpus     {len(self.corpus):,} documents ({kinds})",
-            f"  queries    {len(self):,}",
+            f"  queries    {len(self):,}{asking}",
             f"  qrels      {len(self.qrels):,} judgements, {len(self.qrels) / max(1, len(self)):.1f} a query",
             f"  negatives  {negatives}",
         ]

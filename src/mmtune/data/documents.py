@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from copy import copy
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from datasets import Dataset
 
 from mmtune import host
-from mmtune.arguments import require_one_of
+from mmtune.arguments import name_item, require_one_of
 from mmtune.data.arrow import column
 from mmtune.data.images import InputSize, decode_page, enough_for
 from mmtune.data.pages import Page
@@ -16,6 +16,8 @@ from mmtune.errors import ConfigError, DatasetError, MissingDocumentError
 
 DocumentKind = Literal["image", "text", "text+image"]
 """What a document is made of where it is read."""
+
+Reader = TypeVar("Reader", bound="DocumentReader")
 
 
 @host.hashed_by(lambda table: table.fingerprint)
@@ -95,7 +97,7 @@ class DocumentReader:
         document_by_id = {row["document_id"]: self._document(row) for row in self._table.get(unique)}
         return [document_by_id[document_id] for document_id in document_ids]
 
-    def lazily(self) -> "DocumentReader":
+    def lazily(self: "Reader") -> "Reader":
         """The same documents, decoded when their pixels are asked for."""
         reader = copy(self)
         reader._is_lazy = True
@@ -109,25 +111,33 @@ class DocumentReader:
             parts["image"] = read(parts["image"], document_id, **self._size)
         if "text" in parts and not isinstance(parts["text"], str):
             raise DatasetError(
-                f"Document {document_id!r} has no text: it is {parts['text']!r}. Give it one, or leave it out."
+                f"{name_item(document_id)} has no text: it is {parts['text']!r}. Give it one, or leave it out."
             )
         return parts if len(parts) > 1 else parts[self._columns[0]]
 
 
-def document_columns(corpus: Dataset, documents: DocumentKind) -> list[str]:
+def document_columns(
+    corpus: Dataset, documents: DocumentKind, *, name: str = "documents", table: str = "corpus"
+) -> list[str]:
     """The columns that a document is made of, text before image, as the host's examples order them.
+
+    Args:
+        corpus: The table.
+        documents: What a document is made of.
+        name: Of the argument, for the message.
+        table: What the table is, likewise.
 
     Raises:
         ConfigError: ``documents`` is unknown, or the corpus lacks a column of it.
     """
-    require_one_of("documents", documents, get_args(DocumentKind))
+    require_one_of(name, documents, get_args(DocumentKind))
     columns = [str(name) for name in documents.split("+")]
-    missing = [name for name in columns if name not in corpus.column_names]
+    missing = [each for each in columns if each not in corpus.column_names]
     if missing:
         known = next((kind for kind in ("image", "text") if kind in corpus.column_names), None)
-        remedy = f", or pass documents={known!r}" if known else ""
+        remedy = f", or pass {name}={known!r}" if known else ""
         raise ConfigError(
-            f"documents={documents!r} needs a column {missing[0]!r} in the corpus, which has {corpus.column_names}. "
+            f"{name}={documents!r} needs a column {missing[0]!r} in the {table}, which has {corpus.column_names}. "
             f"Add the column{remedy}."
         )
     return columns

@@ -7,7 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal, get_args
@@ -20,14 +20,16 @@ from datasets import Dataset, Features, Image
 from datasets.table import embed_table_storage
 from tqdm.auto import tqdm
 
-from mmtune.arguments import listed, require_flag, require_one_of, require_path
+from mmtune.arguments import QueryId, listed, require_flag, require_one_of, require_path
 from mmtune.data.arrow import IntLists, column, table_dataset, with_columns
 from mmtune.data.card import make_card
 from mmtune.data.files import CARD, require_found
 from mmtune.data.images import EncodedImages
 from mmtune.data.label_changes import label_changes
 from mmtune.data.pdf_corpus import store_pages
+from mmtune.data.query_kinds import as_documents
 from mmtune.data.relevance import Relevance
+from mmtune.data.tables import query_parts
 from mmtune.errors import ConfigError, DatasetError
 
 ExportLayout = Literal["beir", "columns", "id_rows", "tevatron"]
@@ -46,12 +48,14 @@ class OutgoingTable:
     """A table as it will be written.
 
     Attributes:
-        columns: Everything but pages, in the order of the rows.
-        pages: For each image column the document behind each row, int64; -1 for none.
+        columns: Everything but images, in the order of the rows.
+        pages: For each column of pages the document behind each row, int64; -1 for none.
+        asking: For the column of images that ask, if there is one, the query behind each row, likewise.
     """
 
     columns: Dataset
     pages: Mapping[str, np.ndarray]
+    asking: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ def export_dataset(
     path = Path(folder).absolute()
     _require_free(path, overwrite)
     outgoing = lay_out(relevance, layout)
-    require_found(relevance.tables.corpus)
+    require_found(relevance.tables)
     warn_of_losses(outgoing, stacklevel=4)
     with writing_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,40 +148,57 @@ def write_files(
     """Write the tables as parquet below a folder, a few pages in memory at a time."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".pages-") as rendered:
-        corpus = store_pages(relevance.tables.corpus, rendered)  # pages of PDFs are rendered, all else stays
-        _write_tables(outgoing, corpus, folder, split, show_progress_bar=show_progress_bar)
+        # pages of PDFs are rendered, all else stays
+        corpus = store_pages(relevance.tables.corpus, rendered)
+        queries = store_pages(as_documents(relevance.tables.queries), rendered)
+        images = [
+            EncodedImages(table, id_class=id_class) if "image" in table.column_names else None
+            for table, id_class in ((corpus, str), (queries, QueryId))
+        ]
+        _write_tables(outgoing, images, folder, split, show_progress_bar=show_progress_bar)
 
 
-def _write_tables(outgoing: Outgoing, corpus: Dataset, folder: Path, split: Split, *, show_progress_bar: bool) -> None:
-    images = EncodedImages(corpus) if "image" in corpus.column_names else None
+def _write_tables(
+    outgoing: Outgoing, images: Sequence[EncodedImages | None], folder: Path, split: Split, *, show_progress_bar: bool
+) -> None:
     for name, table in outgoing.tables.items():
         (folder / name).mkdir(parents=True)
         num_rows = len(table.columns)
         sizes = np.zeros(num_rows, dtype=np.int64)
-        for rows in table.pages.values():
-            sizes += 0 if images is None else np.where(rows >= 0, images.lengths.clip(0)[rows], 0)
+        columns = {
+            image: (source, rows)
+            for source, found in zip(images, (table.pages, table.asking), strict=True)
+            for image, rows in found.items()
+        }
+        for source, rows in columns.values():
+            sizes += 0 if source is None else np.where(rows >= 0, source.lengths.clip(0)[rows], 0)
         end_bytes, numbers = np.cumsum(sizes), np.arange(num_rows)
         # A file, and a portion of one, ends where it has enough bytes or rows.
         files = np.unique(end_bytes // _BYTES_A_FILE, return_inverse=True)[1].reshape(-1)
         portions = end_bytes // _BYTES_AT_ONCE + numbers // _ROWS_AT_ONCE
         num_files = int(files[-1]) + 1 if num_rows else 1
-        features = Features({**table.columns.features, **{image: Image() for image in table.pages}})
+        features = Features({**table.columns.features, **{image: Image() for image in columns}})
         with tqdm(total=num_rows, desc=f"Writing {name}", disable=not show_progress_bar, leave=False) as bar:
             for number in range(num_files):
                 path = folder / name / f"{split}-{number:05d}-of-{num_files:05d}.parquet"
                 own = np.flatnonzero(files == number)
                 with pq.ParquetWriter(path, features.arrow_schema) as writer:
                     for rows in np.split(own, np.flatnonzero(np.diff(portions[own])) + 1):
-                        writer.write_table(_read_portion(table, rows, images, features))
+                        writer.write_table(_read_portion(table.columns, columns, rows, features))
                         bar.update(len(rows))
 
 
-def _read_portion(table: OutgoingTable, rows: np.ndarray, images: EncodedImages | None, features: Features) -> pa.Table:
-    """Consecutive rows of a table, with the bytes of their pages."""
+def _read_portion(
+    table: Dataset,
+    columns: Mapping[str, tuple[EncodedImages | None, np.ndarray]],
+    rows: np.ndarray,
+    features: Features,
+) -> pa.Table:
+    """Consecutive rows of a table, with the bytes of their images."""
     span = slice(int(rows[0]), int(rows[-1]) + 1) if len(rows) else slice(0)
     # Images and sounds in other columns may be files as well.
-    portion = embed_table_storage(table.columns.with_format("arrow")[span])
-    for name, documents in table.pages.items():
+    portion = embed_table_storage(table.with_format("arrow")[span])
+    for name, (images, documents) in columns.items():
         found = [
             bytes(images.read(document))
             if images is not None and document >= 0 and images.lengths[document] >= 0
@@ -263,12 +284,12 @@ def _put_in_place(partial: Path, path: Path) -> None:
 
 
 def _lay_out_beir(relevance: Relevance) -> Outgoing:
-    queries, lists_of_ids = relevance.tables.queries, {}
+    (queries, asking), lists_of_ids = _asking(relevance), {}
     if relevance.tables.negatives is not None:
         lists_of_ids["negative_document_ids"] = relevance.listed_negatives.ids(relevance.document_ids)
     tables = {
         "corpus": _corpus(relevance, "corpus-id"),
-        "queries": OutgoingTable(_rename(queries, {"query_id": "query-id", "text": "query"}, lists_of_ids), {}),
+        "queries": OutgoingTable(_rename(queries, {"query_id": "query-id", "text": "query"}, lists_of_ids), {}, asking),
         "qrels": OutgoingTable(
             _rename(relevance.tables.qrels, {"query_id": "query-id", "document_id": "corpus-id"}), {}
         ),
@@ -277,14 +298,14 @@ def _lay_out_beir(relevance: Relevance) -> Outgoing:
 
 
 def _lay_out_tevatron(relevance: Relevance) -> Outgoing:
-    queries, num_queries = relevance.tables.queries, len(relevance.query_ids)
+    (queries, asking), num_queries = _asking(relevance, "query_image"), len(relevance.query_ids)
     positives = IntLists.grouped(relevance.judged_query, relevance.judged_document, num_queries)
     lists_of_ids = {"positive_document_ids": positives.ids(relevance.document_ids)}
     if relevance.tables.negatives is not None:
         lists_of_ids["negative_document_ids"] = relevance.listed_negatives.ids(relevance.document_ids)
     renamed = _rename(queries, {"query_id": "query_id", "text": "query_text"}, lists_of_ids)
-    nothing = {} if "query_image" in queries.column_names else {"query_image": np.full(num_queries, -1)}
-    tables = {"corpus": _corpus(relevance, "docid"), "queries": OutgoingTable(renamed, nothing)}
+    nothing = {} if asking or "query_image" in queries.column_names else {"query_image": np.full(num_queries, -1)}
+    tables = {"corpus": _corpus(relevance, "docid"), "queries": OutgoingTable(renamed, nothing, asking)}
     return Outgoing("tevatron", tables, tuple(_lost_grades(relevance)))
 
 
@@ -340,6 +361,16 @@ def _lay_out_columns(relevance: Relevance) -> Outgoing:
     return Outgoing(layout, {"data": table}, (*losses, *_lost_grades(relevance)))
 
 
+def _asking(relevance: Relevance, name: str = "image") -> tuple[Dataset, dict[str, np.ndarray]]:
+    """The queries without their images, and, under this name, which rows of the queries these are of."""
+    queries = relevance.tables.queries
+    if "image" not in query_parts(queries):
+        return queries, {}
+    others = queries.remove_columns(["image"])
+    _require_unused(others, [name])
+    return others, {name: np.arange(len(queries))}
+
+
 def _corpus(relevance: Relevance, id_name: str) -> OutgoingTable:
     corpus = relevance.tables.corpus
     if "image" not in corpus.column_names:
@@ -385,9 +416,10 @@ def _join(
     """
     documents = pages["image"]
     corpus = relevance.tables.corpus.remove_columns(["document_id", "image"])
-    asked = relevance.tables.queries.remove_columns(["query_id", "text"])
+    asked, asking = _asking(relevance, "query_image")
+    asked = asked.remove_columns(["query_id", "text"])
     for table in (corpus, asked):
-        _require_unused(table, [*columns, *pages])
+        _require_unused(table, [*columns, *pages, *asking])
     beside = {}
     for name in asked.column_names:
         values = _take(column(asked, name), queries)
@@ -402,7 +434,7 @@ def _join(
             )
     new = {**columns, **beside}
     rows = with_columns(corpus.select(documents), new) if corpus.column_names else table_dataset(new)
-    return OutgoingTable(rows, pages)
+    return OutgoingTable(rows, pages, dict.fromkeys(asking, queries))
 
 
 def _take(values: pa.Array, rows: np.ndarray) -> pa.Array:

@@ -11,10 +11,11 @@ from tempfile import TemporaryDirectory
 import datasets
 from datasets import Dataset, DatasetDict, get_dataset_config_names, load_dataset, load_dataset_builder, load_from_disk
 
-from mmtune.arguments import nearest_name, require_path
+from mmtune.arguments import QueryId, item_of, nearest_name, require_path
 from mmtune.data.images import EncodedImages
 from mmtune.data.layouts import build_from_beir, build_from_known_layout
 from mmtune.data.pdf_corpus import build_from_pdfs, list_files, store_pages
+from mmtune.data.query_kinds import as_documents
 from mmtune.data.tables import BuildNotes, DroppedQuery, Tables, advise_on
 from mmtune.errors import ConfigError, DatasetError
 from mmtune.host import describe_offline
@@ -42,10 +43,10 @@ def save_tables(tables: Tables, folder: str | os.PathLike[str], card: str) -> No
     """
     require_path("folder", folder)
     path = Path(folder)
-    require_found(tables.corpus)
+    require_found(tables)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise DatasetError(f"{str(path)!r} is not empty. Save to a new folder, or remove what is there.")
-    named = {"queries": tables.queries, "qrels": tables.qrels, "negatives": tables.negatives}
+    named = {"qrels": tables.qrels, "negatives": tables.negatives}
     # Last, so that a folder with a manifest is whole.
     manifest = {"format_version": _FORMAT_VERSION, "notes": asdict(tables.notes)}
     try:
@@ -55,9 +56,11 @@ def save_tables(tables: Tables, folder: str | os.PathLike[str], card: str) -> No
     try:
         with TemporaryDirectory(dir=path, prefix=".pages-") as rendered:
             store_pages(tables.corpus, rendered).save_to_disk(path / "corpus")
+            queries = store_pages(tables.queries, rendered, id_column="query_id")
+            # a table without rows would have no file, and could not be loaded (datasets 5.2)
+            queries.save_to_disk(path / "queries", num_shards=None if len(queries) else 1)
         for name, table in named.items():
             if table is not None:
-                # a table without rows would have no file, and could not be loaded (datasets 5.2)
                 table.save_to_disk(path / name, num_shards=None if len(table) else 1)
         (path / CARD).write_text(card, encoding="utf-8")
         (path / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -95,7 +98,8 @@ def load_tables(
     is_local = _exists(os.fspath(name_or_path))
     tables = _read_tables(path, is_local, config, split, revision)
     if not allow_outside:
-        _require_inside(tables.corpus, path if is_local else None)
+        for table, id_class in _tables_with_images(tables):
+            _require_inside(table, id_class, path if is_local else None)
     return tables
 
 
@@ -350,6 +354,11 @@ def _advise_on(path: Path) -> str:
     return ""
 
 
+def _tables_with_images(tables: Tables) -> list[tuple[Dataset, type[str]]]:
+    """The documents, and the queries as such, with what their ids are."""
+    return [(tables.corpus, str), (as_documents(tables.queries), QueryId)]
+
+
 def _outside_images(corpus: Dataset) -> list[tuple[int, str, int]]:
     """The rows of a corpus whose images lie in files of their own, the paths, and the bytes; -1 of what is no file."""
     if "image" not in corpus.column_names:
@@ -359,27 +368,29 @@ def _outside_images(corpus: Dataset) -> list[tuple[int, str, int]]:
     return [(row, path, max(-1, int(images.lengths[row]))) for row, path in paths if path]
 
 
-def require_found(corpus: Dataset) -> None:
+def require_found(tables: Tables) -> None:
     """Make sure that every image in a file of its own can be read, before anything is written.
 
     Raises:
         DatasetError: A file is missing, or no file.
     """
-    lost = [(row, path) for row, path, length in _outside_images(corpus) if length < 0]
-    if lost:
-        row, path = lost[0]
-        raise DatasetError(
-            f"The files of {len(lost)} pages are missing, e.g. {path!r:.200} of document "
-            f"{corpus[row]['document_id']!r}. Pages are stored with the dataset. Restore the file, or leave the "
-            "document out."
-        )
+    for table, id_class in _tables_with_images(tables):
+        lost = [(row, path) for row, path, length in _outside_images(table) if length < 0]
+        if lost:
+            row, path = lost[0]
+            item_id = id_class(table[row]["document_id"])
+            raise DatasetError(
+                f"The files of {len(lost)} pages are missing, e.g. {path!r:.200} of {item_of(item_id)} {item_id!r}. "
+                f"Pages are stored with the dataset. Restore the file, or leave the {item_of(item_id)} out."
+            )
 
 
-def _require_inside(corpus: Dataset, path: Path | None) -> None:
+def _require_inside(corpus: Dataset, id_class: type[str], path: Path | None) -> None:
     """Make sure that a table that was loaded names no image elsewhere: it may come from anybody.
 
     Args:
         corpus: The documents.
+        id_class: What their ids are, as for ``EncodedImages``.
         path: Where the table was loaded from; ``None`` is the Hub, whose files lie in the caches of the client.
 
     Raises:
@@ -394,9 +405,9 @@ def _require_inside(corpus: Dataset, path: Path | None) -> None:
     outside = [(row, file) for row, file in found if not os.path.realpath(file).startswith(allowed)]
     if outside:
         row, file = outside[0]
+        item_id = id_class(corpus[row]["document_id"])
         raise DatasetError(
-            f"{len(outside)} images lie outside the folder of the table, e.g. {file!r} of document "
-            f"{corpus[row]['document_id']!r}. A table from elsewhere could read any file of this machine. Move the "
-            "images below the table's folder, or call RetrievalDataset.load(..., allow_outside=True) for a table that "
-            "you trust."
+            f"{len(outside)} images lie outside the folder of the table, e.g. {file!r} of {item_of(item_id)} "
+            f"{item_id!r}. A table from elsewhere could read any file of this machine. Move the images below "
+            "the table's folder, or call RetrievalDataset.load(..., allow_outside=True) for a table that you trust."
         )

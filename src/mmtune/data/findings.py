@@ -69,6 +69,10 @@ PROBLEMS = {
         "queries that stand word for word on their page",
         "They teach to look for strings, not for meaning. without() takes them out.",
     ),
+    "incomplete_queries": (
+        "queries without a part of what they are to be made of",
+        "Reading them raises an error. Give them one, or take them out with without().",
+    ),
     "leaked_documents": (
         "documents with the bytes of an answer in the other dataset",
         "Training on them is training on what is tested. without() takes them out.",

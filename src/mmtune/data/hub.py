@@ -47,7 +47,7 @@ def push_dataset(
         if value is not None and not (isinstance(value, str) and value):
             raise ConfigError(f"{name} is {type(value).__name__}: expected a text, or None.")
     outgoing = lay_out(relevance, layout) if layout else _choose_layout(relevance)
-    require_found(relevance.tables.corpus)
+    require_found(relevance.tables)
     warn_of_losses(outgoing, stacklevel=4)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,18 +1,21 @@
-"""Which documents are the same: equal in everything that they are made of, images byte by byte.
+"""Which documents are the same, and which queries: equal in everything that they are made of, images byte by byte.
 
 A page of a PDF is the same at any size, by the content of its file and its number.
 """
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
+from typing import Any, cast
 
 import numpy as np
 import xxhash
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from mmtune.data.arrow import column
 from mmtune.data.documents import DocumentKind, document_columns
 from mmtune.data.images import DECODING, EncodedImages
+from mmtune.data.query_kinds import QueryKind, as_documents, query_columns
+from mmtune.data.tables import has_content, query_parts
 
 _SAMPLE_BYTES = 1024
 
@@ -42,6 +45,52 @@ def identical_documents(corpus: Dataset, documents: DocumentKind) -> np.ndarray:
     parts = [equal_parts[name](corpus) for name in document_columns(corpus, documents)]
     _, at, inverse = np.unique(np.stack(parts), axis=1, return_index=True, return_inverse=True)
     return at[inverse.reshape(-1)] if len(parts) > 1 else parts[0]
+
+
+def identical_queries(queries: Dataset, kind: QueryKind | None = None) -> np.ndarray:
+    """For each query the position of the first query that is the same in all that it is made of.
+
+    What two queries both lack, such as a text beside an image, neither tells them apart nor makes them the same: one
+    that has nothing of what is asked for equals no other.
+
+    Args:
+        queries: A table of queries.
+        kind: What a query is made of; ``None`` is everything that the table has.
+
+    Returns:
+        int64, shape ``(len(queries),)``; ``result[i] == i`` for the first of each kind.
+
+    Raises:
+        ConfigError: The table lacks what ``kind`` asks for.
+    """
+    names = query_parts(queries) if kind is None else query_columns(queries, kind)
+    table = as_documents(queries)
+    parts = np.stack(
+        [np.where(has_content(queries, name), identical_documents(table, cast("Any", name)), -1) for name in names]
+    )
+    has_nothing = (parts < 0).all(axis=0)
+    parts[:, has_nothing] = np.flatnonzero(has_nothing)
+    if len(parts) == 1:
+        return parts[0]
+    _, at, inverse = np.unique(parts, axis=1, return_index=True, return_inverse=True)
+    return at[inverse.reshape(-1)]
+
+
+def match_queries(one: Dataset, other: Dataset, kind: QueryKind | None = None) -> list[tuple[int, int]]:
+    """Pairs of rows, one of each table, whose queries are the same; of several in one table the first.
+
+    Args:
+        one: A table of queries.
+        other: Another one.
+        kind: As for ``identical_queries``; ``None`` is everything that either table has.
+    """
+    parts = [each.with_format(None).select_columns(["query_id", *query_parts(each)]) for each in (one, other)]
+    # a column that one of them lacks is null there
+    first = identical_queries(concatenate_datasets(parts), kind) if len(one) and len(other) else np.array([], np.int64)
+    of_one, of_other = first[: len(one)], first[len(one) :]
+    shared, rows = np.unique(of_other, return_index=True)
+    is_shared = np.isin(shared, of_one)
+    return list(zip(shared[is_shared].tolist(), rows[is_shared].tolist(), strict=True))
 
 
 def _equal_texts(corpus: Dataset) -> np.ndarray:

@@ -19,7 +19,7 @@ from datasets import Dataset
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-from mmtune.arguments import require_whole, require_wholes
+from mmtune.arguments import item_of, name_item, require_whole, require_wholes
 from mmtune.data.arrow import column, stored_image_column
 from mmtune.data.pdfs import LONGEST_REFERENCE, PdfPage, is_pdf_page, measure_page, name_page, render_page
 from mmtune.errors import ConfigError, ImageDecodeError
@@ -110,7 +110,7 @@ def decode_page(
         frames = getattr(image, "n_frames", 1)
         if frames > 1:
             warnings.warn(
-                f"Document {document_id!r} holds {frames} frames; only the first is used. "
+                f"{name_item(document_id)} holds {frames} frames; only the first is used. "
                 "Give each page a row of its own to use all of them.",
                 stacklevel=2,
             )
@@ -172,8 +172,8 @@ def _opened(encoded: Mapping[str, Any] | None, document_id: str) -> Iterator[Ima
     except Exception as error:  # a damaged file can raise nearly anything from inside a codec
         found = f"file {encoded['path']!r}" if content is None else f"{len(content)} bytes, starting {content[:8]!r}"
         raise ImageDecodeError(
-            f"Document {document_id!r} can't be decoded as an image ({found}): {error}. "
-            "Replace the file, or leave the document out."
+            f"{name_item(document_id)} can't be decoded as an image ({found}): {error}. "
+            f"Replace the file, or leave the {item_of(document_id)} out."
         ) from error
 
 
@@ -185,7 +185,7 @@ def _pdf_page(encoded: Mapping[str, Any] | None, document_id: str) -> tuple[PdfP
     try:
         return PdfPage.decode(content), str((encoded or {}).get("path"))
     except ValueError as error:
-        raise ImageDecodeError(f"Document {document_id!r} can't be read: {error}. Build the dataset again.") from error
+        raise ImageDecodeError(f"{name_item(document_id)} can't be read: {error}. Build the dataset again.") from error
 
 
 def _size_to_render(
@@ -201,7 +201,8 @@ def _size_to_render(
 
 def _no_image(document_id: str) -> ImageDecodeError:
     return ImageDecodeError(
-        f"Document {document_id!r} has no image: neither bytes nor a path. Give it one, or leave the document out."
+        f"{name_item(document_id)} has no image: neither bytes nor a path. Give it one, or "
+        f"leave the {item_of(document_id)} out."
     )
 
 
@@ -219,7 +220,7 @@ def require_file(path: str, document_id: str) -> None:
     except (OSError, ValueError) as error:
         problem = str(error)
     if problem:
-        remedy = "Restore the file, or leave the document out."
+        remedy = f"Restore the file, or leave the {item_of(document_id)} out."
         if re.match(r"\w+://", path):
             problem = "it is a URL, and pages are read from files or bytes"
             remedy = f"Download it first, e.g. with urllib.request.urlretrieve({path!r:.200}, 'page.png')."
@@ -227,7 +228,7 @@ def require_file(path: str, document_id: str) -> None:
             problem += f", looked for from the working directory {str(Path.cwd())!r}"
             remedy = "Write absolute paths into the column, or run from the folder that they begin in."
         raise ImageDecodeError(
-            f"Document {document_id!r} can't be decoded as an image (file {path!r}): {problem}. {remedy}"
+            f"{name_item(document_id)} can't be decoded as an image (file {path!r}): {problem}. {remedy}"
         )
 
 
@@ -235,7 +236,7 @@ def _check_size(image: Image.Image, document_id: str) -> None:
     if image.width * image.height <= MAX_DECODED_PIXELS:
         return
     raise ImageDecodeError(
-        f"Document {document_id!r} is {image.width} x {image.height} pixels, more than the {MAX_DECODED_PIXELS:,} "
+        f"{name_item(document_id)} is {image.width} x {image.height} pixels, more than the {MAX_DECODED_PIXELS:,} "
         "that are decoded. Scale the file down before, e.g. to 2,000 pixels on the long side."
     )
 
@@ -300,6 +301,7 @@ class EncodedImages:
 
     Args:
         corpus: A table with an ``Image(decode=False)`` column ``image``.
+        id_class: ``QueryId`` where the ids are those of queries; errors say so.
 
     Attributes:
         lengths: Bytes of each image, int64, as ``read_identity`` gives them; a different negative number for each image
@@ -308,7 +310,8 @@ class EncodedImages:
         pdf_rows: Those in a PDF. What is read of these names the content of the file and the page.
     """
 
-    def __init__(self, corpus: Dataset) -> None:
+    def __init__(self, corpus: Dataset, *, id_class: type[str] = str) -> None:
+        self._id_class = id_class
         stored, order = stored_image_column(corpus, "image")
         self._corpus = corpus
         self._bytes = pc.struct_field(stored, "bytes")
@@ -369,7 +372,7 @@ class EncodedImages:
         return self._read_file(row, _HEADER_BYTES) if content is None else _ends(memoryview(content))
 
     def _read_file(self, row: int, at_each_end: int | None) -> bytes:
-        path, document_id = self.path(row), self._corpus[row]["document_id"]
+        path, document_id = self.path(row), self._id_class(self._corpus[row]["document_id"])
         if not path:
             raise _no_image(document_id)
         require_file(path, document_id)
@@ -382,8 +385,8 @@ class EncodedImages:
                 return start + file.read()
         except OSError as error:
             raise ImageDecodeError(
-                f"The file of document {document_id!r} can't be read: {error}. "
-                "Restore the file, or leave the document out."
+                f"The file of {item_of(document_id)} {document_id!r} can't be read: {error}. "
+                f"Restore the file, or leave the {item_of(document_id)} out."
             ) from error
 
 
@@ -402,20 +405,20 @@ def _ends(content: memoryview) -> bytes:
     return bytes(content[:_HEADER_BYTES]) + bytes(content[-_TAIL_BYTES:])
 
 
-def check_pages(corpus: Dataset, *, show_progress_bar: bool = True) -> None:
+def check_pages(corpus: Dataset, *, show_progress_bar: bool = True, id_class: type[str] = str) -> None:
     """Make sure that every page of a corpus can be decoded: JPEG and PNG by header and end, others in full.
 
     A page of a PDF is loaded, and its file must be the one that the dataset was built from.
 
-    What is damaged in the middle of a JPEG is not found; see ``looks_whole``.
+    What is damaged in the middle of a JPEG is not found; see ``looks_whole``. ``id_class`` as for ``EncodedImages``.
 
     Raises:
         ImageDecodeError: A page is missing, damaged, or no image; the message names the document.
     """
-    images, document_ids = EncodedImages(corpus), column(corpus, "document_id")
+    images, document_ids = EncodedImages(corpus, id_class=id_class), column(corpus, "document_id")
     pdf_rows = set(images.pdf_rows.tolist())
     for row in tqdm(range(len(corpus)), desc="Checking pages", disable=not show_progress_bar, leave=False):
-        document_id = document_ids[row].as_py()
+        document_id = id_class(document_ids[row].as_py())
         if row in pdf_rows:
             stored_size(images.encoded(row), document_id)
         elif not looks_whole(images.read_ends(row), document_id):

@@ -15,7 +15,8 @@ from mmtune.arguments import require_name, shown
 from mmtune.data import layouts
 from mmtune.data.arrow import positions
 from mmtune.data.dataset import RetrievalDataset
-from mmtune.data.identity import match_documents, pdf_pages
+from mmtune.data.identity import match_documents, match_queries, pdf_pages
+from mmtune.data.query_kinds import QueryKind
 from mmtune.data.tables import advise_on
 from mmtune.errors import ConfigError, DatasetError
 
@@ -39,7 +40,7 @@ class Leaks:
             evaluation id): it would learn to rank them low.
         fill_candidates: Answers of the evaluation that stand in the training corpus and are neither relevant nor listed
             there, as pairs: short lists of negatives are filled with such at random, and mining finds them.
-        query_texts: Queries of one text on both sides, as pairs (training id, evaluation id).
+        query_texts: Queries that are the same on both sides, as pairs (training id, evaluation id).
     """
 
     listed_negatives: tuple[tuple[str, str], ...] = ()
@@ -53,18 +54,23 @@ class Leaks:
         kinds = {
             "answers of the evaluation are listed as training negatives": self.listed_negatives,
             "answers of the evaluation may be drawn as training negatives": self.fill_candidates,
-            "query texts stand on both sides": self.query_texts,
+            "queries stand on both sides": self.query_texts,
         }
         found = (f"{len(pairs)} {what}, e.g. {_show(pairs[0])}" for what, pairs in kinds.items() if pairs)
         return "; ".join(found) or "nothing is shared"
 
 
-def leaks_between(train: RetrievalDataset, evaluation: RetrievalDataset) -> Leaks:
-    """Answers of the evaluation among the training negatives, listed or to be drawn, and query texts on both sides.
+def leaks_between(train: RetrievalDataset, evaluation: RetrievalDataset, queries: QueryKind | None = None) -> Leaks:
+    """Answers of the evaluation among the training negatives, listed or to be drawn, and queries on both sides.
 
     ``RetrievalDataset.split`` leaves none. Documents are the same by content or id, as in ``relevant_on_both_sides``,
-    and texts where they are equal; what is relevant on both sides is that function's to find. Of several queries with
-    one text the first is named.
+    and queries where all that they are made of is equal; what is relevant on both sides is that function's to find. Of
+    several queries that are the same the first is named.
+
+    Args:
+        train: What is trained on.
+        evaluation: What is measured on.
+        queries: What a query is made of; ``None`` is everything that the queries have.
     """
     everything = np.arange(len(train.corpus))
     same = _same_documents(train, evaluation, everything)
@@ -73,9 +79,7 @@ def leaks_between(train: RetrievalDataset, evaluation: RetrievalDataset) -> Leak
     judged = np.zeros(len(everything), dtype=bool)
     judged[train.relevance.judged_document] = True
     sides = train.relevance, evaluation.relevance
-    first, second = (np.unique(side.text, return_index=True)[1] for side in sides)
-    at = positions(sides[1].query_texts.take(second), sides[0].query_texts.take(first))
-    asked_twice = sorted(zip(first[at[at >= 0]].tolist(), second[at >= 0].tolist(), strict=True))
+    asked_twice = match_queries(train.queries, evaluation.queries, queries)
     return Leaks(
         tuple(_name(train, evaluation, {pair for pair in same if listed[pair[0]]})),
         tuple(_name(train, evaluation, {pair for pair in same if not listed[pair[0]] and not judged[pair[0]]})),

@@ -100,8 +100,13 @@ class Judgements:
         return pa.concat_arrays([self.relevance.query_ids, further])
 
     def with_near_misses(self) -> "Judgements":
-        """These with the near misses of the queries; where pages ask, their first negatives, and drawn for no other."""
+        """These with the near misses of the queries; where pages ask, their first negatives, and drawn for no other.
+
+        Near misses are texts: where queries are something else, there are none.
+        """
         relevance = self.relevance
+        if relevance.queries not in (None, "text"):
+            return self
         found = NearMisses.of(relevance.tables.queries)
         if not len(found) or self.direction == "text_to_image":
             return replace(self, near_misses=found if len(found) else None)

@@ -19,7 +19,6 @@ from mmtune.data.arrow import (
     lists,
     lists_of_rows,
     positions,
-    stored_image_column,
     table_dataset,
     with_columns,
     with_encoded_images,
@@ -29,9 +28,11 @@ from mmtune.data.tables import (
     Tables,
     advise_on,
     check_tables,
+    has_content,
     id_lists,
     is_blank,
     is_number,
+    query_parts,
     require_columns,
     require_finite,
     require_unique,
@@ -44,6 +45,8 @@ _DOCUMENT_ID = ("document_id", "corpus-id", "corpus_id", "docid", "_id", "id")
 _QUERY_ID = ("query_id", "query-id", "_id", "id")
 _QUERY_TEXT = ("query", "query_text", "text")
 _SCORE = ("score", "relevance", "label")
+_ASKING = "query_image"
+"""Images that ask, in the layouts where a row also has the image of a page."""
 _POSITIVES, _NEGATIVES = "positive_document_ids", "negative_document_ids"
 
 
@@ -55,14 +58,13 @@ def build_from_known_layout(rows: Dataset) -> Tables:
     """
     rows = require_table(rows)
     found = set(rows.column_names)
-    if {"id", "query", "image"} <= found:
-        return build_from_id_rows(rows)
-    if {"query", "image"} <= found:
-        return build_from_columns(rows)
+    if "image" in found and found & {"query", _ASKING}:
+        return build_from_id_rows(rows) if "id" in found else build_from_columns(rows)
     raise DatasetError(
         f"The columns {rows.column_names} are no layout that is known. Known are: "
         "'id', 'query', 'image' and optionally 'negatives' (from_id_rows); "
-        "'query', 'image' and optionally 'negative_0', 'negative_1', ... (from_columns). "
+        "'query', 'image' and optionally 'negative_0', 'negative_1', ... (from_columns); "
+        "'query_image' beside 'query' or in its place, where images ask. "
         "Rename the columns, or call one of these builders with the names of yours, e.g. "
         "RetrievalDataset.from_id_rows(rows, id_column=..., query_column=..., image_column=...)."
     )
@@ -76,9 +78,10 @@ def build_from_id_rows(
     image_name: str = "image",
     negatives_name: str | None = "negatives",
     on_missing: str = "error",
+    asking_name: str | None = _ASKING,
 ) -> Tables:
     """One row per page, its negatives as ids of other rows; see ``RetrievalDataset.from_id_rows``."""
-    rows = _check_rows(rows, (id_name, query_name, image_name))
+    rows, asking_name = _check_rows(rows, (id_name, image_name), query_name, asking_name)
     alike = _unused_negatives(rows, (id_name, query_name, image_name, negatives_name))
     if negatives_name == "negatives" and negatives_name not in rows.column_names and not alike:
         negatives_name = None
@@ -93,15 +96,15 @@ def build_from_id_rows(
     ids = id_column(rows, id_name)
     advice = "Each row needs an id of its own: drop the repeated rows, or name another id column."
     require_unique(ids, "id", f" of column {id_name!r}", advice)
-    blank = is_blank(text_column(rows, query_name))
+    blank = ~_asks(rows, query_name, asking_name)
     asking, query_ids = rows.select(np.flatnonzero(~blank)), ids.filter(~blank)
     negatives, counts = None, {}
     if negatives_name is not None:
         negatives, counts = _resolve_negatives(asking, negatives_name, query_ids, ids, on_missing)
 
-    others = [name for name in rows.column_names if name not in (id_name, query_name, negatives_name)]
+    others = [name for name in rows.column_names if name not in (id_name, query_name, negatives_name, asking_name)]
     pages = with_encoded_images(rows.select_columns(others), image_name)
-    empty = np.flatnonzero(~_has_image(pages, image_name))
+    empty = np.flatnonzero(~has_content(pages, image_name))
     if len(empty):
         raise DatasetError(
             f"{len(empty)} rows have no image: column {image_name!r} is null there, e.g. in the row with id "
@@ -110,7 +113,7 @@ def build_from_id_rows(
         )
     return check_tables(
         with_columns(_name_pages(pages, image_name), {"document_id": ids}),
-        _select_asking(asking, query_ids, query_name, {id_name, negatives_name, image_name}),
+        _select_asking(asking, query_ids, query_name, asking_name, {id_name, negatives_name, image_name}),
         _judge_one_to_one(query_ids),
         negatives,
         notes=BuildNotes(blank_queries=int(blank.sum()), **counts),
@@ -123,13 +126,14 @@ def build_from_columns(
     query_name: str = "query",
     image_name: str = "image",
     negative_names: Sequence[str] | None = None,
+    asking_name: str | None = _ASKING,
 ) -> Tables:
     """One row per query with the images in it; see ``RetrievalDataset.from_columns``."""
     if isinstance(negative_names, str):
         raise ConfigError(f"negative_columns={negative_names!r} is one name. Pass a list, [{negative_names!r}].")
     if negative_names is not None and not isinstance(negative_names, Sequence):
         raise ConfigError(f"negative_columns={negative_names!r:.80}: expected a list of names of columns.")
-    rows = _check_rows(rows, (query_name, image_name))
+    rows, asking_name = _check_rows(rows, (image_name,), query_name, asking_name)
     is_named = negative_names is not None
     if negative_names is None:
         matches = {name: re.fullmatch(r"negative(?:_(\d+))?", name) for name in rows.column_names}
@@ -152,16 +156,16 @@ def build_from_columns(
     for name in image_names:
         rows = with_encoded_images(rows, name)
     # Of row i the page is document i, and negative k of n rows document n * (k + 1) + i; a null is no document.
-    has_image = np.stack([_has_image(rows, name) for name in image_names], axis=1)
+    has_image = np.stack([has_content(rows, name) for name in image_names], axis=1)
     numbers = np.arange(len(rows))[:, None] + len(rows) * np.arange(len(image_names))
-    others = [name for name in rows.column_names if name not in (*negative_names, query_name, image_name)]
+    others = [name for name in rows.column_names if name not in (*negative_names, query_name, image_name, asking_name)]
     pages = []
     for k, name in enumerate(image_names):
         columns = rows.select_columns([name, *(others if k == 0 else ())])
         pages.append(_name_pages(columns.select(np.flatnonzero(has_image[:, k])), name))
     document_ids = _as_ids(numbers.T[has_image.T])
 
-    blank = is_blank(text_column(rows, query_name))
+    blank = ~_asks(rows, query_name, asking_name)
     is_asking = ~blank & has_image[:, 0]
     query_ids = _as_ids(np.flatnonzero(is_asking))
     negatives = None
@@ -172,7 +176,7 @@ def build_from_columns(
         negatives = table_dataset({"query_id": query_ids, "document_ids": items})
     return check_tables(
         with_columns(concatenate_datasets(pages), {"document_id": document_ids}),
-        _select_asking(rows.select(np.flatnonzero(is_asking)), query_ids, query_name, set()),
+        _select_asking(rows.select(np.flatnonzero(is_asking)), query_ids, query_name, asking_name, set()),
         _judge_one_to_one(query_ids),
         negatives,
         notes=BuildNotes(
@@ -205,9 +209,10 @@ def build_from_beir(corpus: Dataset, queries: Dataset, qrels: Dataset | None) ->
         )
     _warn_of_unused(alike, f"column {_NEGATIVES!r}")
     lists_of_ids = [name for name in (_POSITIVES, _NEGATIVES) if name in queries.column_names]
-    names = {"query_id": query_id, "text": _find_column(queries, _QUERY_TEXT, "table of queries")}
-    queries = _rename_columns(queries.remove_columns(lists_of_ids), names)
-    blank = is_blank(text_column(queries, "text"))
+    queries = _rename_columns(queries.remove_columns(lists_of_ids), {"query_id": query_id, **_name_parts(queries)})
+    if "image" in queries.column_names:
+        queries = with_encoded_images(queries, "image")
+    blank = ~np.any([has_content(queries, name) for name in query_parts(queries)], axis=0)
     is_asked = ~pc.is_in(judged["query_id"], value_set=ids.filter(blank)).to_numpy(zero_copy_only=False)
     is_relevant = pc.greater(judged["score"], 0).to_numpy(zero_copy_only=False)
     return check_tables(
@@ -264,14 +269,52 @@ def _warn_of_unused(names: Sequence[str], instead: str) -> None:
         )
 
 
-def _check_rows(rows: Dataset, required: Sequence[str]) -> Dataset:
+def _name_parts(queries: Dataset) -> dict[str, str]:
+    """The columns that the queries of a BEIR set ask with, by our names."""
+    asked = [name for name in ("image", _ASKING) if name in queries.column_names]
+    asked += [name for name in _QUERY_TEXT if _holds_images(queries, name)]
+    images = [name for name in asked if has_content(with_encoded_images(queries, name), name).any()]
+    texts = [name for name in _QUERY_TEXT if name in queries.column_names and name not in asked]
+    if not texts and not images:
+        _find_column(queries, _QUERY_TEXT, "table of queries")
+    return {part: names[0] for part, names in (("image", images), ("text", texts)) if names}
+
+
+def _holds_images(table: Dataset, name: str) -> bool:
+    """Whether a table has such a column, and it is one of encoded images by its type."""
+    if name not in table.column_names:
+        return False
+    kind = table.data.table.schema.field(name).type
+    is_struct = pa.types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}
+    return is_struct or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _asks(rows: Dataset, query_name: str, asking_name: str | None) -> np.ndarray:
+    """Which rows ask: with a text, or with an image."""
+    has_text = np.zeros(len(rows), dtype=bool)
+    if query_name in rows.column_names and query_name != asking_name:
+        has_text = ~is_blank(text_column(rows, query_name))
+    return has_text if asking_name is None else has_text | has_content(rows, asking_name)
+
+
+def _check_rows(
+    rows: Dataset, required: Sequence[str], query_name: str, asking_name: str | None
+) -> tuple[Dataset, str | None]:
+    """The rows, and the column of images that ask, encoded; ``None`` where there is none."""
     rows = require_table(rows).with_format(None)
+    if asking_name in (None, _ASKING) and _holds_images(rows, query_name):
+        asking_name = query_name
     if not len(rows):
         raise DatasetError(
             f"The table of rows has zero rows (columns: {rows.column_names}). Nothing can be built from it."
         )
-    require_columns(rows, required, "The table of rows")
-    return rows
+    if asking_name == _ASKING and asking_name not in rows.column_names:
+        asking_name = None
+    # a text may be left out where an image asks, but not one whose column is named
+    asking = [] if asking_name is None else [asking_name]
+    texts = [query_name] if asking_name is None or query_name != "query" else []  # which may be images
+    require_columns(rows, [*required, *texts, *asking], "The table of rows")
+    return rows if asking_name is None else with_encoded_images(rows, asking_name), asking_name
 
 
 def _resolve_negatives(
@@ -299,26 +342,25 @@ def _resolve_negatives(
     return table_dataset({"query_id": query_ids, "document_ids": kept}), counts
 
 
-def _select_asking(rows: Dataset, ids: pa.Array, query_name: str, hidden: set[str | None]) -> Dataset:
-    """The table of queries: id, text, and the other columns of the rows that are no images."""
-    reserved = {"query_id", "text", query_name, *hidden}
+def _select_asking(
+    rows: Dataset, ids: pa.Array, query_name: str, asking_name: str | None, hidden: set[str | None]
+) -> Dataset:
+    """The table of queries: id, text, image where one asks, and the other columns of the rows that are no images."""
+    reserved = {"query_id", "text", "image", query_name, asking_name, *hidden}
     others = [
         name for name, feature in rows.features.items() if name not in reserved and not isinstance(feature, Image)
     ]
-    new = {"query_id": ids, "text": text_column(rows, query_name)}
+    has_text = query_name in rows.column_names and query_name != asking_name
+    new = {"query_id": ids, "text": text_column(rows, query_name) if has_text else pa.nulls(len(rows), pa.string())}
+    if asking_name is not None:
+        asking = rows.select_columns([asking_name, *others])
+        return with_columns(asking if asking_name == "image" else asking.rename_column(asking_name, "image"), new)
     return with_columns(rows.select_columns(others), new) if others else table_dataset(new)
 
 
 def _judge_one_to_one(ids: pa.Array) -> Dataset:
     """Each query with the document that has its id."""
     return table_dataset({"query_id": ids, "document_id": ids, "score": pa.array(np.ones(len(ids), dtype=np.int64))})
-
-
-def _has_image(rows: Dataset, name: str) -> np.ndarray:
-    stored, order = stored_image_column(rows, name)
-    empty = pc.and_(pc.is_null(pc.struct_field(stored, "bytes")), pc.is_null(pc.struct_field(stored, "path")))
-    present = ~empty.to_numpy()
-    return present if order is None else present[order]
 
 
 def _name_pages(pages: Dataset, image_name: str) -> Dataset:

@@ -80,8 +80,8 @@ class NearMisses:
         return concatenate_datasets([asked, table_dataset({"query_id": self.ids, "text": self.texts})])
 
 
-def _words(text: str) -> str:
-    return " ".join(text.casefold().split())
+def _words(text: str | None) -> str:
+    return " ".join((text or "").casefold().split())
 
 
 def near_misses_of(queries: Dataset) -> list[list[str]]:

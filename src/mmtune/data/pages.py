@@ -8,6 +8,7 @@ import numpy as np
 import xxhash
 from PIL import Image
 
+from mmtune.arguments import item_of
 from mmtune.data.images import DECODING, Enough, decode_page, require_file, stored_size
 from mmtune.errors import ImageDecodeError
 
@@ -83,8 +84,8 @@ class Page(Image.Image):
                 content = Path(path).read_bytes()
             except OSError as error:
                 raise ImageDecodeError(
-                    f"The file of document {self.document_id!r} can't be read: {error}. Restore the file, or leave the "
-                    "document out."
+                    f"The file of {item_of(self.document_id)} {self.document_id!r} can't be read: {error}. Restore the "
+                    f"file, or leave the {item_of(self.document_id)} out."
                 ) from error
         digest.update(content or b"")
         return digest.hexdigest()

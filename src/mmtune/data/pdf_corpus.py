@@ -235,15 +235,16 @@ def _report(unreadable: Sequence[tuple[str, str]], num_files: int, num_judged: i
     logger.warning("%s\nThey are left out%s; dataset.audit() counts them.", message, asked)
 
 
-def store_pages(corpus: Dataset, folder: str | os.PathLike[str]) -> Dataset:
+def store_pages(corpus: Dataset, folder: str | os.PathLike[str], *, id_column: str = "document_id") -> Dataset:
     """A corpus with files of images in place of pages of PDFs; other images stay as they are.
 
     A page is rendered once, by the content of its file, its number and its size: what the folder holds is not rendered
     again. A file appears there when it is whole, and only one process at a time renders the pages of one PDF.
 
     Args:
-        corpus: Any corpus.
+        corpus: Any corpus, or queries.
         folder: For PNG files; made where it does not exist.
+        id_column: The column of ids, for errors.
 
     Raises:
         DatasetError: A file can't be written.
@@ -254,7 +255,7 @@ def store_pages(corpus: Dataset, folder: str | os.PathLike[str]) -> Dataset:
     images, root = EncodedImages(corpus), Path(folder).absolute()
     if not len(images.pdf_rows):
         return corpus
-    document_ids = column(corpus, "document_id")
+    document_ids = column(corpus, id_column)
     pages = [PdfPage.decode(images.read(int(row))) for row in images.pdf_rows]
     rows_by_file: defaultdict[str, list[int]] = defaultdict(list)
     for at, page in enumerate(pages):

@@ -21,6 +21,7 @@ from typing import Any
 import xxhash
 from PIL import Image
 
+from mmtune.arguments import item_of, name_item
 from mmtune.errors import ImageDecodeError, MissingExtraError
 
 _START = b"%mmtune-pdf-page "
@@ -221,8 +222,8 @@ def _naming(page: PdfPage, path: str, document_id: str) -> Iterator[None]:
         if isinstance(error, MissingExtraError):
             raise
         raise ImageDecodeError(
-            f"Document {document_id!r} can't be rendered (page {page.page_number} of {path!r}): {error}. Restore the "
-            "file and build the dataset again with from_pdfs, or leave the document out."
+            f"{name_item(document_id)} can't be rendered (page {page.page_number} of {path!r}): {error}. Restore the "
+            f"file and build the dataset again with from_pdfs, or leave the {item_of(document_id)} out."
         ) from error
 
 

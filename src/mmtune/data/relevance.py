@@ -1,4 +1,4 @@
-"""What is relevant to what, as integers: the one place that knows equal query texts and equal documents."""
+"""What is relevant to what, as integers: the one place that knows equal queries and equal documents."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -11,8 +11,9 @@ import pyarrow.compute as pc
 
 from mmtune.data.arrow import IntLists, as_texts, column, flat_lists, positions, table_dataset
 from mmtune.data.documents import DocumentKind
-from mmtune.data.identity import identical_documents, usual_kind
+from mmtune.data.identity import identical_documents, identical_queries, usual_kind
 from mmtune.data.label_changes import label_changes, mapped, with_label_changes
+from mmtune.data.query_kinds import QueryKind, check_queries
 from mmtune.data.tables import Tables
 from mmtune.errors import ConfigError, DatasetError
 
@@ -21,21 +22,24 @@ Direction = Literal["text_to_image", "image_to_text"]
 
 
 class Relevance:
-    """The judgements of a dataset by position, with equal texts and equal documents counted as one.
+    """The judgements of a dataset by position, with equal queries and equal documents counted as one.
 
-    A *page* here is the position of the first document with its content; a *text* a number per distinct query text.
+    A *page* here is the position of the first document with its content; a *text* a number per distinct query, whatever
+    it is made of.
 
     Args:
         tables: The data.
         documents: What a document is made of, which decides what equals what. ``None`` is the image where the corpus
             has images, else the text.
+        queries: What a query is made of, likewise. ``None`` is everything that the queries have.
 
     Raises:
-        ConfigError: The corpus lacks what ``documents`` asks for.
+        ConfigError: The corpus lacks what ``documents`` asks for, or the queries what ``queries`` does.
     """
 
-    def __init__(self, tables: Tables, documents: DocumentKind | None = None) -> None:
+    def __init__(self, tables: Tables, documents: DocumentKind | None = None, queries: QueryKind | None = None) -> None:
         self.tables = tables
+        self.queries: QueryKind | None = queries
         self.documents: DocumentKind = documents or usual_kind(tables.corpus)
         self.document_ids: pa.Array = column(tables.corpus, "document_id")
         self.query_ids: pa.Array = column(tables.queries, "query_id")
@@ -50,13 +54,13 @@ class Relevance:
 
     @property
     def query_texts(self) -> pa.Array:
-        """The text of each query, as large strings."""
+        """The text of each query, as large strings; null where it has none."""
         return column(self.tables.queries, "text").cast(pa.large_string())
 
     @cached_property
     def text(self) -> np.ndarray:
-        """The text of each query, int64 of the length of the queries."""
-        return self.query_texts.dictionary_encode().indices.to_numpy(zero_copy_only=False).astype(np.int64)
+        """The text of each query, or what else it is made of, int64 of the length of the queries."""
+        return np.unique(identical_queries(self.tables.queries, self.queries), return_inverse=True)[1].reshape(-1)
 
     def _encode(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
         """A number for each pair of a query's text and a document's page."""
@@ -142,9 +146,11 @@ class Relevance:
         """Make sure that there is a query: to train, to measure and to mine, something must be asked.
 
         Raises:
-            DatasetError: There is none.
+            DatasetError: There is none, or one lacks a part of what ``queries`` says that it is made of.
         """
         if len(self.query_ids):
+            if self.queries is not None:
+                check_queries(self.tables.queries, self.queries)
             return
         blank = self.tables.notes.blank_queries
         found = f"{blank} rows have a null or blank query; " if blank else ""

@@ -26,7 +26,7 @@ _OF_DOCUMENTS = (
     "documents_without_text",
     "unreferenced_pages",
 )
-_OF_QUERIES = ("short_queries", "copied_queries", "leaked_queries")
+_OF_QUERIES = ("short_queries", "copied_queries", "leaked_queries", "incomplete_queries")
 _OF_NEGATIVES = (
     "false_negatives",
     "relevant_negatives_by_id",

@@ -13,9 +13,10 @@ from datasets import Dataset
 
 from mmtune import host
 from mmtune.data.arrow import IntLists, lists, table_dataset
-from mmtune.data.documents import DocumentKind, DocumentReader, KeyedTable
+from mmtune.data.documents import DocumentKind, DocumentReader
 from mmtune.data.judgements import Judgements
 from mmtune.data.negatives import ChosenNegatives, OnShort, choose_negatives
+from mmtune.data.query_kinds import QueryKind, QueryReader
 from mmtune.data.relevance import Direction, Relevance
 from mmtune.data.tables import Tables
 from mmtune.errors import DatasetError
@@ -33,7 +34,7 @@ class RowSource:
         documents: What a document is made of.
         num_negatives: Negatives a row.
         chosen: How many negatives were ``listed``, ``filled`` and ``refused``, and how many rows ``dropped``.
-        queries: The texts.
+        queries: Gives the queries.
         reader: The documents.
     """
 
@@ -41,12 +42,12 @@ class RowSource:
     documents: DocumentKind
     num_negatives: int
     chosen: Mapping[str, int]
-    queries: KeyedTable
+    queries: QueryReader
     reader: DocumentReader
 
     @classmethod
     def of(cls, judgements: Judgements, documents: DocumentKind, chosen: ChosenNegatives, **sizes: Any) -> "RowSource":
-        """What reads the texts and documents of a dataset; ``sizes`` as for ``DocumentReader``."""
+        """What reads the queries and documents of a dataset; ``sizes`` as for ``DocumentReader``."""
         relevance, near_misses = judgements.relevance, judgements.near_misses
         tables = relevance.tables
         queries = tables.queries if near_misses is None else near_misses.below(tables.queries)
@@ -55,16 +56,16 @@ class RowSource:
             documents,
             chosen.items.shape[1],
             {name: getattr(chosen, name) for name in ("listed", "filled", "refused", "dropped")},
-            KeyedTable(queries, "query_id", ["text"]),
+            QueryReader(queries, relevance.queries or "text", **sizes),
             DocumentReader(tables.corpus, documents, **sizes),
         )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "relevance": None}
 
-    def read(self, query_ids: Sequence[str], document_ids: Sequence[str]) -> tuple[list[str], list[Any]]:
-        """The texts and the documents with these ids; a document that occurs twice is decoded once."""
-        return [row["text"] for row in self.queries.get(query_ids)], self.reader.read(document_ids)
+    def read(self, query_ids: Sequence[str], document_ids: Sequence[str]) -> tuple[list[Any], list[Any]]:
+        """The queries and the documents with these ids; what occurs twice is decoded once."""
+        return self.queries.read(query_ids), self.reader.read(document_ids)
 
 
 class View(ABC):
@@ -98,6 +99,11 @@ class View(ABC):
         return self.source.documents
 
     @property
+    def queries(self) -> QueryKind:
+        """What a query is made of."""
+        return self.source.queries.kind
+
+    @property
     def num_negatives(self) -> int:
         """Negatives a row."""
         return self.source.num_negatives
@@ -116,7 +122,8 @@ class View(ABC):
     def lazily(self) -> "View":
         """The same rows, with pages that are decoded when their pixels are asked for."""
         view = copy(self)
-        view.source = replace(self.source, reader=self.source.reader.lazily())
+        source = self.source
+        view.source = replace(source, reader=source.reader.lazily(), queries=source.queries.lazily())
         return view
 
     def relevant_to(self, groups: np.ndarray) -> tuple[np.ndarray, pa.Array]:
@@ -145,12 +152,12 @@ class View(ABC):
 
     @abstractmethod
     def read(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """The batch with texts and documents in place of ids."""
+        """The batch with queries and documents in place of ids."""
 
     def _read_sides(self, query_ids: Sequence[str], document_ids: Sequence[str]) -> tuple[list[Any], list[Any]]:
         """What asks and what is asked for."""
-        texts, documents = self.source.read(query_ids, document_ids)
-        return (texts, documents) if self.direction == "text_to_image" else (documents, texts)
+        queries, documents = self.source.read(query_ids, document_ids)
+        return (queries, documents) if self.direction == "text_to_image" else (documents, queries)
 
 
 @host.hashed_by(lambda view: view.fingerprint)
@@ -164,10 +171,10 @@ class TrainingView(View):
     def read(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """The batch with the positives and negatives of all its rows decoded once."""
         ids = [batch["document_id"], *zip(*batch["negative_document_ids"], strict=True)]
-        texts, documents = self.source.read(batch["query_id"], [document_id for part in ids for document_id in part])
-        size = len(texts)
+        queries, documents = self.source.read(batch["query_id"], [document_id for part in ids for document_id in part])
+        size = len(queries)
         columns = {name: documents[k * size : (k + 1) * size] for k, name in enumerate(self.columns[1:])}
-        return {"query": texts, **columns}
+        return {"query": queries, **columns}
 
 
 @host.hashed_by(lambda view: view.fingerprint)

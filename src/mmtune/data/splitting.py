@@ -20,7 +20,7 @@ from mmtune.data.identity import pdf_pages
 from mmtune.data.neighbors import FILE_COLUMN, PAGE_COLUMN
 from mmtune.data.pdfs import name_file
 from mmtune.data.relevance import Relevance
-from mmtune.data.tables import Tables, require_columns
+from mmtune.data.tables import Tables, has_content, require_columns
 from mmtune.errors import ConfigError, DatasetError
 
 
@@ -40,7 +40,7 @@ def split_tables(
     copies, sides = _number_sets(relevance, together), []
     for size in reversed(sizes):
         rest, kept, held_out = _hold_out(relevance, size, seed, group_column, stratify_column, copies)
-        relevance, copies = Relevance(rest, relevance.documents), copies[kept]
+        relevance, copies = Relevance(rest, relevance.documents, relevance.queries), copies[kept]
         sides.append(held_out)
     return [relevance.tables, *reversed(sides)]
 
@@ -259,12 +259,19 @@ def _find_ties(relevance: Relevance, queries: np.ndarray, groups: pa.Array | Non
     shared = {
         "document": relevance.document_ids.take(pairs),
         "text": relevance.query_texts.take(queries),
+        "image of query": _first_alike(relevance, queries),
         "group": groups.take(documents) if groups is not None else pa.array([], type=pa.string()),
         "set of copies of": _first_of_sets(relevance, together, documents),
     }
     most = {kind: Counter(values.drop_null().to_pylist()).most_common(1) for kind, values in shared.items()}
     found = [f"the {kind} {top[0][0]!r}" for kind, top in most.items() if top and top[0][1] > 1]
     return " and ".join(found) or "nothing else"
+
+
+def _first_alike(relevance: Relevance, queries: np.ndarray) -> pa.Array:
+    """For each query without a text the first one that is the same; null for the others."""
+    first = np.unique(relevance.text, return_index=True)[1][relevance.text[queries]]
+    return relevance.query_ids.take(pa.array(first, mask=has_content(relevance.tables.queries, "text")[queries]))
 
 
 def _first_of_sets(relevance: Relevance, together: np.ndarray | None, documents: np.ndarray) -> pa.Array:

@@ -25,8 +25,11 @@ from mmtune.data.arrow import (
 )
 from mmtune.data.label_changes import label_changes, with_label_changes
 from mmtune.errors import DatasetError, MissingDocumentError
+from mmtune.host import stored_positions
 
 _LARGEST_SCORE = 2.0**31
+_ASKING = ("image",)
+"""Columns of the queries that ask beside a text, or without one."""
 
 
 @dataclass(frozen=True)
@@ -232,6 +235,23 @@ def is_blank(texts: pa.Array) -> np.ndarray:
     return pc.fill_null(pc.equal(pc.utf8_trim_whitespace(texts), ""), True).to_numpy(zero_copy_only=False)
 
 
+def has_content(table: Dataset, name: str) -> np.ndarray:
+    """Which rows have something in a column of texts, or of what is encoded: other than null, and no blank text.
+
+    Args:
+        table: Documents or queries.
+        name: ``"text"``, or a column of ``bytes`` and ``path``; one that is not there holds nothing.
+    """
+    if name not in table.column_names:
+        return np.zeros(len(table), dtype=bool)
+    stored = table.data.table.column(name)
+    if not pa.types.is_struct(stored.type):
+        return ~is_blank(text_column(table, name))
+    empty = pc.and_(pc.is_null(pc.struct_field(stored, "bytes")), pc.is_null(pc.struct_field(stored, "path")))
+    order = stored_positions(table)
+    return ~empty.to_numpy() if order is None else ~empty.to_numpy()[order]
+
+
 def is_number(kind: pa.DataType) -> bool:
     """Whether a column of this type holds integers or floats."""
     return pa.types.is_integer(kind) or pa.types.is_floating(kind)
@@ -262,15 +282,29 @@ def _check_corpus(corpus: Dataset) -> Dataset:
 
 
 def _check_queries(queries: Dataset) -> Dataset:
-    require_columns(queries, ("query_id", "text"), "The table of queries")
+    parts = query_parts(queries)
+    require_columns(queries, ("query_id", "text") if parts == ["text"] else ("query_id",), "The table of queries")
     queries = _with_unique_ids(queries, "query")
-    blank = np.flatnonzero(is_blank(text_column(queries, "text")))
+    if "image" in parts:
+        queries = with_encoded_images(queries, "image")
+    texts = text_column(queries, "text") if "text" in queries.column_names else pa.nulls(len(queries), pa.string())
+    if "text" not in queries.column_names:
+        queries = with_columns(queries, {"text": texts})
+    elif pa.types.is_null(queries.data.table.schema.field("text").type):
+        queries = with_ids(queries, "text", texts)
+    blank = np.flatnonzero(~np.any([has_content(queries, name) for name in parts], axis=0))
     if len(blank):
         query_id = column(queries, "query_id")[int(blank[0])].as_py()
+        others = "".join(f" and no {name}" for name in parts if name != "text")
         raise DatasetError(
-            f"Query {query_id!r} has no text (null or blank). Give it one, or leave the query out of the table."
+            f"Query {query_id!r} has no text (null or blank){others}. Give it one, or leave the query out of the table."
         )
     return queries
+
+
+def query_parts(queries: Dataset) -> list[str]:
+    """What the queries of a table are made of: ``"text"``, and each other column that may ask beside it or alone."""
+    return ["text", *(name for name in _ASKING if name in queries.column_names)]
 
 
 def _check_qrels(qrels: Dataset, corpus: Dataset, queries: Dataset) -> Dataset:

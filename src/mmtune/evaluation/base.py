@@ -2,7 +2,9 @@
 
 import math
 import os
+import time
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,6 +18,7 @@ from mmtune.arguments import shown
 from mmtune.data.clusters import connected_queries
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
+from mmtune.data.query_kinds import QueryKind
 from mmtune.errors import ConfigError
 from mmtune.evaluation.metrics import ndcg
 from mmtune.inference.encoder import DatasetReader, Retriever, Task, as_float32, encode, join, warn_of_cut_texts
@@ -25,6 +28,23 @@ from mmtune.inference.store import Embeddings
 _TIE_ORDER_SEED = 0
 _SAMPLE = 16
 CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class EncodingCost:
+    """What a model took to encode a dataset, and what it made of a document.
+
+    Attributes:
+        queries_s: Seconds for all queries.
+        documents_s: Seconds for all documents, with their decoding and without their scoring.
+        dimension: Of a vector, before an evaluator cuts it off.
+        num_numbers: How many numbers all documents became: the dimension, times their vectors.
+    """
+
+    queries_s: float = 0.0
+    documents_s: float = 0.0
+    dimension: int = 0
+    num_numbers: int = 0
 
 
 class OrderedId(str):
@@ -59,6 +79,7 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
     Args:
         data: What is evaluated on.
         documents: What a document is made of.
+        queries: What a query is made of.
         ndcg_at_k: Depths of nDCG.
         batch_size: Documents or queries a forward pass.
         show_progress_bar: Whether to show a bar over the documents.
@@ -68,9 +89,11 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
         model_class: The kind of model that it scores.
         data: What is evaluated on.
         batch_size: Documents or queries a forward pass; what is set here holds from the next call on.
+        score_by_document_id: ``{query id: {document id: score}}`` of what is relevant.
         per_query: After a call, ``{metric key: {query id: value}}`` of nDCG at each depth and dimension.
         top_ids: After a call, ``{query id: [document id, ...]}`` of the best documents at full size, best first; a
             hundred, or as many as the deepest metric looks at.
+        cost: After a call, what encoding took.
     """
 
     model_class: ClassVar[type[BaseModel]]
@@ -80,24 +103,25 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
         data: RetrievalDataset,
         documents: DocumentKind,
         *,
+        queries: QueryKind = "text",
         ndcg_at_k: Sequence[int] = (10,),
         batch_size: int = 16,
         show_progress_bar: bool = True,
         **host_kwargs: Any,
     ) -> None:
-        data.relevance.require_queries()
+        data.relevance_of(documents, queries).require_queries()
         self.data = data
-        self._reader = DatasetReader(data.corpus, data.queries, documents)
-        self._score_by_document_id: dict[str, dict[str, int]] = {}
+        self._reader = DatasetReader(data.corpus, data.queries, documents, queries)
+        self.score_by_document_id: dict[str, dict[str, int]] = {}
         judged = (data.qrels[name][:] for name in ("query_id", "document_id", "score"))
         for query_id, document_id, score in zip(*judged, strict=True):
-            self._score_by_document_id.setdefault(query_id, {})[document_id] = score
+            self.score_by_document_id.setdefault(query_id, {})[document_id] = score
         document_ids = data.corpus["document_id"][:]
         order = np.random.default_rng(_TIE_ORDER_SEED).permutation(len(document_ids)).tolist()
         super().__init__(
             queries=dict(self._reader.text_by_query_id),
             corpus={OrderedId(name, at): name for name, at in zip(document_ids, order, strict=True)},
-            relevant_docs={query_id: set(scores) for query_id, scores in self._score_by_document_id.items()},
+            relevant_docs={query_id: set(scores) for query_id, scores in self.score_by_document_id.items()},
             ndcg_at_k=list(ndcg_at_k),
             # Scoring takes a moment; the bar that matters is over the documents.
             show_progress_bar=False,
@@ -108,6 +132,7 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
         self.predictions_file = self.csv_file.replace("_results.csv", "_predictions.jsonl")
         self.per_query: dict[str, dict[str, float]] = {}
         self.top_ids: dict[str, list[str]] = {}
+        self.cost = EncodingCost()
         self._shows_progress = show_progress_bar
         self._has_looked_for_cut_texts = False
         self._id_by_order = [document_ids[at] for at in np.argsort(order).tolist()]
@@ -115,7 +140,7 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
     @property
     def groups(self) -> dict[str, str]:
         """``{query id: cluster}``: queries that share pages or texts, directly or by others, are of one cluster."""
-        return connected_queries(self.data.relevance_of(self._reader.kind))
+        return connected_queries(self.data.relevance_of(self._reader.kind, self._reader.query_kind))
 
     def measure_effect_of_batch_size(self, model: Retriever) -> float:
         """How far embeddings move with what else is in their batch: the largest change of a coordinate.
@@ -166,16 +191,25 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
         if not self._has_looked_for_cut_texts:
             warn_of_cut_texts(model, self._reader)
             self._has_looked_for_cut_texts = True
-        ids = self.queries_ids
-        return join(encode(model, "query", ids, self._reader, batch_size=self.batch_size, at_once=len(ids)))
+        ids, started = self.queries_ids, time.perf_counter()
+        # texts go to the host at once, which sorts them by length; images are read a batch at a time
+        at_once = len(ids) if self._reader.query_kind == "text" else None
+        found = join(encode(model, "query", ids, self._reader, batch_size=self.batch_size, at_once=at_once))
+        self.cost = replace(self.cost, queries_s=time.perf_counter() - started)
+        return found
 
     def encode_documents(self, model: Retriever) -> Generator[Embeddings, None, None]:
         """The embeddings of the corpus, ``batch_size`` documents at a time."""
         ids = list(map(str, self.corpus_ids))
+        seconds, num_numbers, started = 0.0, 0, time.perf_counter()
         with tqdm(total=len(ids), desc="Encoding documents", disable=not self._shows_progress, leave=False) as bar:
             for portion in encode(model, "document", ids, self._reader, batch_size=self.batch_size):
                 bar.update(len(portion))
+                seconds, num_numbers = seconds + time.perf_counter() - started, num_numbers + _count_numbers(portion)
+                size = portion[0].shape[-1]
+                self.cost = replace(self.cost, documents_s=seconds, dimension=size, num_numbers=num_numbers)
                 yield portion
+                started = time.perf_counter()
 
     def compute_metrics(self, queries_result_list: list[Any]) -> dict[str, Any]:
         """The host's metrics, with nDCG graded, and ``per_query`` and ``top_ids`` filled.
@@ -190,7 +224,7 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
         similarity = next(iter(self.score_functions or ()))
         values_by_k: dict[int, dict[str, float]] = {k: {} for k in self.ndcg_at_k}
         for query_id, hits in zip(self.queries_ids, queries_result_list, strict=True):
-            score_by_document_id = self._score_by_document_id[query_id]
+            score_by_document_id = self.score_by_document_id[query_id]
             wrong = next((hit for hit in hits if not math.isfinite(hit["score"])), None)
             if wrong is not None:
                 raise not_finite(query_id, str(wrong["corpus_id"]), wrong["score"])
@@ -203,3 +237,7 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
             self.per_query[f"{self.name}_{similarity}_ndcg@{k}"] = values
             metrics["ndcg@k"][k] = float(np.mean(list(values.values())))
         return metrics
+
+
+def _count_numbers(embeddings: Embeddings) -> int:
+    return embeddings.numel() if isinstance(embeddings, torch.Tensor) else sum(item.numel() for item in embeddings)

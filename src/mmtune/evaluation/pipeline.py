@@ -14,6 +14,7 @@ from mmtune.arguments import require_whole, require_wholes
 from mmtune.data.documents import DocumentKind
 from mmtune.data.intake import DatasetLike, as_retrieval_dataset
 from mmtune.data.judgements import CandidateList, Judgements
+from mmtune.data.query_kinds import QueryKind
 from mmtune.errors import ConfigError
 from mmtune.evaluation.metrics import expected_gains, ndcg
 from mmtune.inference.encoder import DatasetReader, Retriever, require_retriever
@@ -161,6 +162,7 @@ def evaluate_pipeline(
     ndcg_at_k: int = 10,
     batch_size: int = 16,
     show_progress_bar: bool = True,
+    queries: QueryKind = "text",
 ) -> PipelineReport:
     """What a reranker adds to a retriever over a corpus, for each depth of reranking.
 
@@ -179,13 +181,14 @@ def evaluate_pipeline(
         ndcg_at_k: Depth of nDCG.
         batch_size: Texts, documents or pairs a forward pass.
         show_progress_bar: Whether to show bars.
+        queries: What a query is made of, likewise.
 
     Returns:
         The report; its ``save`` writes it to a folder.
 
     Raises:
         ConfigError: A depth is not positive or larger than the corpus, a model is of the wrong kind or can't be
-            loaded, or the corpus lacks what ``documents`` asks for.
+            loaded, or the data lack what ``documents`` or ``queries`` asks for.
         DatasetError: The data can't be read, its layout is unknown, or a model gives no finite numbers for an item.
 
     Example:
@@ -212,12 +215,12 @@ def evaluate_pipeline(
     k = require_whole("ndcg_at_k", ndcg_at_k)
     size = require_whole("batch_size", batch_size)
     data = as_retrieval_dataset(dataset)
-    judgements = Judgements.of(data.relevance_of(documents), "text_to_image")
+    judgements = Judgements.of(data.relevance_of(documents, queries), "text_to_image")
     num_documents = len(judgements.distinct_items)
     chosen = _choose_depths(depths, num_documents)
-    reader = DatasetReader(data.corpus, data.queries, documents)
+    reader = DatasetReader(data.corpus, data.queries, documents, queries)
 
-    retriever, reranker = _open_retriever(retriever, documents), _open_reranker(reranker)
+    retriever, reranker = open_retriever(retriever, documents), _open_reranker(reranker)
 
     # nDCG may look below the reranked documents.
     deepest = min(max(chosen[-1], k), num_documents)
@@ -236,15 +239,27 @@ def evaluate_pipeline(
         search_s=first_stage.search_s / len(ranked),
         pair_scoring_s=scored_s / (len(ranked) * chosen[-1]),
     )
-    return PipelineReport(tuple(chosen), k, num_documents, times, _measure_queries(ranked, scores, chosen, k))
+    return PipelineReport(tuple(chosen), k, num_documents, times, measure_queries(ranked, scores, chosen, k))
 
 
-def _open_retriever(model: Retriever | str | os.PathLike[str], documents: DocumentKind) -> Retriever:
+def open_retriever(
+    model: Retriever | str | os.PathLike[str], documents: DocumentKind, options: LoadOptions | None = None
+) -> Retriever:
+    """A retriever as it is, or what a checkpoint holds: a ``SentenceTransformer`` or a ``MultiVectorEncoder``.
+
+    Args:
+        model: The model, or the folder or Hub name of a checkpoint.
+        documents: What it must read.
+        options: How a checkpoint is loaded.
+
+    Raises:
+        ConfigError: The checkpoint can't be loaded.
+    """
     if not isinstance(model, (str, os.PathLike)):
         return model
-    path = os.fspath(model)
-    kind = MultiVectorEncoder if is_late_interaction(path) else SentenceTransformer
-    return load_host_model(kind, path, LoadOptions(), modality="image" if "image" in documents else "text")
+    path, options = os.fspath(model), options or LoadOptions()
+    kind = MultiVectorEncoder if is_late_interaction(path, options) else SentenceTransformer
+    return load_host_model(kind, path, options, modality="image" if "image" in documents else "text")
 
 
 def _open_reranker(model: CrossEncoder | str | os.PathLike[str]) -> CrossEncoder:
@@ -258,7 +273,7 @@ def _open_reranker(model: CrossEncoder | str | os.PathLike[str]) -> CrossEncoder
     return reranker
 
 
-def _measure_queries(
+def measure_queries(
     ranked: Sequence[CandidateList], scores: Sequence[np.ndarray], depths: Sequence[int], k: int
 ) -> dict[str, dict[str, float]]:
     """The metrics of each query by key.

@@ -15,6 +15,7 @@ from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
 from mmtune.data.intake import DatasetsLike
 from mmtune.data.judgements import CandidateList, Judgements
+from mmtune.data.query_kinds import QueryKind
 from mmtune.data.relevance import Direction
 from mmtune.errors import ConfigError
 from mmtune.evaluation.mean import MeanEvaluator, build_for_each
@@ -115,7 +116,7 @@ class RerankingEvaluator(BaseEvaluator):
     def groups(self) -> dict[str, str]:
         """``{id of what asks: cluster}``: what shares pages or texts, directly or by others, is of one cluster."""
         connected = connected_queries if self.direction == "text_to_image" else connected_documents
-        return connected(self.data.relevance_of(self._reader.kind))
+        return connected(self.data.relevance_of(self._reader.kind, self._reader.query_kind))
 
     def measure_effect_of_batch_size(self, model: CrossEncoder) -> float:
         """How far scores move with what else is in their batch: the largest change, over one or two lists."""
@@ -163,6 +164,7 @@ def build_reranking_evaluator(
     at_k: int = 10,
     seed: int = 42,
     show_progress_bar: bool = True,
+    queries: QueryKind = "text",
 ) -> AnyRerankingEvaluator:
     """An evaluator of rerankers, for ``evaluator=`` of ``CrossEncoderTrainer`` or for ``evaluator(model)``.
 
@@ -187,10 +189,12 @@ def build_reranking_evaluator(
         at_k: Depth of nDCG and of MRR; MAP is over all candidates.
         seed: Of the random candidates.
         show_progress_bar: Whether to show a bar.
+        queries: What a query is made of, likewise; the directions keep their names.
 
     Raises:
         ConfigError: An argument has a value it can't have, there are fewer documents (or texts) than
-            ``num_candidates``, everything is relevant to a query, or the corpus lacks what ``documents`` asks for.
+            ``num_candidates``, everything is relevant to a query, or the data lack what ``documents`` or ``queries``
+            asks for.
         DatasetError: The data can't be read, or its layout is unknown.
 
     Example:
@@ -215,8 +219,8 @@ def build_reranking_evaluator(
         )
 
     def build(data: RetrievalDataset, own_name: str) -> RerankingEvaluator:
-        reader = DatasetReader(data.corpus, data.queries, documents)
-        judgements = Judgements.of(data.relevance_of(documents), direction)
+        reader = DatasetReader(data.corpus, data.queries, documents, queries)
+        judgements = Judgements.of(data.relevance_of(documents, queries), direction)
         judgements.require_candidates(count)
         # As many relevant ones as nDCG looks at.
         filling: dict[str, Any] = {"seed": drawing_seed, "most_relevant": max(count, depth)}

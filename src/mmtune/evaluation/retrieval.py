@@ -11,6 +11,7 @@ from mmtune.arguments import require_name, require_whole, require_wholes
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind, check_texts
 from mmtune.data.intake import DatasetsLike
+from mmtune.data.query_kinds import QueryKind
 from mmtune.errors import ConfigError
 from mmtune.evaluation.base import CorpusEvaluator
 from mmtune.evaluation.late_interaction import LateInteractionEvaluator
@@ -33,7 +34,7 @@ class RetrievalEvaluator(CorpusEvaluator):
         documents: What a document is made of.
         name: Prefix of the metric keys.
         truncate_dims: Dimensions to score besides the full one.
-        **options: ``ndcg_at_k``, ``batch_size`` and ``show_progress_bar``, as for ``CorpusEvaluator``.
+        **options: ``queries``, ``ndcg_at_k``, ``batch_size`` and ``show_progress_bar``, as for ``CorpusEvaluator``.
 
     Attributes:
         truncations: An evaluator for each of ``truncate_dims``.
@@ -131,6 +132,7 @@ def build_evaluator(
     ndcg_at_k: Sequence[int] = (10,),
     batch_size: int = 16,
     show_progress_bar: bool = True,
+    queries: QueryKind = "text",
 ) -> Evaluator:
     """An evaluator over a dataset, for ``evaluator=`` of the host's trainers or for ``evaluator(model)``.
 
@@ -151,10 +153,12 @@ def build_evaluator(
         ndcg_at_k: Depths of nDCG.
         batch_size: Documents or queries a forward pass.
         show_progress_bar: Whether to show a bar over the documents.
+        queries: What a query is made of, likewise; ``"image"`` finds the page like this photo.
 
     Raises:
-        ConfigError: A dimension or depth is not positive or larger than the model's, the corpus lacks what
-            ``documents`` asks for, or the model is a reranker or has token embeddings, which can't be truncated.
+        ConfigError: A dimension or depth is not positive or larger than the model's, the data lack what
+            ``documents`` or ``queries`` asks for, or the model is a reranker or has token embeddings, which can't be
+            truncated.
         DatasetError: The data can't be read, or its layout is unknown.
 
     Example:
@@ -171,6 +175,7 @@ def build_evaluator(
     size = require_whole("batch_size", batch_size)
     require_name("name", name)
     options: dict[str, Any] = {"ndcg_at_k": depths, "batch_size": size, "show_progress_bar": show_progress_bar}
+    options["queries"] = queries
 
     if model is not None:
         require_retriever(
@@ -200,7 +205,7 @@ def build_evaluator(
     return build_for_each(dataset, name, build)
 
 
-def require_dimensions(dims: Sequence[int | None], model: SentenceTransformer) -> None:
+def require_dimensions(dims: Sequence[int | None], model: Retriever) -> None:
     """Make sure that the model can be cut to these dimensions; ``None`` is the full size.
 
     Raises:

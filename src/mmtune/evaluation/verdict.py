@@ -12,7 +12,7 @@ from scipy import stats
 
 from mmtune.data.arrow import column, is_text
 from mmtune.data.dataset import RetrievalDataset
-from mmtune.evaluation.measurements import BEGINNING, DEPTH, END, Measurements
+from mmtune.evaluation.history import BEGINNING, DEPTH, END, History
 from mmtune.evaluation.significance import ValuesOfSet, Verdict, compare_sets, correct_for_several, with_p_value
 
 _MOST_GROUPS = 12
@@ -34,11 +34,11 @@ def guard_parts_of(evaluator: Any) -> list[Any]:
     return list(getattr(evaluator, "guard_parts", []))
 
 
-def judge(measurements: Measurements, evaluator: Any, model: Any, *, was_chosen: bool) -> Verdict | None:
+def judge(history: History, evaluator: Any, model: Any, *, was_chosen: bool) -> Verdict | None:
     """The verdict on the model that is kept against the one that came.
 
     Args:
-        measurements: Of the run, its beginning and its end among them.
+        history: Of the run, its beginning and its end among them.
         evaluator: What measured.
         model: What was measured.
         was_chosen: Whether the model is the best of all measurements, so that the choice has to be counted.
@@ -46,19 +46,19 @@ def judge(measurements: Measurements, evaluator: Any, model: Any, *, was_chosen:
     Returns:
         ``None`` where values by query are not known, as with an evaluator of the host.
     """
-    guard = _judge_sets(measurements, guard_parts_of(evaluator), model, [])
-    steps = measurements.steps if was_chosen else []
-    return _judge_sets(measurements, parts_of(evaluator), model, steps, guard)
+    guard = _judge_sets(history, guard_parts_of(evaluator), model, [])
+    steps = history.steps if was_chosen else []
+    return _judge_sets(history, parts_of(evaluator), model, steps, guard)
 
 
-def is_guard_worse(measurements: Measurements, evaluator: Any, model: Any, step: int) -> bool:
+def is_guard_worse(history: History, evaluator: Any, model: Any, step: int) -> bool:
     """Whether a measurement has a significant loss on the guard set."""
-    guard = _judge_sets(measurements, guard_parts_of(evaluator), model, [], at=step)
+    guard = _judge_sets(history, guard_parts_of(evaluator), model, [], at=step)
     return guard is not None and guard.outcome == "REGRESSION"
 
 
 def _judge_sets(
-    measurements: Measurements,
+    history: History,
     parts: Sequence[Any],
     model: Any,
     steps: Sequence[int],
@@ -66,10 +66,10 @@ def _judge_sets(
     at: int = END,
 ) -> Verdict | None:
     metrics = [part.metric_name(model) for part in parts]
-    known = (measurements.values.get(step, {}) for step in (BEGINNING, at))
+    known = (history.values.get(step, {}) for step in (BEGINNING, at))
     if not metrics or not all(set(metrics) <= values.keys() for values in known):
         return None
-    sets = _Sets(measurements, _groups_of(parts), (BEGINNING, at, *steps))
+    sets = _Sets(history, _groups_of(parts), (BEGINNING, at, *steps))
     sizes, labels = _metrics_by_size(parts, metrics), [_labels_of(part) for part in parts]
     by_size = {size: sets.compare(of_size) for size, of_size in sizes.items()} if len(sizes) > 1 else {}
     groups = {
@@ -88,12 +88,12 @@ class _Sets:
     """The sets of an evaluator, to be compared whole or in part.
 
     Attributes:
-        measurements: Of the run.
+        history: Of the run.
         groups: What hangs together in each set.
         steps: The measurements before and after, then all of which the latter is the best.
     """
 
-    measurements: Measurements
+    history: History
     groups: Sequence[Mapping[str, str] | None]
     steps: Sequence[int]
 
@@ -103,7 +103,7 @@ class _Sets:
         """The verdict by one metric of each set, over all queries or those of ``only``."""
         sets = []
         for number, metric in enumerate(metrics):
-            values = [self.measurements.of(step, metric) for step in self.steps]
+            values = [self.history.of(step, metric) for step in self.steps]
             if only is not None:
                 values = [{each: value for each, value in found.items() if each in only[number]} for found in values]
             if values[0]:
@@ -178,16 +178,17 @@ def _group_columns(table: Dataset) -> list[tuple[str, list[str | None]]]:
     return found
 
 
-def find_hubs(parts: Sequence[Any]) -> list[str]:
+def find_hubs(parts: Sequence[Any]) -> list[dict[str, Any]]:
     """Documents that stand among the ten best of far more queries than chance puts there, without being relevant.
 
     Chance is each query drawing its ten from the corpus; a document is named where that many would come up in less than
     one of a thousand corpora of this size (binomial, corrected for the number of documents), and three times as often.
 
     Returns:
-        A line for each, the worst first, five at most.
+        ``document_id``, ``wrongly_in`` how many lists, of how many ``queries``, and how many lists ``by_chance``; the
+        worst first, five at most.
     """
-    found: list[tuple[int, str]] = []
+    found: list[dict[str, Any]] = []
     for part in parts:
         size, relevant = len(getattr(part, "corpus", ())), getattr(part, "relevant_docs", {})
         if size <= DEPTH:
@@ -198,12 +199,12 @@ def find_hubs(parts: Sequence[Any]) -> list[str]:
             for each in set(ids[:DEPTH]) - set(relevant.get(query_id, ()))
         )
         asked = len(part.top_ids)
+        expected = asked * DEPTH / size
         for document_id, count in counts.items():
-            expected = asked * DEPTH / size
             if count > _FAR_MORE * expected and stats.binom.sf(count - 1, asked, DEPTH / size) * size < _HUB_LEVEL:
-                place = f"wrongly in the top {DEPTH} of {count} of {asked} queries"
-                found.append((count, f"{document_id}: {place}, by chance {expected:.1f}"))
-    return [line for _, line in sorted(found, reverse=True)[:_MOST_HUBS]]
+                place = {"wrongly_in": count, "queries": asked, "by_chance": round(expected, 1)}
+                found.append({"document_id": str(document_id), **place})
+    return sorted(found, key=lambda each: (-each["wrongly_in"] / each["queries"], each["document_id"]))[:_MOST_HUBS]
 
 
 def describe_measuring(evaluator: Any, model: Any | None) -> dict[str, Any]:

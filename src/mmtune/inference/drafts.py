@@ -107,7 +107,7 @@ def share_words(drafts: list[Draft], tables: Tables, page: np.ndarray, sieve: Si
         page: For each row of the corpus the first with its content.
         sieve: Where it is noted what was dropped.
     """
-    texts = column(tables.queries, "text").to_pylist()
+    texts = [text or "" for text in column(tables.queries, "text").to_pylist()]
     words_by_id = dict(zip(column(tables.queries, "query_id").to_pylist(), map(normalized, texts), strict=True))
     text_by_words: dict[str, str] = {}
     for words, text in zip(words_by_id.values(), texts, strict=True):

@@ -18,13 +18,14 @@ from tqdm.auto import tqdm
 from mmtune.arguments import shown
 from mmtune.data.documents import DocumentKind, DocumentReader, as_host_input, document_columns
 from mmtune.data.identity import document_digests, text_digest
+from mmtune.data.query_kinds import QueryKind, QueryReader, as_documents, query_columns
 from mmtune.data.relevance import Direction
 from mmtune.errors import ConfigError, DatasetError
 from mmtune.host import let_read_typed_texts
 from mmtune.inference.preprocessing import count_reading_threads, prepare_pages, reading_pages
 from mmtune.inference.store import Embeddings, EmbeddingStore, Pair
 from mmtune.models.loading import check_documents
-from mmtune.models.routes import find_router
+from mmtune.models.routes import find_router, ignores_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -66,35 +67,43 @@ def require_retriever(model: object, name: str, call: str) -> None:
 
 @dataclass(frozen=True)
 class DatasetReader:
-    """What models are given for the texts and documents of a dataset, by id, read when it is asked for.
+    """What models are given for the queries and documents of a dataset, by id, read when it is asked for.
 
     Attributes:
         corpus: A table with ``document_id`` and ``image`` (encoded) and/or ``text``.
-        queries: A table with ``query_id`` and ``text``.
+        queries: A table with ``query_id`` and ``text``, and ``image`` (encoded) where that asks.
         kind: What a document is made of.
+        query_kind: What a query is made of.
 
     Raises:
-        ConfigError: The corpus lacks what ``kind`` asks for.
+        ConfigError: The corpus lacks what ``kind`` asks for, or the queries what ``query_kind`` does.
     """
 
     corpus: Dataset
     queries: Dataset
     kind: DocumentKind
+    query_kind: QueryKind = "text"
 
     def __post_init__(self) -> None:
         document_columns(self.corpus, self.kind)
+        query_columns(self.queries, self.query_kind)
 
     @cached_property
     def text_by_query_id(self) -> dict[str, str]:
-        """The queries."""
-        return dict(zip(self.queries["query_id"][:], self.queries["text"][:], strict=True))
+        """The text of each query; its id where it asks without one."""
+        given = zip(self.queries["query_id"][:], self.queries["text"][:], strict=True)
+        return {query_id: text or query_id for query_id, text in given}
 
     def texts(self, task: Task) -> list[str]:
-        """All query texts, or those of the documents that are made of one."""
-        if task == "query":
-            return list(self.text_by_query_id.values())
-        given = self.corpus["text"][:] if "text" in self.kind.split("+") else []
+        """All texts of the queries, or of the documents, that are made of one."""
+        kind, table = (self.query_kind, self.queries) if task == "query" else (self.kind, self.corpus)
+        given = table["text"][:] if "text" in kind.split("+") else []
         return [text for text in given if text is not None]
+
+    @cached_property
+    def asking(self) -> QueryReader:
+        """Gives the queries by id."""
+        return QueryReader(self.queries, self.query_kind, is_lazy=True)
 
     @cached_property
     def documents(self) -> DocumentReader:
@@ -105,31 +114,38 @@ class DatasetReader:
     def _row_by_document_id(self) -> dict[str, int]:
         return {document_id: row for row, document_id in enumerate(self.corpus["document_id"][:])}
 
+    @cached_property
+    def _row_by_query_id(self) -> dict[str, int]:
+        return {query_id: row for row, query_id in enumerate(self.queries["query_id"][:])}
+
     def read(self, task: Task, ids: Sequence[str]) -> list[Any]:
-        """What the host's encoders take for each id; documents are decoded."""
-        found = [self.text_by_query_id[each] for each in ids] if task == "query" else self.documents.read(ids)
+        """What the host's encoders take for each id; images are decoded when they are looked at."""
+        found = self.asking.read(ids) if task == "query" else self.documents.read(ids)
         return [as_host_input(each) for each in found]
 
     def read_pairs(self, pairs: Sequence[Pair], direction: Direction) -> list[list[Any]]:
-        """``[text, document]``, or ``[document, text]`` where pages ask; each document is decoded once."""
-        texts = [self.text_by_query_id[pair.query_id] for pair in pairs]
+        """``[query, document]``, or ``[document, query]`` where pages ask; each is decoded once."""
+        queries = self.asking.read([pair.query_id for pair in pairs])
         documents = self.documents.read([pair.document_id for pair in pairs])
-        sides = (texts, documents) if direction == "text_to_image" else (documents, texts)
+        sides = (queries, documents) if direction == "text_to_image" else (documents, queries)
         return [list(pair) for pair in zip(*sides, strict=True)]
 
     def digests(self, task: Task, ids: Sequence[str]) -> list[str]:
         """A digest of the content of each, 32 hexadecimal digits, without decoding."""
         if task == "query":
-            return [text_digest(self.text_by_query_id[query_id]) for query_id in ids]
+            if self.query_kind == "text":
+                return [text_digest(self.text_by_query_id[query_id]) for query_id in ids]
+            rows = [self._row_by_query_id[each] for each in ids]
+            return document_digests(as_documents(self.queries), self.query_kind, rows)
         return document_digests(self.corpus, self.kind, [self._row_by_document_id[each] for each in ids])
 
     def pair_digests(self, pairs: Sequence[Pair]) -> list[str]:
-        """A digest of the text and the document of each pair."""
+        """A digest of the query and the document of each pair."""
         document_ids = list({pair.document_id: None for pair in pairs})
         digest_by_id = dict(zip(document_ids, self.digests("document", document_ids), strict=True))
-        texts = self.digests("query", [pair.query_id for pair in pairs])
+        queries = self.digests("query", [pair.query_id for pair in pairs])
         return [
-            text_digest(f"{text} {digest_by_id[pair.document_id]}") for text, pair in zip(texts, pairs, strict=True)
+            text_digest(f"{query} {digest_by_id[pair.document_id]}") for query, pair in zip(queries, pairs, strict=True)
         ]
 
 
@@ -175,7 +191,7 @@ def encode(
                 embeddings: Any = embed(inputs, **options)
             except ValueError as error:
                 if isinstance(model, get_args(Retriever)):
-                    check_documents(model, reader.kind)
+                    check_documents(model, reader.kind, reader.query_kind)
                 at, reason = find_unreadable(lambda each: embed([each], **options), inputs, error)
                 raise DatasetError(f"The model can't read the {task} {portion[at]!r}: {reason} {HOW_TO_FIT}") from error
             _require_finite(embeddings, task, portion)
@@ -248,8 +264,20 @@ def _text_encoder(model: Retriever, task: Task) -> Any:
     return next((encoder for encoder in encoders if encoder.tokenizer is not None), None)
 
 
+def warn_of_unread_prompt(model: Retriever, reader: DatasetReader) -> None:
+    """Log a warning where queries are something else than texts, and the model's prompt for them is not read."""
+    kind = reader.query_kind
+    if kind != "text" and isinstance(model, get_args(Retriever)) and ignores_prompt(model, kind):
+        logger.warning(
+            "The model's prompt for queries has no effect with queries=%r: where no chat template is used, a prompt "
+            "stands before texts alone. Leave it out, or pass a model that reads it.",
+            kind,
+        )
+
+
 def warn_of_cut_texts(model: Retriever, reader: DatasetReader) -> None:
     """Log a warning where queries, or the texts of documents, are longer than a model reads."""
+    warn_of_unread_prompt(model, reader)
     for task, what in (("query", "queries"), ("document", "documents")):
         texts = reader.texts(task)
         cut = count_cut_texts(model, task, texts)

@@ -13,6 +13,7 @@ from mmtune.data.arrow import IntLists
 from mmtune.data.documents import DocumentKind
 from mmtune.data.findings import Example, FalseNegative
 from mmtune.data.intake import DatasetLike, as_retrieval_dataset
+from mmtune.data.query_kinds import QueryKind, check_queries
 from mmtune.inference.encoder import (
     DatasetReader,
     Retriever,
@@ -34,6 +35,7 @@ def find_false_negatives(
     cache_folder: str | os.PathLike[str] | None = None,
     show_progress_bar: bool = True,
     documents: DocumentKind = "image",
+    queries: QueryKind = "text",
 ) -> list[FalseNegative]:
     """The listed negatives that a model scores above every relevant document of their query.
 
@@ -49,6 +51,7 @@ def find_false_negatives(
         cache_folder: Where embeddings, or scores, are kept as they are made, as for ``mine_hard_negatives``.
         show_progress_bar: Whether to show bars.
         documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
+        queries: What a query is made of, likewise.
 
     Returns:
         A finding each, with its scores, those first that are furthest above; pass them, or some, to
@@ -77,19 +80,20 @@ def find_false_negatives(
     if cache_folder is not None:
         require_path("cache_folder", cache_folder)
     data = as_retrieval_dataset(dataset)
-    reader = DatasetReader(data.corpus, data.queries, documents)
-    relevance = data.relevance_of(documents)
+    reader = DatasetReader(data.corpus, data.queries, documents, queries)
+    relevance = data.relevance_of(documents, queries)
+    check_queries(data.queries, queries)
 
     # Each pair of a text and a page once: what is relevant, and what is listed and is not.
     listed = relevance.listed_negatives
     is_negative = ~relevance.is_relevant(listed.rows, listed.values)
-    queries, negatives = np.unique(np.stack([listed.rows, listed.values])[:, is_negative], axis=1)
-    if not len(queries):
+    asking, negatives = np.unique(np.stack([listed.rows, listed.values])[:, is_negative], axis=1)
+    if not len(asking):
         return []
-    asked = np.unique(relevance.text[queries])
+    asked = np.unique(relevance.text[asking])
     answers = relevance.documents_of_text.take(asked)
     is_first = relevance.page[answers.values] == answers.values
-    texts = np.r_[asked[answers.rows[is_first]], relevance.text[queries]]
+    texts = np.r_[asked[answers.rows[is_first]], relevance.text[asking]]
     pages = np.r_[answers.values[is_first], relevance.page[negatives]]
     options: dict[str, Any] = {"batch_size": size, "show_progress_bar": show_progress_bar}
     first_query = np.unique(relevance.text, return_index=True)[1]
@@ -97,7 +101,7 @@ def find_false_negatives(
     document_ids = relevance.document_ids.take(pa.array(pages)).to_pylist()
     pairs = list(map(Pair, query_ids, document_ids))
     if isinstance(model, CrossEncoder):
-        scores = _score_pairs(model, reader, pairs, cache_folder, documents, options)
+        scores = _score_pairs(model, reader, pairs, cache_folder, options)
     else:
         scores = _compare_embeddings(model, reader, pairs, cache_folder, options)
 
@@ -111,7 +115,7 @@ def find_false_negatives(
     found = [at for at in np.argsort(-above, kind="stable") if above[at] > 0]
     return [
         _describe(
-            relevance.query_ids[int(queries[at])].as_py(),
+            relevance.query_ids[int(asking[at])].as_py(),
             relevance.document_ids[int(negatives[at])].as_py(),
             document_ids[best_answer[at]],
             float(scores[num_answers + at]),
@@ -126,7 +130,6 @@ def _score_pairs(
     reader: DatasetReader,
     pairs: list[Pair],
     cache_folder: str | os.PathLike[str] | None,
-    documents: DocumentKind,
     options: dict[str, Any],
 ) -> np.ndarray:
     """The score of a reranker for each pair, before its activation, which would tie the best."""
@@ -134,7 +137,8 @@ def _score_pairs(
     contents = reader.pair_digests(pairs)
     if cache_folder is None:
         return scorer.score_pairs(pairs, contents)
-    teacher = f"{model_fingerprint(model)}-{documents}"
+    asked = "" if reader.query_kind == "text" else f"{reader.query_kind}-"
+    teacher = f"{model_fingerprint(model)}-{asked}{reader.kind}"
     return scorer.score_pairs(pairs, contents, ScoreStore(Path(cache_folder) / f"scores-{teacher}", teacher))
 
 

@@ -17,6 +17,7 @@ from mmtune.data.documents import DocumentKind, document_columns
 from mmtune.data.identity import usual_kind
 from mmtune.data.intake import DatasetLike, as_retrieval_dataset
 from mmtune.data.label_changes import label_changes, lists_before, with_label_changes
+from mmtune.data.query_kinds import QueryKind, check_queries, query_columns, require_text
 from mmtune.errors import ConfigError, DatasetError, MissingDocumentError
 from mmtune.inference.asking import Asker, Call, Failure, Pages, everything_of
 from mmtune.inference.encoder import DatasetReader
@@ -87,6 +88,7 @@ def judge_negatives(
     documents: DocumentKind | None = None,
     batch_size: int = 16,
     max_workers: int = 8,
+    queries: QueryKind = "text",
 ) -> RetrievalDataset:
     """The dataset with its negatives judged: each becomes relevant, becomes unknown, or stays a negative.
 
@@ -109,6 +111,7 @@ def judge_negatives(
             ``"image"`` where the corpus has images. A generator is shown all that there is.
         batch_size: Pairs a forward pass of a reranker.
         max_workers: Calls of a generator at a time.
+        queries: What a query is made of, as in ``training_rows``; a generator is asked in words.
 
     Returns:
         A new dataset with the same corpus and queries.
@@ -129,26 +132,31 @@ def judge_negatives(
     data = as_retrieval_dataset(dataset)
     kind = documents if documents is not None else usual_kind(data.corpus)
     document_columns(data.corpus, kind)
+    query_columns(data.queries, queries)
+    if not isinstance(judge, (CrossEncoder, TeacherScores)):
+        require_text(queries, "a generator is asked in words")
     if store is not None:
         require_path("store", store)
     if data.negatives is None or not len(data.relevance.listed_negatives.values):
         raise DatasetError(
             "The dataset lists no negatives that could be judged. Find some with mine_hard_negatives(dataset, model)."
         )
-    relevance = data.relevance_of(kind)
+    check_queries(data.queries, queries)
+    relevance = data.relevance_of(kind, queries)
     listed = relevance.listed_negatives
     is_open = ~relevance.may_be_relevant(listed.rows, listed.values)
     if not is_open.any():
         return data
-    queries = np.r_[relevance.judged_query, listed.rows[is_open]]
+    asking = np.r_[relevance.judged_query, listed.rows[is_open]]
     rows = np.r_[relevance.judged_document, listed.values[is_open]]
-    query_ids, document_ids = relevance.query_ids.take(pa.array(queries)), relevance.document_ids.take(pa.array(rows))
+    query_ids, document_ids = relevance.query_ids.take(pa.array(asking)), relevance.document_ids.take(pa.array(rows))
     pairs = [Pair(*each) for each in zip(query_ids.to_pylist(), document_ids.to_pylist(), strict=True)]
 
-    reader = DatasetReader(data.corpus, data.queries, kind)
+    reader = DatasetReader(data.corpus, data.queries, kind, queries)
     if isinstance(judge, CrossEncoder):
         scorer = PairScorer(judge, reader, size, show_progress_bar)
-        teacher = f"{model_fingerprint(judge)}-{kind}"
+        asked = "" if queries == "text" else f"{queries}-"
+        teacher = f"{model_fingerprint(judge)}-{asked}{kind}"
         scores = None if store is None else ScoreStore(Path(store) / f"scores-{teacher}", teacher)
         said = scorer.score_pairs(pairs, reader.pair_digests(pairs), scores)
     elif isinstance(judge, TeacherScores):

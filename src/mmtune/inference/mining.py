@@ -18,6 +18,7 @@ from mmtune.data.documents import DocumentKind, check_texts
 from mmtune.data.intake import DatasetLike, as_retrieval_dataset
 from mmtune.data.label_changes import label_changes, with_label_changes
 from mmtune.data.neighbors import find_neighbors
+from mmtune.data.query_kinds import QueryKind
 from mmtune.data.relevance import Relevance
 from mmtune.errors import ConfigError
 from mmtune.inference.encoder import (
@@ -191,16 +192,17 @@ def mine_hard_negatives(
     show_progress_bar: bool = True,
     documents: DocumentKind = "image",
     neighbors: int = 1,
+    queries: QueryKind = "text",
 ) -> RetrievalDataset:
     """The dataset with new negatives: for each query the documents that the model takes for relevant, and are not.
 
-    Never a negative is what is relevant to the same query text under any id, and no byte-identical copy of that; copies
+    Never a negative is what is relevant to the same query under any id, and no byte-identical copy of that; copies
     of one page count once. A candidate that scores nearly as high as a relevant document is probably an answer that
     nobody has judged, so the margins leave it out (Moreira et al., 2024). With several relevant documents, the one that
     scores lowest sets the bound, as in the host. Where the corpus says of which file and which page of it a document
     is, in the columns ``source`` and ``page_number``, pages beside a relevant one are no negatives either.
 
-    Each distinct query text and page is encoded once, pages are decoded ``batch_size`` at a time, and no embeddings of
+    Each distinct query and page is encoded once, pages are decoded ``batch_size`` at a time, and no embeddings of
     the whole corpus are held. Scores are the model's own similarity. Ties go to the document that stands first. Under
     torchrun each process encodes and searches its part of the corpus, and all of them return the same dataset.
 
@@ -227,13 +229,14 @@ def mine_hard_negatives(
         neighbors: How many pages on either side of a relevant one, in the same ``source`` by ``page_number``, are never
             its negatives, nor other documents on that page itself; 0 lets them be. It says nothing where the corpus has
             no such columns.
+        queries: What a query is made of, likewise; it decides which queries are the same, too.
 
     Returns:
         A new dataset with the same corpus, queries and judgements, and one list of negatives a query, hardest first.
         ``notes.neighbors_left_out`` counts the neighbours that ranked high enough to be looked at.
 
     Raises:
-        ConfigError: An argument has a value it can't have, or the corpus lacks what ``documents`` asks for.
+        ConfigError: An argument has a value it can't have, or the data lack what ``documents`` or ``queries`` asks for.
         DatasetError: The data can't be used, or the model gives no finite embedding for a document.
         ImageDecodeError: A page can't be decoded; the message names the document.
 
@@ -254,16 +257,16 @@ def mine_hard_negatives(
     if cache_folder is not None:
         require_path("cache_folder", cache_folder)
     data = as_retrieval_dataset(dataset)
-    data.relevance.require_queries()
+    relevance = data.relevance_of(documents, queries)
+    relevance.require_queries()
     check_texts(data.corpus, documents)
-    reader = DatasetReader(data.corpus, data.queries, documents)
+    reader = DatasetReader(data.corpus, data.queries, documents, queries)
     processes = Processes.running(model.device)
 
-    # Each distinct text and each distinct page once, by the first query and the first document that have it.
-    relevance = data.relevance_of(documents)
-    queries = np.unique(relevance.text, return_index=True)[1]
+    # Each distinct query and each distinct page once, by the first query and the first document that have it.
+    asking = np.unique(relevance.text, return_index=True)[1]
     pages = np.flatnonzero(relevance.page == np.arange(len(relevance.page)))
-    query_ids = relevance.query_ids.take(pa.array(queries)).to_pylist()
+    query_ids = relevance.query_ids.take(pa.array(asking)).to_pylist()
     document_ids = relevance.document_ids.take(pa.array(pages)).to_pylist()
     relevant = _relevant_pages(relevance, pages)
     beside = find_neighbors(relevance, distance)
@@ -277,7 +280,7 @@ def mine_hard_negatives(
     work = _Search(model, reader, processes, size, show_progress_bar and processes.rank == 0, store)
     nearest = work.find(query_ids, document_ids, depth, relevant)
     found = pages[nearest.items]
-    is_relevant = relevance.may_be_relevant(np.broadcast_to(queries[:, None], found.shape), found)
+    is_relevant = relevance.may_be_relevant(np.broadcast_to(asking[:, None], found.shape), found)
     num_documents = len(relevance.page)
     is_beside = np.isin(
         np.arange(len(found))[:, None] * num_documents + found, beside.rows * num_documents + beside.values
@@ -296,7 +299,8 @@ def mine_hard_negatives(
         scorer = PairScorer(reranker, reader, size, work.show_progress_bar, activation=_Probability())
         scores = None
         if cache_folder is not None:
-            teacher = f"{model_fingerprint(reranker)}-{documents}-probability"
+            asked = "" if queries == "text" else f"{queries}-"
+            teacher = f"{model_fingerprint(reranker)}-{asked}{documents}-probability"
             folder = Path(cache_folder) / f"scores-{teacher}"
             scores = processes.make_in_turn(lambda: ScoreStore(folder, teacher))
         ranking = ranking.rescore(scorer, scores, processes)

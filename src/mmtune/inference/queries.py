@@ -16,6 +16,7 @@ from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.identity import text_digest
 from mmtune.data.intake import DatasetLike, as_retrieval_dataset
 from mmtune.data.near_misses import NEAR_MISSES, near_misses_of
+from mmtune.data.query_kinds import check_queries
 from mmtune.data.tables import DroppedQuery, Tables
 from mmtune.errors import ConfigError
 from mmtune.inference.asking import Asker, Call, Failure, Pages, everything_of
@@ -114,6 +115,8 @@ def generate_queries(
         require_retriever(retriever, "retriever", "generate_queries(dataset, generator, retriever=model)")
     data = as_retrieval_dataset(dataset)
     tables = data.tables if existing == "keep" else _without_queries(data.tables)
+    if retriever is not None or num_near_misses:
+        check_queries(tables.queries, "text")  # these compare, and are asked about, texts
 
     pages = Pages(data.corpus)
     workers = require_whole("max_workers", max_workers)

@@ -80,8 +80,8 @@ class EmbeddingStore:
             with path.open("wb") as file:
                 np.savez(file, values=values, lengths=lengths, count=len(embeddings))
 
-        with _writing_to(self._folder):
-            _write_whole(self._folder / f"{key}.npz", write)
+        with writing_to(self._folder):
+            write_whole(self._folder / f"{key}.npz", write)
             for begun in self._folder.glob(f"{key}.*.begun"):
                 begun.unlink(missing_ok=True)
 
@@ -92,7 +92,7 @@ class EmbeddingStore:
             ConfigError: The folder can't be written to.
         """
         found = max(map(_read_portions, self._folder.glob(f"{key}.*.begun")), key=len, default=[])
-        with _writing_to(self._folder):
+        with writing_to(self._folder):
             # In a file of this process: the other one may still be at it.
             self._begun(key).write_bytes(b"")
         for portion in found:
@@ -105,7 +105,7 @@ class EmbeddingStore:
         Raises:
             ConfigError: The folder can't be written to.
         """
-        with _writing_to(self._folder), self._begun(key).open("ab") as file:
+        with writing_to(self._folder), self._begun(key).open("ab") as file:
             for array in _as_arrays(portion):
                 np.save(file, array)
 
@@ -136,7 +136,7 @@ def _read_portions(path: Path) -> list[Embeddings]:
 
 
 @contextmanager
-def _writing_to(folder: Path) -> Iterator[None]:
+def writing_to(folder: Path) -> Iterator[None]:
     """Makes the folder, and names it where it can't be written to.
 
     Raises:
@@ -194,8 +194,8 @@ class ScoreStore:
                     "new folder."
                 )
             content = json.dumps({"format_version": _FORMAT_VERSION, "teacher": teacher}, indent=2) + "\n"
-            with _writing_to(self._folder):
-                _write_whole(manifest, lambda partial: partial.write_text(content))
+            with writing_to(self._folder):
+                write_whole(manifest, lambda partial: partial.write_text(content))
         elif found != (teacher, _FORMAT_VERSION):
             raise ConfigError(
                 f"{str(self._folder)!r} holds scores of another teacher, or over another kind of documents "
@@ -215,7 +215,7 @@ class ScoreStore:
         table = score_table([pair for pair, _ in new], [content for _, content in new], list(new.values()))
         # With the process in the name, two that write at once do not replace each other's files.
         path = self._folder / f"scores-{self._num_files:06d}-{os.getpid()}.parquet"
-        _write_whole(path, lambda partial: pq.write_table(table, partial))
+        write_whole(path, lambda partial: pq.write_table(table, partial))
         self._written.update(new)
         self.score_by_content |= {content: score for (_, content), score in new.items()}
         self._num_files += 1
@@ -274,7 +274,7 @@ class ReplyStore:
         self._folder = Path(folder)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            _write_whole(self._folder / "mmtune_replies", Path.touch)
+            write_whole(self._folder / "mmtune_replies", Path.touch)
         except OSError as error:
             raise ConfigError(
                 f"store={str(folder)!r} can't be written to: {error}. Pass a folder that can, or None to keep nothing."
@@ -305,7 +305,7 @@ class ReplyStore:
 
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write_whole(path, write)
+            write_whole(path, write)
         except OSError as error:
             raise ConfigError(
                 f"A reply can't be written to {str(path)!r}: {error}. What was stored before stays: make room, or "
@@ -316,7 +316,8 @@ class ReplyStore:
         return self._folder / key[:2] / f"{key}.json"
 
 
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Have ``write`` make a file that is there whole or not at all, whoever is killed and whoever writes it too."""
     # Under its name only when it is whole; with the process in its name until then, since two may write the same.
     # And with the thread, for the same reason.
     partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")

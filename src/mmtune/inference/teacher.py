@@ -182,7 +182,7 @@ def _require_view(rows: Dataset) -> TrainingView:
 
 def _reader_of(view: TrainingView) -> DatasetReader:
     assert view.tables is not None, "views lose their tables only on the way to worker processes"
-    return DatasetReader(view.tables.corpus, view.tables.queries, view.documents)
+    return DatasetReader(view.tables.corpus, view.tables.queries, view.documents, view.queries)
 
 
 def _pairs_of(rows: Dataset, reader: DatasetReader) -> list[Pair]:

@@ -42,7 +42,11 @@ TEXT_MODULES = ("StaticEmbedding", "WordEmbeddings", "BoW")
 SAMPLES = {"text": "total revenue of the year", "image": Image.new("RGB", (64, 64), "white")}
 """What encoders are tried with: a short text and a small blank page."""
 
-EXTRA_BY_PACKAGE = {"torchvision": "vlm", "peft": "lora", "bitsandbytes": "qlora", "openai": "generate"}
+EXTRA_BY_PACKAGE = {
+    **{"torchvision": "vlm", "peft": "lora", "bitsandbytes": "qlora", "openai": "generate"},
+    **{"matplotlib": "report", "jinja2": "report"},
+    "mteb": "mteb",
+}
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Encoder:
         processor: What ``AutoProcessor`` gives, for transformers models; else ``None``.
         image_arguments: Image arguments that the host applies on every call, from the saved ``processing_kwargs``.
         refusals: Why it does not embed one of the modalities that its processor knows, by modality.
+        joins: Whether it takes several modalities in one input; ``None`` where that only shows once it is built.
     """
 
     modalities: frozenset[str] | None
@@ -63,6 +68,7 @@ class Encoder:
     processor: object | None = None
     image_arguments: Mapping[str, Any] = field(default_factory=dict)
     refusals: Mapping[str, str] = field(default_factory=dict)
+    joins: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -347,6 +353,7 @@ def _saved_encoders(files: CheckpointFiles, module_type: str, subfolder: str) ->
         config=config,
         processor=files.processor(subfolder) if config is not None or "image" in modalities else None,
         image_arguments=dict(saved.get("processing_kwargs", {}).get("image", {})),
+        joins=any(key == "message" or "+" in key for key in keys),
     )
     return [encoder]
 
@@ -373,7 +380,8 @@ def _fresh_encoder(files: CheckpointFiles, model_class: type[HostModel]) -> Enco
         blueprint = lay_out(files, model_class)
         refused = _refusals(blueprint)
         alone = {key for key in blueprint.modalities if isinstance(key, str) and key != "message"} - refused.keys()
-        return Encoder(frozenset(alone), blueprint.config, blueprint.processor, refusals=refused)
+        joins = any(key == "message" or isinstance(key, tuple) for key in blueprint.modalities)
+        return Encoder(frozenset(alone), blueprint.config, blueprint.processor, refusals=refused, joins=joins)
     processor = files.processor("")
     is_image_processor = isinstance(processor, ImageProcessingMixin)
     takes_images = is_image_processor or hasattr(processor, "image_processor")
@@ -439,16 +447,24 @@ def require_modality(
     Args:
         files: The checkpoint.
         encoders: Its encoders.
-        modality: What one of them must take.
+        modality: What one of them must take; several in one input are joined by ``+``.
         model_class: What is to be made of it, for the message.
 
     Raises:
         ConfigError: None does; the message has the reason.
     """
-    if any(encoder.modalities is None or modality in encoder.modalities for encoder in encoders):
+    is_joined = "+" in modality
+    if any(encoder.modalities is None or modality in encoder.modalities for encoder in encoders) or (
+        is_joined and any(encoder.joins is not False for encoder in encoders)
+    ):
         return
     kinds = sorted({encoder.config.model_type for encoder in encoders if encoder.config is not None})
     kind = f" (model type {', '.join(kinds)})" if kinds else ""
+    if is_joined:
+        raise ConfigError(
+            f"{files.name!r} can't embed {modality}{kind}: it takes each in an input of its own, and none with both. "
+            "Expected a language model that reads images, such as Qwen3-VL. Pass one, or leave one of them out."
+        )
     reason = next((encoder.refusals[modality] for encoder in encoders if modality in encoder.refusals), None)
     if reason:
         raise ConfigError(

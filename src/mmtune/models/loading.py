@@ -133,21 +133,24 @@ def check_checkpoint(
         require_modality(files, encoders, modality)
 
 
-def check_documents(model: HostModel, documents: str = "image") -> None:
-    """Make sure that a model embeds text queries and documents of this kind.
+def check_documents(model: HostModel, documents: str = "image", queries: str = "text") -> None:
+    """Make sure that a model embeds queries and documents of these kinds.
 
     Args:
         model: Any host model.
         documents: ``"image"``, ``"text"``, ``"text+image"``; any of the host's modalities, joined by ``+``.
+        queries: Likewise.
 
     Raises:
         ConfigError: It does not; the message lists what it embeds.
     """
     require_model(model)
     require_type("documents", documents, str, expected="a kind of document, such as 'image'")
-    parts = sorted(documents.split("+"))
-    _require(model, parts[0] if len(parts) == 1 else tuple(parts), f"documents={documents!r}")
-    _require(model, "text", "queries, which are text")
+    require_type("queries", queries, str, expected="a kind of query, such as 'text'")
+    asked = "queries, which are text" if queries == "text" else f"queries={queries!r}"
+    for kind, what in ((documents, f"documents={documents!r}"), (queries, asked)):
+        parts = sorted(kind.split("+"))
+        _require(model, parts[0] if len(parts) == 1 else tuple(parts), what)
 
 
 def describe_model(model: HostModel) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def find_router(model: HostModel) -> Router | None:
     return next((module for module in model.children() if isinstance(module, Router)), None)
 
 
-def check_routes(model: HostModel, documents: str = "image") -> None:
+def check_routes(model: HostModel, documents: str = "image", queries: str = "text") -> None:
     """Prove by a forward pass that queries and documents go through a Router and end in the same dimension.
 
     ``model.supports`` can't tell: it also says yes to inputs that no single route takes (sentence-transformers 6.2).
@@ -49,6 +49,7 @@ def check_routes(model: HostModel, documents: str = "image") -> None:
     Args:
         model: Any host model.
         documents: ``"image"``, ``"text"`` or ``"text+image"``.
+        queries: Likewise.
 
     Raises:
         ConfigError: One of them has no route, or its route can't take it, or the dimensions differ; the message says
@@ -61,15 +62,15 @@ def check_routes(model: HostModel, documents: str = "image") -> None:
         return
     require_reloadable(model)
     sizes = {}
-    for task, kind in (("query", "text"), ("document", documents)):
-        what = "text queries" if task == "query" else f"{kind} documents"
+    for task, kind in (("query", queries), ("document", documents)):
+        what = f"{kind} queries" if task == "query" else f"{kind} documents"
         try:
             sizes[what] = output_of(model, sample_of(kind), task=task)["sentence_embedding"].shape[-1]
         except Exception as error:  # processors and encoders refuse in every way
             raise ConfigError(
                 f"The Router can't embed {what}: {type(error).__name__}: {first_line(error)} {describe_routes(router)} "
                 f"Expected a route for task {task!r} that takes {kind.replace('+', ' with ')}. Add one, or train on "
-                f"documents that a route takes."
+                f"documents and queries that a route takes."
             ) from error
     if len(set(sizes.values())) > 1:
         found = ", ".join(f"{what} in {size}" for what, size in sizes.items())
@@ -109,7 +110,7 @@ def unify_dtypes(model: HostModel) -> None:
                 layer.to(first.dtype)
 
 
-def freeze_unreached(model: HostModel, documents: str = "image") -> None:
+def freeze_unreached(model: HostModel, documents: str = "image", queries: str = "text") -> None:
     """Freeze what no query and no document reaches: it could not learn, and torchrun would wait for it.
 
     Such are CLIP's ``logit_scale``, the bias of SigLIP, the layers of LLaVA's image encoder behind the one that is
@@ -121,21 +122,41 @@ def freeze_unreached(model: HostModel, documents: str = "image") -> None:
         model: Any host model that ``check_routes`` has passed. One with quantised weights, which learn nothing, stays
             as it is.
         documents: As in ``check_routes``; for other kinds than these nothing is known to be out of reach.
+        queries: Likewise.
     """
-    if not set(documents.split("+")) <= SAMPLES.keys() or any(map(is_quantized, encoders_of(model))):
+    if not {*documents.split("+"), *queries.split("+")} <= SAMPLES.keys() or any(map(is_quantized, encoders_of(model))):
         return
     if isinstance(model, CrossEncoder):
-        pair = (sample_of("text"), sample_of(documents))
+        pair = (sample_of(queries), sample_of(documents))
         reached = [output_of(model, pair, gradients=True)["scores"]]
     else:
         output = TOKENS if isinstance(model, MultiVectorEncoder) else "sentence_embedding"
-        ways = (("query", "text"), ("document", documents))
+        ways = (("query", queries), ("document", documents))
         reached = [output_of(model, sample_of(kind), gradients=True, task=task)[output] for task, kind in ways]
     # an expert that these samples are not sent to may get others
     experts = [weight for name, weight in model.named_parameters() if ".experts." in name and weight.requires_grad]
     freeze_unused(model, reached)
     for weight in experts:
         weight.requires_grad_(True)
+
+
+def ignores_prompt(model: HostModel, kind: str) -> bool:
+    """Whether the prompt of queries of a kind changes nothing of what a model is given.
+
+    The host leaves it out without a word where an input is no text and goes through no chat template
+    (sentence-transformers 6.2), as in CLIP and in the image route of most Routers.
+
+    Args:
+        model: Any host model.
+        kind: What a query is made of; other kinds than in ``check_routes`` are taken for read.
+    """
+    prompt = model.prompts.get("query") or model.prompts.get(model.default_prompt_name or "")
+    if not prompt or not set(kind.split("+")) <= SAMPLES.keys():
+        return False
+    plain, prompted = (dict(model.preprocess([sample_of(kind)], prompt=each, task="query")) for each in (None, prompt))
+    return plain.keys() == prompted.keys() and all(
+        torch.equal(value, prompted[name]) for name, value in plain.items() if isinstance(value, torch.Tensor)
+    )
 
 
 def extract_route(model: SentenceTransformer, route: str = "text") -> SentenceTransformer:

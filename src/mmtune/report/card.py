@@ -107,7 +107,7 @@ def _list_limits(settings: Mapping[str, Mapping[str, Any]]) -> str:
     if model.get("max_pixels"):
         lines.append(f"- Pages are read at up to {model['max_pixels']} pixels; smaller print is lost.")
     for hub in settings.get("evaluation", {}).get("hubs", ()):
-        lines.append(f"- A document came up far too often: {hub.partition(': ')[2]}.")
+        lines.append(f"- One document came up wrongly for {hub['wrongly_in']} of {hub['queries']} queries.")
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
+from mmtune.data.query_kinds import QueryKind
 from mmtune.evaluation.mean import AnyEvaluator
 from mmtune.models.kinds import HostModel
 from mmtune.models.lora import LoraChoice
@@ -38,6 +39,7 @@ class Finetuning(ABC):
     loss: Loss | Mapping[str, Loss] | None
     args: BaseTrainingArguments | None
     documents: DocumentKind
+    queries: QueryKind
     lora: LoraChoice
     freeze: Sequence[str]
     allow_overlap: bool
@@ -49,6 +51,7 @@ class Finetuning(ABC):
     evaluator: Any
     max_pixels: int | None
     page_store: str | os.PathLike[str] | None
+    thumbnails: bool
     dry_run: bool
     training_arguments: Mapping[str, Any]
 
@@ -90,6 +93,12 @@ class Finetuning(ABC):
     @abstractmethod
     def settle_prompts(self, model: Any, train: TrainingSets, args: BaseTrainingArguments) -> Any:
         """The prompts to train with, for the host's arguments; what the model is to use besides is written into it."""
+
+    def settle_size(
+        self, model: Any, loss: Any, args: BaseTrainingArguments, evaluation: Mapping[str, RetrievalDataset]
+    ) -> dict[str, Any]:
+        """What the trained model is cut to, written into it, and the settings of that; nothing by default."""
+        return {}
 
     @abstractmethod
     def describe(

@@ -68,7 +68,7 @@ def check_choices(call: Finetuning) -> None:
     Raises:
         ConfigError: One can't be; the message says what was expected.
     """
-    for name in ("allow_overlap", "overwrite", "dry_run"):
+    for name in ("allow_overlap", "overwrite", "dry_run", "thumbnails"):
         require_flag(name, getattr(call, name))
     if call.dry_run and call.resume:
         raise ConfigError(

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from mmtune.arguments import nearest_name, require_whole, require_wholes, shown
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
+from mmtune.data.query_kinds import QueryKind
 from mmtune.errors import ConfigError
 from mmtune.evaluation.base import Retriever
 from mmtune.evaluation.mean import AnyEvaluator
@@ -23,6 +24,7 @@ from mmtune.evaluation.retrieval import build_evaluator
 from mmtune.models.late_interaction import is_late_interaction
 from mmtune.models.loading import check_checkpoint
 from mmtune.models.lora import LoraChoice
+from mmtune.models.routes import ignores_prompt
 from mmtune.training.call import Finetuning
 from mmtune.training.checks import check_contrast, check_full_batch
 from mmtune.training.inputs import DatasetsLike, Form, TrainingSets, training_sets
@@ -31,6 +33,7 @@ from mmtune.training.mini_batches import MINI_BATCHES, MiniBatches, choose_mini_
 from mmtune.training.records import RunRecord
 from mmtune.training.result import FinetuneResult
 from mmtune.training.run import run
+from mmtune.training.target_size import TargetSize, check_target_size, fit_size, settle_size
 from mmtune.training.trainers import EMBEDDING, LATE_INTERACTION, Kind
 
 logger = logging.getLogger(__name__)
@@ -63,7 +66,10 @@ def finetune(
     evaluator: BaseEvaluator | Callable[..., Any] | None = None,
     max_pixels: int | None = None,
     page_store: Literal["auto"] | str | os.PathLike[str] | None = "auto",
+    thumbnails: bool = True,
     dry_run: bool = False,
+    target_size: TargetSize = None,
+    queries: QueryKind = "text",
     **training_arguments: Any,
 ) -> FinetuneResult:
     """Finetune an embedding model on pages and queries, and measure what it gained.
@@ -120,8 +126,15 @@ def finetune(
             epochs and evaluations neither decode nor resize it again. ``"auto"`` keeps it for the run: in memory, or
             in the output folder where several processes read pages. A folder keeps it for other runs, too.
             ``None`` keeps nothing. What is trained and measured is the same to the bit.
+        thumbnails: Whether ``report.html`` shows pages of the evaluation set; ``False`` for confidential ones.
         dry_run: Train nothing and write nothing: time a few steps, an evaluation of a few pages and a checkpoint, put
             the weights back, and return a ``Plan`` of the run in place of its result.
+        target_size: The most dimensions that an embedding may have: the saved model cuts its embeddings to the
+            largest trained size of no more, by the host's ``truncate_dim``. ``"auto"`` cuts to the smallest of these
+            that ``size_frontier`` shows on the evaluation set to lose less than 0.01. ``None`` cuts nothing. What was
+            chosen stands in ``settings``; ``SentenceTransformer(path, truncate_dim=...)`` loads another size.
+        queries: What a query is made of, as ``documents`` says it of a document: ``"image"`` trains to find the page
+            like this photo.
         **training_arguments: Training arguments of the host by name, in place of the recipe's.
 
     Returns:
@@ -141,7 +154,7 @@ def finetune(
         ['final', 'metrics.json', 'mmtune_run.json', 'report.md']
     """
     call = EmbeddingFinetuning(
-        kind=kind_of(model),
+        kind=kind_of(model, documents, queries),
         model=model,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
@@ -165,14 +178,21 @@ def finetune(
         evaluator=evaluator,
         max_pixels=max_pixels,
         page_store=page_store,
+        thumbnails=thumbnails,
         dry_run=dry_run,
+        target_size=target_size,
+        queries=queries,
         training_arguments=training_arguments,
     )
     return cast("FinetuneResult", run(call))  # a Plan for those who ask for one
 
 
-def kind_of(model: object) -> Kind:
+def kind_of(model: object, *kinds: object) -> Kind:
     """The kind of a retriever or of its checkpoint, which is checked as far as its small files go.
+
+    Args:
+        model: What was given.
+        *kinds: What it is to embed; what they join, it has to take in one input.
 
     Raises:
         ConfigError: It is neither, a reranker, or a checkpoint that can't be loaded.
@@ -180,7 +200,9 @@ def kind_of(model: object) -> Kind:
     if isinstance(model, (str, os.PathLike)):
         path = os.fspath(model)
         late = is_late_interaction(path)
-        check_checkpoint(path, model_class=MultiVectorEncoder if late else SentenceTransformer)
+        joined = dict.fromkeys(kind for kind in kinds if isinstance(kind, str) and "+" in kind)
+        kind_class = MultiVectorEncoder if late else SentenceTransformer
+        check_checkpoint(path, model_class=kind_class, modalities=("image", "text", *joined))
         return LATE_INTERACTION if late else EMBEDDING
     if isinstance(model, SentenceTransformer):
         return EMBEDDING
@@ -249,6 +271,7 @@ class EmbeddingFinetuning(Finetuning):
     matryoshka_dims: Literal["auto"] | Sequence[int] | None
     mini_batch_size: Literal["auto"] | int
     prompts: dict[str, str] | str | None
+    target_size: TargetSize = None
 
     def check_arguments(self) -> None:
         """Make sure of dimensions, mini-batches and negatives."""
@@ -263,10 +286,31 @@ class EmbeddingFinetuning(Finetuning):
                     "size (sentence-transformers 6.2). Leave matryoshka_dims out; build_late_interaction takes the "
                     "dimension."
                 )
+        check_target_size(self.target_size, self.kind, dims, self.eval_dataset)
         if not (isinstance(self.mini_batch_size, str) and self.mini_batch_size == "auto"):
             require_whole("mini_batch_size", self.mini_batch_size, or_else="'auto'")
             if self.loss is not None:
                 warnings.warn("mini_batch_size is not used: the loss that was given has its own.", stacklevel=4)
+
+    def settle_size(
+        self, model: Any, loss: Any, args: BaseTrainingArguments, evaluation: Mapping[str, RetrievalDataset]
+    ) -> dict[str, Any]:
+        """What was asked for, as the model's ``truncate_dim``."""
+        if self.target_size is None:
+            return {}
+        return settle_size(
+            self.target_size,
+            model,
+            self._trained_dims(model, loss),
+            next(iter(evaluation.values()), None),
+            documents=self.documents,
+            queries=self.queries,
+            batch_size=args.per_device_eval_batch_size,
+            show_progress_bar=not args.disable_tqdm,
+        )
+
+    def _trained_dims(self, model: Any, loss: Any) -> Sequence[int]:
+        return self._evaluated_dims(model, loss) or (model.get_embedding_dimension(),)
 
     def form_of(self, loss: Any) -> Form:
         """A column for the query and for each document, whatever the loss."""
@@ -275,7 +319,11 @@ class EmbeddingFinetuning(Finetuning):
     def read_rows(self, form: Form) -> TrainingSets:
         """A set for each dataset."""
         return training_sets(
-            self.train_dataset, num_negatives=self.num_negatives, documents=self.documents, seed=self.seed
+            self.train_dataset,
+            num_negatives=self.num_negatives,
+            documents=self.documents,
+            seed=self.seed,
+            queries=self.queries,
         )
 
     def check_data(
@@ -305,6 +353,14 @@ class EmbeddingFinetuning(Finetuning):
     ) -> nn.Module | dict[str, nn.Module]:
         """The caller's loss, or one for each dataset, else that of the recipe; the model gives its full size again."""
         use_full_size(model)
+        loss = self._build_loss(model, args, train, began)
+        if self.target_size is not None:
+            fit_size(self.target_size, self._trained_dims(model, loss))
+        return loss
+
+    def _build_loss(
+        self, model: Retriever, args: BaseTrainingArguments, train: TrainingSets, began: RunRecord | None
+    ) -> nn.Module | dict[str, nn.Module]:
         if isinstance(self.loss, Mapping):
             return {name: build_loss(part, model) for name, part in self.loss.items()}
         if self.loss is not None:
@@ -330,6 +386,7 @@ class EmbeddingFinetuning(Finetuning):
             name=name or "vdr",
             truncate_dims=[dim for dim in self._evaluated_dims(model, loss) if dim != model.get_embedding_dimension()],
             documents=self.documents,
+            queries=self.queries,
             batch_size=args.per_device_eval_batch_size,
             show_progress_bar=not args.disable_tqdm,
         )
@@ -363,13 +420,15 @@ class EmbeddingFinetuning(Finetuning):
     ) -> dict[str, dict[str, Any]]:
         """The dimensions."""
         first = next(iter(loss.values())) if isinstance(loss, Mapping) else loss
-        facts = {
+        facts: dict[str, Any] = {
             "matryoshka_dims": list(getattr(first, "matryoshka_dims", ())),
             "evaluated_dims": list(self._evaluated_dims(model, loss)),
             "similarity": str(model.similarity_fn_name),
             "prompts_of_model": own_prompts(model),
         }
-        return {"data": {}, "training": facts}
+        if self.queries != "text":
+            facts["query_prompt_has_no_effect"] = ignores_prompt(model, self.queries)
+        return {"data": {"queries": self.queries}, "training": facts}
 
     def _evaluated_dims(self, model: Retriever, loss: object) -> tuple[int, ...]:
         """The dimensions that the caller names, else those that the loss trains."""

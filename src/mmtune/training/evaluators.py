@@ -6,8 +6,8 @@ from typing import Any
 from sentence_transformers.base.evaluation import BaseEvaluator
 
 from mmtune.errors import ConfigError
+from mmtune.evaluation.history import BEGINNING, END, History
 from mmtune.evaluation.mean import AnyEvaluator
-from mmtune.evaluation.measurements import BEGINNING, END, Measurements
 from mmtune.evaluation.verdict import is_guard_worse, parts_of
 
 GUARD = "guard"
@@ -24,12 +24,12 @@ class RunEvaluator(BaseEvaluator):
         own: The evaluator over the evaluation data, which then says how good a model is; ``None`` without such data.
         given: What the caller passed as ``evaluator``: any evaluator of the host's protocol.
         guard: The evaluator over the guard set.
-        measurements: Of the run so far, where it goes on.
+        history: Of the run so far, where it goes on.
 
     Attributes:
         parts: The evaluators of one set each whose mean says how good a model is.
         guard_parts: Those of the guard set.
-        measurements: Values by query of each measurement; in the process that measures.
+        history: Values by query of each measurement; in the process that measures.
         per_query: After a call, the values by query of all of them, as far as they have some.
     """
 
@@ -38,7 +38,7 @@ class RunEvaluator(BaseEvaluator):
         own: AnyEvaluator | None,
         given: Any = None,
         guard: AnyEvaluator | None = None,
-        measurements: Measurements | None = None,
+        history: History | None = None,
     ) -> None:
         super().__init__()
         self.own, self.given, self.guard = own, given, guard
@@ -46,7 +46,7 @@ class RunEvaluator(BaseEvaluator):
         self.name = own.name if own else getattr(given, "name", "") or type(given).__name__
         self.parts = parts_of(chooses)
         self.guard_parts = parts_of(guard) if guard else []
-        self.measurements = measurements or Measurements()
+        self.history = history or History()
         self.per_query: dict[str, dict[str, float]] = {}
         self._was_called = False
         self._step = BEGINNING
@@ -84,15 +84,15 @@ class RunEvaluator(BaseEvaluator):
         self._was_called = True
         self._note(model, steps)
         if self.guard_parts:
-            worse = is_guard_worse(self.measurements, self, model, self._step)
+            worse = is_guard_worse(self.history, self, model, self._step)
             metrics[GUARD_IS_WORSE] = float(worse)
         return metrics
 
     def _note(self, model: Any, steps: int) -> None:
         # before and after training there is no step: the first measurement without one is the beginning
-        at_end = END if BEGINNING in self.measurements.values else BEGINNING
+        at_end = END if BEGINNING in self.history.values else BEGINNING
         self._step = steps if steps > 0 else at_end
-        self.measurements.note(self._step, [*self.parts, *self.guard_parts], model)
+        self.history.note(self._step, [*self.parts, *self.guard_parts], model)
 
     def metric_name(self, model: Any) -> str:
         """The key of the metric that says how good a model is; ``""`` as long as the evaluator does not tell.

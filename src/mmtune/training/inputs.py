@@ -17,6 +17,7 @@ from mmtune.data.intake import (
     leaks_between,
     relevant_on_both_sides,
 )
+from mmtune.data.query_kinds import QueryKind
 from mmtune.data.relevance import Direction
 from mmtune.data.rows import ID_COLUMNS, AskingPages, ListView, PairView, TrainingView, view_of
 from mmtune.errors import ConfigError, DatasetError
@@ -76,17 +77,20 @@ class TrainingSets:
         return rows[""] if list(rows) == [""] else DatasetDict(rows)
 
 
-def training_sets(given: DatasetsLike, *, num_negatives: int, documents: DocumentKind, seed: int) -> TrainingSets:
+def training_sets(
+    given: DatasetsLike, *, num_negatives: int, documents: DocumentKind, seed: int, queries: QueryKind = "text"
+) -> TrainingSets:
     """The training data with its rows; rows of ``training_rows`` stay as they are given."""
     by_name = {}
     for name, part in datasets_by_name(given).items():
         if isinstance(part, Dataset) and set(ID_COLUMNS) <= set(part.column_names):
-            by_name[name] = _trace_rows(part, documents, num_negatives)
+            by_name[name] = _trace_rows(part, documents, queries, num_negatives)
         else:
             data = as_retrieval_dataset(part, _argument("train_dataset", name))
             _check_number(num_negatives, data, name)
-            data = _require_parts(data, documents)
-            by_name[name] = TrainingSet(data, data.training_rows(num_negatives, documents=documents, seed=seed))
+            data = _require_parts(data, documents, queries)
+            rows = data.training_rows(num_negatives, documents=documents, seed=seed, queries=queries)
+            by_name[name] = TrainingSet(data, rows)
     return TrainingSets(by_name)
 
 
@@ -98,14 +102,15 @@ def reranking_sets(
     num_negatives: int,
     documents: DocumentKind,
     seed: int,
+    queries: QueryKind = "text",
 ) -> TrainingSets:
     """The training data of a reranker: a set for each dataset and direction."""
-    options: dict[str, Any] = {"documents": documents, "seed": seed}
+    options: dict[str, Any] = {"documents": documents, "seed": seed, "queries": queries}
     by_name = {}
     for name, part in datasets_by_name(given).items():
         data = as_retrieval_dataset(part, _argument("train_dataset", name))
         _check_number(num_negatives, data, name)
-        data = _require_parts(data, documents)
+        data = _require_parts(data, documents, queries)
         for direction in directions:
             if form == "pairs":
                 rows = data.labeled_pairs(num_negatives, direction=direction, **options)
@@ -134,12 +139,12 @@ def _check_number(num_negatives: int, data: RetrievalDataset, name: str) -> None
 
 
 def evaluation_sets(
-    given: DatasetsLike | None, documents: DocumentKind, argument: str = "eval_dataset"
+    given: DatasetsLike | None, documents: DocumentKind, queries: QueryKind = "text", argument: str = "eval_dataset"
 ) -> dict[str, RetrievalDataset]:
     """The evaluation data by name; empty for ``None``, and a single set has the name ``""``."""
     parts = {} if given is None else datasets_by_name(given)
     built = {name: as_retrieval_dataset(part, _argument(argument, name)) for name, part in parts.items()}
-    return {name: _require_parts(data, documents) for name, data in built.items()}
+    return {name: _require_parts(data, documents, queries) for name, data in built.items()}
 
 
 def _argument(argument: str, name: str) -> str:
@@ -175,7 +180,7 @@ def warn_of_leaks(train: TrainingSets, evaluation: Mapping[str, RetrievalDataset
     """
     for part in train.by_name.values():
         for measured in evaluation.values():
-            leaks = leaks_between(part.data, measured)
+            leaks = leaks_between(part.data, measured, part.view.queries)
             if not part.view.chosen["filled"]:  # nothing was drawn, so what could have been does no harm
                 leaks = replace(leaks, fill_candidates=())
             if leaks:
@@ -186,39 +191,46 @@ def warn_of_leaks(train: TrainingSets, evaluation: Mapping[str, RetrievalDataset
                 )
 
 
-def _trace_rows(rows: Dataset, documents: DocumentKind, num_negatives: int) -> TrainingSet:
+def _trace_rows(rows: Dataset, documents: DocumentKind, queries: QueryKind, num_negatives: int) -> TrainingSet:
     """Rows of ``training_rows``, with the queries they refer to."""
     require_view(rows)
     if not len(rows):
         raise DatasetError("The training rows are empty: what was selected or filtered left none. Pass at least one.")
     view = view_of(rows)
-    if view.documents != documents:
-        raise ConfigError(
-            f"documents={documents!r}, and the rows were made with documents={view.documents!r}. Make them agree."
-        )
+    for name, asked, made in (("documents", documents, view.documents), ("queries", queries, view.queries)):
+        if asked != made:
+            raise ConfigError(f"{name}={asked!r}, and the rows were made with {name}={made!r}. Make them agree.")
     if view.num_negatives != num_negatives != DEFAULT_NEGATIVES:
         warnings.warn(
             f"num_negatives={num_negatives} is not used: the rows were made with {view.num_negatives}.", stacklevel=6
         )
     data = RetrievalDataset.from_tables(view.tables)
-    queries = data.relevance.find_queries(rows.with_format(None)["query_id"][:])
-    data = RetrievalDataset.from_tables(data.relevance.subset(queries, np.arange(len(data.corpus))))
-    return TrainingSet(_require_parts(data, documents), rows)
+    kept = data.relevance.find_queries(rows.with_format(None)["query_id"][:])
+    data = RetrievalDataset.from_tables(data.relevance.subset(kept, np.arange(len(data.corpus))))
+    return TrainingSet(_require_parts(data, documents, queries), rows)
 
 
-def _require_parts(data: RetrievalDataset, documents: DocumentKind) -> RetrievalDataset:
-    data.relevance.require_queries()
+def _require_parts(data: RetrievalDataset, documents: DocumentKind, queries: QueryKind) -> RetrievalDataset:
+    data.relevance_of(documents, queries).require_queries()
     check_texts(data.corpus, documents)
     return data
 
 
-def check_pages(train: TrainingSets, measured: Iterable[RetrievalDataset], documents: DocumentKind) -> None:
-    """Make sure that every page that will be read can be, looking at each dataset once.
+def check_pages(
+    train: TrainingSets,
+    measured: Iterable[RetrievalDataset],
+    documents: DocumentKind,
+    queries: QueryKind = "text",
+) -> None:
+    """Make sure that every image that will be read can be, looking at each dataset once.
 
     Raises:
-        ImageDecodeError: A page is missing, damaged, or no image; the message names the document.
+        ImageDecodeError: One is missing, damaged, or no image; the message names the document or the query.
     """
-    if "image" in documents.split("+"):
-        read = {id(data): data for data in (*(part.data for part in train.by_name.values()), *measured)}
-        for data in read.values():
-            data.check_pages(show_progress_bar=not are_progress_bars_disabled())
+    read = {id(data): data for data in (*(part.data for part in train.by_name.values()), *measured)}
+    for data in read.values():
+        shown = not are_progress_bars_disabled()
+        if "image" in documents.split("+"):
+            data.check_pages(show_progress_bar=shown)
+        if "image" in queries.split("+"):
+            data.check_queries(show_progress_bar=shown)

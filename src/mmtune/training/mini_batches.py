@@ -111,15 +111,21 @@ def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
 
 
 def largest_documents(train: TrainingSets, count: int) -> list[Any]:
-    """``count`` times the largest document among some hundred of the training data, as a model takes it."""
+    """``count`` times the largest document among some hundred of the training data, as a model takes it.
+
+    Queries are among them where they are no texts.
+    """
     best, best_size = None, -1
     for part in train.by_name.values():
-        ids = part.data.corpus["document_id"]
-        at = np.unique(np.linspace(0, len(ids) - 1, min(_LOOKED_AT, len(ids))).astype(int))
-        for document in part.view.lazily().source.reader.read([ids[int(row)] for row in at]):
-            size = _size_of(document)
-            if size > best_size:
-                best, best_size = document, size
+        source = part.view.lazily().source
+        sides = [(part.data.corpus["document_id"], source.reader)]
+        sides += [(part.data.queries["query_id"], source.queries)] if part.view.queries != "text" else []
+        for ids, reader in sides:
+            at = np.unique(np.linspace(0, len(ids) - 1, min(_LOOKED_AT, len(ids))).astype(int))
+            for document in reader.read([ids[int(row)] for row in at]):
+                size = _size_of(document)
+                if size > best_size:
+                    best, best_size = document, size
     return [as_host_input(best)] * count
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from mmtune.errors import ConfigError
-from mmtune.evaluation.measurements import PER_QUERY_FILE
+from mmtune.evaluation.history import PER_QUERY_FILE
 from mmtune.training.records import RECORD, checkpoint_step, checkpoints_of, find_last_checkpoint, why_unusable
 
 try:

@@ -20,6 +20,7 @@ from torch import nn
 from mmtune.data.arrow import column
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.images import EncodedImages
+from mmtune.data.query_kinds import as_documents
 from mmtune.errors import ConfigError
 from mmtune.training.inputs import TrainingSets
 
@@ -261,20 +262,25 @@ def describe_training_data(train: TrainingSets) -> dict[str, str]:
 
 def describe_content(data: RetrievalDataset) -> str:
     """What tells a dataset from others: its ids, texts, judgements and the sizes of its pages."""
-    pages: list[Any] = []
-    if "image" in data.corpus.column_names:
-        images = EncodedImages(data.corpus)
-        # of a page of a PDF what is read names its content
-        pages = [images.lengths.tolist(), *(bytes(images.read(int(row))) for row in images.pdf_rows)]
     content = _digest(
         [
             *_content(data.corpus, ("document_id", "text")),
-            *pages,
+            *_images_of(data.corpus),
             *_content(data.queries, ("query_id", "text")),
+            *_images_of(as_documents(data.queries)),
             *_content(data.qrels, ("query_id", "document_id", "score")),
         ]
     )
     return f"{len(data)} queries and {len(data.corpus)} documents {content}"
+
+
+def _images_of(table: Dataset) -> list[Any]:
+    """What tells the images of a table from others: their sizes."""
+    if "image" not in table.column_names:
+        return []
+    images = EncodedImages(table)
+    # of a page of a PDF what is read names its content
+    return [images.lengths.tolist(), *(bytes(images.read(int(row))) for row in images.pdf_rows)]
 
 
 def describe_checkpoint(path: str) -> str:

@@ -95,7 +95,10 @@ def rehearse(
     page_s = processing.seconds / processing.count if processing is not None and processing.count else 0.0
     page_bytes = processing.num_bytes / processing.count if processing is not None and processing.count else 0.0
     documents = count_documents(train)
-    measured = sum(len(data.corpus) for sets in evaluation.data for data in sets.values())
+    asks_with_images = any("image" in part.view.queries for part in train.by_name.values())
+    measured = sum(
+        len(data.corpus) + asks_with_images * len(data) for sets in evaluation.data for data in sets.values()
+    )
     room = math.inf if store is None or not page_bytes else store.max_bytes / page_bytes
     reads = steps * timed.pages if store is None else documents + steps * timed.pages * _share_missed(documents, room)
     loads_beside = trainer.args.dataloader_num_workers > 0
@@ -165,14 +168,16 @@ def count_events(trainer: PageTrainer, steps: int, batches: int) -> tuple[int, i
 
 
 def count_documents(train: TrainingSets) -> int:
-    """Different documents that the rows name."""
+    """Different documents that the rows name, and queries that are read as documents are."""
     count = 0
     for part in train.by_name.values():
         ids = part.rows.with_format(None)
-        names = {"document_id", "document_ids", "negative_document_ids"} & set(ids.column_names)
-        named = [column(ids, name) for name in names]
-        flat = [pc.list_flatten(each) if pa.types.is_nested(each.type) else each for each in named]
-        count += len(pa.chunked_array([each.cast(pa.large_string()) for each in flat], pa.large_string()).unique())
+        kinds = [{"document_id", "document_ids", "negative_document_ids"}]
+        kinds += [{"query_id", "query_ids"}] if "image" in part.view.queries else []
+        for names in kinds:
+            named = [column(ids, name) for name in names & set(ids.column_names)]
+            flat = [pc.list_flatten(each) if pa.types.is_nested(each.type) else each for each in named]
+            count += len(pa.chunked_array([each.cast(pa.large_string()) for each in flat], pa.large_string()).unique())
     return count
 
 
@@ -365,6 +370,11 @@ class PeakMemory:
         else:
             _forget_peak()
             self._start = _status_bytes("VmRSS")
+
+    @staticmethod
+    def of_process() -> int:
+        """Bytes that this process has held at most, of its GPU if it has one; 0 where the system does not tell."""
+        return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status_bytes("VmHWM")
 
     def above_start(self) -> int:
         """Bytes, as far as the system tells."""

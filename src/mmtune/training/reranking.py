@@ -16,6 +16,7 @@ from mmtune.arguments import listed, require_whole, shown
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
 from mmtune.data.judgements import Judgements
+from mmtune.data.query_kinds import QueryKind
 from mmtune.data.relevance import Direction
 from mmtune.errors import ConfigError
 from mmtune.evaluation.mean import AnyEvaluator, MeanEvaluator
@@ -60,7 +61,9 @@ def finetune_reranker(
     evaluator: BaseEvaluator | Callable[..., Any] | None = None,
     max_pixels: int | None = None,
     page_store: Literal["auto"] | str | os.PathLike[str] | None = "auto",
+    thumbnails: bool = True,
     dry_run: bool = False,
+    queries: QueryKind = "text",
     **training_arguments: Any,
 ) -> FinetuneResult:
     """Finetune a reranker on pages and queries, and measure what it gained.
@@ -107,8 +110,11 @@ def finetune_reranker(
             epochs and evaluations neither decode nor resize it again. ``"auto"`` keeps it for the run: in memory, or
             in the output folder where several processes read pages. A folder keeps it for other runs, too.
             ``None`` keeps nothing. What is trained and measured is the same to the bit.
+        thumbnails: Whether ``report.html`` shows pages of the evaluation set; ``False`` for confidential ones.
         dry_run: Train nothing and write nothing: time a few steps, an evaluation of a few pages and a checkpoint, put
             the weights back, and return a ``Plan`` of the run in place of its result.
+        queries: What a query is made of, as ``documents`` says it of a document: ``"image"`` trains to find the page
+            like this photo.
         **training_arguments: Training arguments of the host by name, in place of the recipe's.
 
     Returns:
@@ -150,7 +156,9 @@ def finetune_reranker(
         evaluator=evaluator,
         max_pixels=max_pixels,
         page_store=page_store,
+        thumbnails=thumbnails,
         dry_run=dry_run,
+        queries=queries,
         training_arguments=training_arguments,
     )
     return cast("FinetuneResult", run(call))  # a Plan for those who ask for one
@@ -210,6 +218,7 @@ class RerankerFinetuning(Finetuning):
             num_negatives=self.num_negatives,
             documents=self.documents,
             seed=self.seed,
+            queries=self.queries,
         )
 
     def check_data(
@@ -277,6 +286,7 @@ class RerankerFinetuning(Finetuning):
                     # metric keys are split at "_"
                     name="-".join(filter(None, (prefix, *own_name))) if several else prefix,
                     documents=self.documents,
+                    queries=self.queries,
                     seed=self.seed,
                     batch_size=args.per_device_eval_batch_size,
                     show_progress_bar=not args.disable_tqdm,
@@ -317,6 +327,7 @@ class RerankerFinetuning(Finetuning):
         parts: list[Any] = list(getattr(evaluator, "parts", [evaluator])) if evaluator else []
         data = {
             "directions": list(self.directions),
+            "queries": self.queries,
             "form_of_rows": train.form,
             "evaluation_candidates": {part.name: min(len(each.candidate_ids) for each in part.lists) for part in parts},
         }
@@ -324,7 +335,7 @@ class RerankerFinetuning(Finetuning):
 
     def _fit_candidates(self, data: RetrievalDataset, direction: Direction) -> int:
         """Candidates in a list with one relevant one: fewer than asked for where a small set has no more."""
-        judgements = Judgements.of(data.relevance_of(self.documents), direction)
+        judgements = Judgements.of(data.relevance_of(self.documents, self.queries), direction)
         available = len(judgements.distinct_items)
         if available < 2:
             raise ConfigError(

@@ -1,6 +1,7 @@
 """What a finetuning leaves behind: in memory and on disk, with everything that was chosen."""
 
 import json
+import logging
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,17 +9,24 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from sentence_transformers.base.trainer import BaseTrainer
 
 from mmtune.data.dataset import RetrievalDataset
+from mmtune.data.documents import DocumentKind
+from mmtune.errors import MissingExtraError
+from mmtune.evaluation.history import PER_QUERY_FILE
 from mmtune.evaluation.significance import Verdict
 from mmtune.models.kinds import HostModel
 from mmtune.report.card import add_to_card
+from mmtune.report.html import write_page
 from mmtune.report.markdown import BeforeAfter, compare_metrics, text_table, write_report
 from mmtune.training.batches import ConflictFreeBatchSampler
 from mmtune.training.inputs import TrainingSets
 from mmtune.training.mini_batches import plain_losses
 from mmtune.training.trainers import Kind, PageTrainer
+
+logger = logging.getLogger(__name__)
 
 KEPT_START = "the start: nothing beat it"
 _PACKAGES = (
@@ -118,8 +126,16 @@ class FinetuneResult:
         table = text_table((self.measure, "before", "after", "change"), [row.cells for row in self.rows])
         return "\n".join([*self.first_lines, table, saved])
 
-    def save(self) -> None:
-        """Write ``metrics.json``, ``report.md`` and the card of the model, which is in ``final/`` already."""
+    def save(
+        self, evaluation: Mapping[str, RetrievalDataset], documents: DocumentKind, *, thumbnails: bool = True
+    ) -> None:
+        """Write ``metrics.json``, the reports and the card of the model, which is in ``final/`` already.
+
+        Args:
+            evaluation: The evaluation sets, for ``report.html``, which is written where its packages are installed.
+            documents: What a document is made of.
+            thumbnails: Whether documents are shown there.
+        """
         card = self.output_dir / "final" / "README.md"
         if card.is_file():
             name = getattr(self.trainer and self.trainer.args, "hub_model_id", None) or str(card.parent)
@@ -134,6 +150,31 @@ class FinetuneResult:
             )
             card.write_text(text, "utf-8")
         self.save_metrics()
+        if evaluation:
+            self._write_page(evaluation, documents, thumbnails=thumbnails)
+
+    def _write_page(
+        self, evaluation: Mapping[str, RetrievalDataset], documents: DocumentKind, *, thumbnails: bool
+    ) -> None:
+        try:
+            write_page(
+                self.output_dir / "report.html",
+                title="Finetuning report",
+                verdict=self.verdict.as_dict() if self.verdict else None,
+                rows=self.rows,
+                primary_metric=self.primary_metric,
+                per_query=pq.read_table(self.output_dir / PER_QUERY_FILE) if self.verdict else None,
+                log=self.trainer.state.log_history if self.trainer else (),
+                settings=self.settings,
+                versions=_versions(),
+                datasets=evaluation,
+                documents=documents,
+                thumbnails=thumbnails,
+            )
+        except MissingExtraError as error:
+            logger.info("%s", error)
+        except Exception as error:  # a page to look at is no reason to lose a run at its end
+            logger.warning("report.html was not written: %s: %s", type(error).__name__, error)
 
     def save_metrics(self) -> None:
         """Write ``metrics.json`` and ``report.md``."""
@@ -143,13 +184,17 @@ class FinetuneResult:
             "primary_metric": self.primary_metric,
             "verdict": None if self.verdict is None else self.verdict.as_dict(),
             "settings": self.settings,
-            "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+            "versions": _versions(),
         }
         (self.output_dir / "report.md").write_text(self.report, "utf-8")
         # last and in one piece: a run with a metrics.json is at its end
         written = self.output_dir / "metrics.json.part"
         written.write_text(json.dumps(metrics, indent=2, default=str) + "\n", "utf-8")
         written.replace(self.output_dir / "metrics.json")
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
 
 
 def _version(package: str) -> str:

@@ -6,8 +6,9 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -24,9 +25,10 @@ from tqdm.auto import tqdm
 from mmtune.arguments import listed
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
+from mmtune.data.query_kinds import QueryKind
 from mmtune.errors import ConfigError
+from mmtune.evaluation.history import History
 from mmtune.evaluation.mean import AnyEvaluator
-from mmtune.evaluation.measurements import Measurements
 from mmtune.evaluation.significance import Verdict
 from mmtune.evaluation.verdict import describe_measuring, judge
 from mmtune.host import is_in_parts, let_read_typed_texts
@@ -82,7 +84,7 @@ from mmtune.training.records import (
     require_same,
     why_unusable,
 )
-from mmtune.training.rehearsal import Begun, Rehearsed, rehearse
+from mmtune.training.rehearsal import Begun, PeakMemory, Rehearsed, rehearse
 from mmtune.training.result import KEPT_START, FinetuneResult, describe_data, describe_recipe, describe_steps
 from mmtune.training.trainers import Kind, PageTrainer
 from mmtune.training.weights import (
@@ -108,7 +110,7 @@ _NOT_DECIDING = {
         "training_arguments",
         "overwrite",
     ),
-    *("resume", "allow_overlap", "mini_batch_size", "callbacks", "evaluator", "page_store", "dry_run"),
+    *("resume", "allow_overlap", "mini_batch_size", "callbacks", "evaluator", "page_store", "dry_run", "thumbnails"),
 }
 
 
@@ -137,14 +139,15 @@ def run(call: Finetuning) -> FinetuneResult | Plan:
 
 
 def _run_in(folder: Path, call: Finetuning) -> FinetuneResult | Plan:
+    began_at = time.monotonic()
     begun = Begun(had_model=isinstance(call.model, nn.Module)) if call.dry_run else None
     inputs = (call.model, call.train_dataset, call.eval_dataset)
     is_over = call.resume == "auto" and is_finished(folder)
     checkpoint = check_output_dir(folder, overwrite=call.overwrite, resume=call.resume, inputs=inputs)
 
     train = call.read_rows(call.form_of(call.loss))
-    evaluation = evaluation_sets(call.eval_dataset, call.documents)
-    guard = evaluation_sets(call.guard_dataset, call.documents, "guard_dataset")
+    evaluation = evaluation_sets(call.eval_dataset, call.documents, call.queries)
+    guard = evaluation_sets(call.guard_dataset, call.documents, call.queries, "guard_dataset")
     for measured in (evaluation, guard):
         if not call.allow_overlap:
             refuse_overlap(train, measured)
@@ -152,7 +155,7 @@ def _run_in(folder: Path, call: Finetuning) -> FinetuneResult | Plan:
     args = _fit_arguments(call, folder, train, evaluation, guard)
     began_with = _describe_beginning(call, args, train, evaluation, guard)
     if is_first_process() and not checkpoint and not is_over:  # a run that goes on has read these pages before
-        check_pages(train, [*evaluation.values(), *guard.values()], call.documents)
+        check_pages(train, [*evaluation.values(), *guard.values()], call.documents, call.queries)
     if is_over:
         require_same(folder, RunRecord.read(folder).settings, began_with)
         return FinetuneResult.read(folder, call.kind)
@@ -160,7 +163,8 @@ def _run_in(folder: Path, call: Finetuning) -> FinetuneResult | Plan:
     if began:
         require_same(folder, began.settings, began_with)
 
-    choices = {"documents": call.documents, "freeze": call.freeze, "lora": call.lora, "seed": call.seed}
+    kinds = {"documents": call.documents, "queries": call.queries}
+    choices = {**kinds, "freeze": call.freeze, "lora": call.lora, "seed": call.seed}
     weights = choose_weights(call, args, began.settings.get(_WEIGHTS) if began else None)
     began_with[_WEIGHTS] = weights.name
     with ready_model(call.model, call.kind, max_pixels=call.max_pixels, weights=weights, **choices) as start:
@@ -182,7 +186,7 @@ def _run_in(folder: Path, call: Finetuning) -> FinetuneResult | Plan:
                 build_evaluator(evaluation) if evaluation else None,
                 call.evaluator,
                 build_evaluator(guard, name=GUARD) if guard else None,
-                Measurements.read(checkpoint) if checkpoint else None,
+                History.read(checkpoint) if checkpoint else None,
             )
         rates = None if call.args else recipe.choose_rates(args, model, start.fresh, began, call.training_arguments)
         args = recipe.complete_arguments(
@@ -235,7 +239,9 @@ def _run_in(folder: Path, call: Finetuning) -> FinetuneResult | Plan:
             # without overwrite, what a start from the beginning finds is what a kill left
             leftover = not checkpoint and bool(find_run(folder))
             with _written_in(folder, trainer, overwrite=call.overwrite or leftover):
-                return _train(trainer, evaluator, start, settings, folder, checkpoint)
+                settle_size = partial(call.settle_size, model, loss, args, evaluation)
+                writing = Writing(folder, evaluation, call.documents, call.thumbnails, settle_size, began_at)
+                return _train(trainer, evaluator, start, settings, writing, checkpoint)
 
 
 def _fit_arguments(
@@ -337,10 +343,11 @@ def _train(
     evaluator: RunEvaluator | None,
     start: "Start",
     settings: dict[str, dict[str, Any]],
-    folder: Path,
+    writing: "Writing",
     checkpoint: Path | None,
 ) -> FinetuneResult:
     """Train, and write everything that the run leaves behind."""
+    folder = writing.folder
     model, is_first_process, record = start.model, trainer.is_world_process_zero(), trainer.record
     assert record is not None
     if trainer.logs is not None:
@@ -363,6 +370,7 @@ def _train(
     after = measure(trainer, evaluator)
     verdict, measured = _judge(trainer, evaluator, was_chosen=competes)
     trainer.become_saved()
+    settings["training"] |= writing.settle_size()
     if is_in_parts(trainer):
         trainer.save_model(str(folder / "final"))
     elif is_first_process:
@@ -372,13 +380,14 @@ def _train(
     metric = metric.removeprefix("eval_") or None
     if measured:
         settings["evaluation"] = measured
+    settings["cost"] = {"seconds": time.monotonic() - writing.began_at, "peak_memory_bytes": PeakMemory.of_process()}
     settings["data"]["fingerprints"] = {name: what for name, what in record.settings.items() if name.endswith(" data")}
     result = FinetuneResult(model.eval(), trainer, record.before, after, metric, folder, settings, verdict)
     if is_first_process:
         record.write(folder)
         if evaluator is not None:
-            evaluator.measurements.write_before_and_after(folder)
-        result.save()
+            evaluator.history.write_before_and_after(folder)
+        result.save(writing.evaluation, writing.documents, thumbnails=writing.thumbnails)
         if verdict is not None:
             tqdm.write(f"{verdict}\n{verdict.line}", file=sys.stderr)
         if trainer.args.push_to_hub and (failed := trainer.push_result(folder / "final")):
@@ -392,13 +401,34 @@ def _train(
     return result
 
 
+@dataclass(frozen=True)
+class Writing:
+    """What a run has to know to write its result.
+
+    Attributes:
+        folder: Of the run.
+        evaluation: The evaluation sets, for the report.
+        documents: What a document is made of.
+        thumbnails: Whether the report shows documents.
+        settle_size: Cuts the model to the size that was asked for, and says so.
+        began_at: When the call was, by the monotonic clock.
+    """
+
+    folder: Path
+    evaluation: Mapping[str, RetrievalDataset]
+    documents: DocumentKind
+    thumbnails: bool
+    settle_size: Callable[[], dict[str, Any]]
+    began_at: float
+
+
 def _judge(
     trainer: PageTrainer, evaluator: RunEvaluator | None, *, was_chosen: bool
 ) -> tuple[Verdict | None, dict[str, Any]]:
     """The verdict on the model as it will be saved, and what else its measurement tells; alike in all processes."""
     found: tuple[Verdict | None, dict[str, Any]] = (None, {})
     if evaluator is not None and trainer.is_world_process_zero():
-        verdict = judge(evaluator.measurements, evaluator, trainer.model, was_chosen=was_chosen)
+        verdict = judge(evaluator.history, evaluator, trainer.model, was_chosen=was_chosen)
         with trainer.as_saved():
             found = verdict, describe_measuring(evaluator, None if is_in_parts(trainer) else trainer.model)
     return broadcast_object_list([found])[0]
@@ -457,6 +487,7 @@ def ready_model(
     kind: Kind,
     *,
     documents: DocumentKind,
+    queries: QueryKind = "text",
     freeze: Iterable[str] | None,
     lora: LoraChoice,
     seed: int,
@@ -481,13 +512,13 @@ def ready_model(
     let_read_typed_texts(ready)
     if isinstance(ready, CrossEncoder):
         score_in_float32(ready)
-    check_documents(ready, documents)
-    check_routes(ready, documents)
+    check_documents(ready, documents, queries)
+    check_routes(ready, documents, queries)
     names = part_names(freeze)
     before = [(parameter, parameter.requires_grad) for parameter in ready.parameters()]
     try:
         freeze_parts(ready, names)
-        freeze_unreached(ready, documents)
+        freeze_unreached(ready, documents, queries)
         frozen = [parameter for parameter, learned in before if learned and not parameter.requires_grad]
         adapters = add_lora(ready, lora, freeze=names, seed=seed)
         parts = model_parts(ready)

@@ -258,7 +258,7 @@ class PageTrainer(OwnCheckpoints, BaseTrainer):
         folder = Path(output_dir or self.args.output_dir or ".")
         if self.record is not None and self.args.should_save and checkpoint_step(folder) is not None:
             if isinstance(self.evaluator, RunEvaluator):
-                self.evaluator.measurements.write(folder)
+                self.evaluator.history.write(folder)
             self.record.write(folder)  # last: it lists the files
 
     def push_checkpoint(self, folder: str) -> None:

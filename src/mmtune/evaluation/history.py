@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 BEGINNING, END = 0, -1
 """The steps under which the model as it came and the model that is kept are noted."""
 
-FILE = "mmtune_measurements.parquet"
+FILE = "mmtune_per_query.parquet"
 """Its name in a checkpoint."""
 
 PER_QUERY_FILE = "per_query.parquet"
@@ -21,7 +21,7 @@ DEPTH = 10
 """Best documents a query that are kept."""
 
 
-class Measurements:
+class History:
     """Values by query of several measurements of one evaluator.
 
     Attributes:
@@ -85,7 +85,7 @@ class Measurements:
             pq.write_table(pa.concat_tables(parts).unify_dictionaries(), folder / FILE, compression="zstd")
 
     @classmethod
-    def read(cls, folder: Path) -> "Measurements":
+    def read(cls, folder: Path) -> "History":
         """What a checkpoint holds; nothing where it has none."""
         found = cls()
         if not (folder / FILE).is_file():
