@@ -405,6 +405,7 @@ def no_network(*args, **kwargs):
 socket.socket.connect = no_network
 before = state()
 import mmtune
+[getattr(mmtune, name) for name in mmtune.__all__]  # each is imported when it is first used
 after = state()
 print(json.dumps({key: [before[key], after[key]] for key in before if before[key] != after[key]}))
 """
