@@ -47,7 +47,14 @@ if TYPE_CHECKING:
         merge_lora,
         router_preset,
     )
-    from mmtune.training import ConflictFreeBatchSampler, FinetuneResult, Plan, finetune, finetune_reranker
+    from mmtune.training import (
+        ConflictFreeBatchSampler,
+        FinetuneResult,
+        Plan,
+        distill_query_encoder,
+        finetune,
+        finetune_reranker,
+    )
 
 __version__ = "0.1.0"
 
@@ -80,6 +87,7 @@ __all__ = [
     "compare_models",
     "compare_per_query",
     "compose_router",
+    "distill_query_encoder",
     "evaluate_pipeline",
     "extract_route",
     "find_false_negatives",

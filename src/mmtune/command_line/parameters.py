@@ -19,6 +19,7 @@ from mmtune.command_line.spelling import Spelling, spell
 _OF_SHELL = Group("For the shell", sort_key=2)
 _HIDDEN = Group("Training arguments of the host", show=False)
 _END_OF_SENTENCE = re.compile(r"(?<!e\.g)(?<!i\.e)\.\s+(?=[A-Z`])|;\s")
+_LITERAL: Any = Literal  # its members are known only here
 _UNSET = inspect.Parameter.empty
 
 
@@ -58,8 +59,7 @@ class Flag:
         how: dict[str, Any] = {"name": self.option, "help": self.help, "required": self.default is _UNSET}
         hint: Any = str
         if self.spelling.is_flag:
-            words: Any = self.spelling.choices
-            hint = bool | Literal[words] if words else bool
+            hint = bool | _LITERAL[self.spelling.choices] if self.spelling.choices else bool
         else:
             if self.spelling.elements is not None:
                 hint = list[str]
