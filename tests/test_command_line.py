@@ -297,3 +297,23 @@ def test_python_dash_m_and_the_speed_of_help():
 def test_the_program_is_installed_under_its_name():
     scripts = (Path(__file__).parent.parent / "pyproject.toml").read_text()
     assert 'mmtune = "mmtune.command_line.app:main"' in scripts
+
+
+@pytest.mark.slow
+def test_two_processes_of_torchrun(place):
+    words = [
+        "finetune",
+        place / "clip",
+        place / "train",
+        place / "eval",
+        "--output-dir",
+        place / "two",
+        *QUICK,
+        "--json",
+    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mmtune"]
+    found = subprocess.run([*launcher, *map(str, words)], capture_output=True, text=True, check=False, timeout=280)
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)["output_dir"] == str(place / "two")  # one of them speaks
+    settings = json.loads((place / "two" / "metrics.json").read_text())["settings"]
+    assert settings["training"]["processes"] == 2

@@ -97,14 +97,15 @@ def _run(command: Command, words: list[str]) -> int:
 
 def _call(command: Command, flags: Mapping[str, "Flag"], arguments: dict[str, Any], *, as_json: bool) -> int:
     """Call the function, and say what came of it; of several processes the first one does."""
+    stream = sys.stdout
     try:
         given = {name: _opened(flags[name], value, arguments) for name, value in arguments.items()}
         outcome = command.show(load(command.function)(**given), arguments)
     except (MmtuneError, OSError) as error:
         outcome = Outcome(f"error: {error}", {"error": str(error), "type": type(error).__name__}, ERROR)
+        stream = sys.stdout if as_json else sys.stderr
     if is_first_process():
-        text = json.dumps(outcome.data, indent=2, default=str) if as_json else outcome.text
-        (sys.stderr if "error" in outcome.data and not as_json else sys.stdout).write(f"{text}\n")
+        stream.write((json.dumps(outcome.data, indent=2, default=str) if as_json else outcome.text) + "\n")
     return outcome.exit_code
 
 
