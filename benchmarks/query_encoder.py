@@ -1,10 +1,10 @@
 """A small query encoder beside a deeper model: nDCG@10 kept on unseen queries, and milliseconds a query on one core.
 
     python benchmarks/query_encoder.py --seeds 0 1 2
-    python benchmarks/query_encoder.py --layers 12 --hidden 256 --learning-rate 3e-4 --seeds 0
 
 A tiny CLIP is finetuned on drawn pages; a BERT of one layer then learns its query embeddings from the training queries
-alone. Pages are embedded before and after: the last column says whether all bits are the same.
+alone. Pages are embedded before and after: the last column says whether all bits are the same. A second table has the
+milliseconds a query beside models of other depths and widths, with random weights: time does not depend on these.
 """
 
 import argparse
@@ -14,8 +14,10 @@ from pathlib import Path
 
 import torch
 
-from mmtune import RetrievalDataset, distill_query_encoder, finetune
+from mmtune import RetrievalDataset, distill_query_encoder, finetune, load_model
+from mmtune.models.query_routes import route_queries
 from mmtune.testing import generated_pages, tiny_clip, tiny_text_encoder
+from mmtune.training.query_encoder import milliseconds_a_query
 
 
 def measure(seed: int, options: argparse.Namespace, folder: Path) -> list[str]:
@@ -60,6 +62,15 @@ def measure(seed: int, options: argparse.Namespace, folder: Path) -> list[str]:
     return [str(seed), *numbers, f"{own / small:.1f}", f"{took:.0f}", str(same)]
 
 
+def time_beside(layers: int, hidden: int, folder: Path) -> str:
+    """A row of the table of times."""
+    teacher = load_model(tiny_clip(folder / f"clip-{layers}-{hidden}", num_layers=layers, hidden_size=hidden))
+    small = route_queries(teacher, tiny_text_encoder(folder / f"text-{layers}-{hidden}", num_layers=1)).student.eval()
+    texts = [f"what was the turnover of the year {year} in the north" for year in range(1980, 2020)]
+    times = [milliseconds_a_query(model, texts) or 0.0 for model in (teacher, small)]
+    return f"| {layers} x {hidden} | {times[0]:.2f} | {times[1]:.2f} | {times[0] / times[1]:.1f} |"
+
+
 def main() -> None:
     """Measure each seed and print a row for it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -80,6 +91,11 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         print(f"| {' | '.join(row)} |")
+    print("\n| layers x width | ms own | ms small | times |")
+    print("|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        for layers, hidden in ((12, 256), (12, 512), (24, 512)):
+            print(time_beside(layers, hidden, Path(folder)))
 
 
 if __name__ == "__main__":

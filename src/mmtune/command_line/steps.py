@@ -6,7 +6,7 @@ from typing import Any
 
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.findings import AuditReport
-from mmtune.data.intake import DatasetLike, as_retrieval_dataset
+from mmtune.data.intake import DatasetLike, DatasetsLike, as_retrieval_dataset
 from mmtune.errors import ConfigError
 from mmtune.evaluation.pipeline import open_retriever
 from mmtune.evaluation.reranking import build_reranking_evaluator
@@ -17,7 +17,7 @@ from mmtune.models.opening import open_checkpoint
 from mmtune.models.rerankers import build_reranker, is_reranker
 
 
-def evaluate(model: str, dataset: DatasetLike, **options: Any) -> dict[str, float]:
+def evaluate(model: str, dataset: DatasetsLike, **options: Any) -> dict[str, float]:
     """Measure a model on a dataset: one that finds pages, or a reranker.
 
     Args:
