@@ -20,6 +20,7 @@ from mmtune.testing import generated_pages, tiny_clip, tiny_qwen3_vl
 from mmtune.training.trainers import EMBEDDING
 
 QUICK = ["--per-device-train-batch-size", "4", "--matryoshka-dims", "none", "--max-steps", "2", "--use-cpu"]
+LAST = ["--keep", "last"]  # weights that were trained, whatever was measured
 NAMED = {command.name: command for command in COMMANDS}
 
 
@@ -39,7 +40,7 @@ def place(tmp_path_factory):
 def run(place):
     """A finished run of ``mmtune finetune``."""
     paths = [str(place / name) for name in ("clip", "train", "eval")]
-    main(["finetune", *paths, "--output-dir", str(place / "run"), "--learning-rate", "3e-4", "--seed=7", *QUICK])
+    main(["finetune", *paths, "--output-dir", str(place / "run"), "--learning-rate", "3e-4", "--seed=7", *QUICK, *LAST])
     return place / "run"
 
 
@@ -66,8 +67,11 @@ def test_a_run_from_the_shell_is_that_of_python(run, place):
         matryoshka_dims=None,
         max_steps=2,
         use_cpu=True,
+        keep="last",
     )
     assert_same_weights(run, result.output_dir)
+    trained, untrained = (load_file(folder / "model.safetensors") for folder in (run / "final", place / "clip"))
+    assert any(not trained[name].equal(untrained[name]) for name in untrained)
 
 
 def assert_same_weights(one, other):
