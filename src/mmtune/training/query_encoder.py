@@ -250,7 +250,10 @@ def _on_cpu(model: SentenceTransformer) -> SentenceTransformer:
 
 
 def milliseconds_a_query(model: SentenceTransformer, texts: Sequence[str]) -> float | None:
-    """The median time to embed one query after the other on one core; ``None`` for a model that is not on the CPU."""
+    """The median time of one core to embed a query by itself; ``None`` for a model that is not on the CPU.
+
+    It is the processor's time: what else runs on the machine does not count.
+    """
     if model.device.type != "cpu":
         return None
     threads = torch.get_num_threads()
@@ -258,9 +261,9 @@ def milliseconds_a_query(model: SentenceTransformer, texts: Sequence[str]) -> fl
     try:
         seconds = []
         for text in (texts[0], *texts[:TIMED_QUERIES]):  # the first one warms up
-            began = time.perf_counter()
+            began = time.process_time()
             model.encode_query(as_host_input(text), show_progress_bar=False)
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.process_time() - began)
         return 1000 * statistics.median(seconds[1:])
     finally:
         torch.set_num_threads(threads)
