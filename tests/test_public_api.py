@@ -43,6 +43,7 @@ PUBLIC = [
     "compare_models",
     "compare_per_query",
     "compose_router",
+    "distill_query_encoder",
     "evaluate_pipeline",
     "extract_route",
     "find_false_negatives",
@@ -247,6 +248,11 @@ class Promised:
     ): ...
 
     @staticmethod
+    def distill_query_encoder(
+        model, text_encoder, queries, eval_dataset=None, *, output_dir=None, **training_arguments
+    ): ...
+
+    @staticmethod
     def compare_models(models, dataset, *, truncate_dims=(), name="vdr", store=None): ...
 
     @staticmethod
@@ -270,7 +276,7 @@ FUNCTIONS = [
     *("build_evaluator", "build_reranking_evaluator", "build_reranker", "compare_per_query"),
     *("compare_models", "compose_router", "finetune"),
     *("finetune_reranker", "load_model", "mine_hard_negatives", "router_preset"),
-    *("find_false_negatives", "generate_queries", "judge_negatives"),
+    *("distill_query_encoder", "find_false_negatives", "generate_queries", "judge_negatives"),
 ]
 
 
@@ -405,6 +411,7 @@ def no_network(*args, **kwargs):
 socket.socket.connect = no_network
 before = state()
 import mmtune
+[getattr(mmtune, name) for name in mmtune.__all__]  # each is imported when it is first used
 after = state()
 print(json.dumps({key: [before[key], after[key]] for key in before if before[key] != after[key]}))
 """

@@ -196,6 +196,18 @@ def compose_router(
     return model
 
 
+def fit_text_encoder(source: Side, size: int, device: str) -> tuple[SentenceTransformer, tuple[str, ...]]:
+    """A text encoder that ends in ``size`` dimensions and normalises nothing, and what was done to it.
+
+    Raises:
+        ConfigError: It is no text encoder.
+    """
+    _check_source("text", source)
+    side = _encoder("text", source, LoadOptions(dtype="float32", device=device), whole=False)
+    side = _fitted(replace(side, model=side.model.to(device)), size, freezes=False)
+    return side.model, side.notes
+
+
 def _check_source(modality: str, source: Side) -> None:
     """Look at what a side is, before any weights are read."""
     if isinstance(source, str | os.PathLike):

@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
@@ -266,6 +266,8 @@ def prompts_by_side(given: Any, train: TrainingSets) -> dict[str, str | None]:
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingFinetuning(Finetuning):
     """A call of ``finetune``."""
+
+    function: ClassVar[str] = "finetune"
 
     num_negatives: int
     matryoshka_dims: Literal["auto"] | Sequence[int] | None

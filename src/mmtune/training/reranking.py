@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 from sentence_transformers import CrossEncoder, CrossEncoderTrainingArguments
 from sentence_transformers.base.evaluation import BaseEvaluator
@@ -185,6 +185,8 @@ def _require_reranker(model: object, documents: str) -> None:
 @dataclass(frozen=True, kw_only=True)
 class RerankerFinetuning(Finetuning):
     """A call of ``finetune_reranker``."""
+
+    function: ClassVar[str] = "finetune_reranker"
 
     loss: Loss | None
     num_negatives: int

@@ -219,6 +219,7 @@ def _run_in(folder: Path, call: Finetuning) -> FinetuneResult | Plan:
             "data": {**found["data"], **own["data"], "seed_of_filling": call.seed},
             "training": {**describe_recipe(trainer), **describe_weights(trainer, weights), **own["training"]},
             "audit": found["audit"],
+            "call": call.describe_call(),
         }
         is_shared = trainer.args.world_size > 1 or trainer.args.dataloader_num_workers > 0
         with (
