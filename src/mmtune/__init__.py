@@ -26,10 +26,12 @@ from mmtune.evaluation import (
 from mmtune.inference import (
     OpenAICompatible,
     TeacherScores,
+    encode_corpus,
     find_false_negatives,
     generate_queries,
     judge_negatives,
     mine_hard_negatives,
+    read_shards,
     score_rows,
 )
 from mmtune.models import (
@@ -76,6 +78,7 @@ __all__ = [
     "compare_models",
     "compare_per_query",
     "compose_router",
+    "encode_corpus",
     "evaluate_pipeline",
     "extract_route",
     "find_false_negatives",
@@ -86,6 +89,7 @@ __all__ = [
     "load_model",
     "merge_lora",
     "mine_hard_negatives",
+    "read_shards",
     "router_preset",
     "score_rows",
     "size_frontier",

@@ -60,10 +60,12 @@ def quantize(values: np.ndarray, dtype: NumberType, ranges: np.ndarray | None = 
         ranges: The smallest and the largest number of each dimension, for ``int8``; what lies beyond is clipped.
 
     Returns:
-        Of the type of ``dtype``, uint8 for ``"binary"``; shape ``(vectors, dimension)`` or an eighth, rounded up.
+        Of the type of ``dtype``, uint8 for ``"binary"``; shape ``(vectors, dimension)`` or an eighth, rounded up. What
+        float16 can't hold is infinite.
     """
     if dtype == "float16":
-        return values.astype(np.float16)
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16)
     precision = "ubinary" if dtype == "binary" else dtype
     return np.asarray(quantize_embeddings(values, precision, ranges=ranges))
 
