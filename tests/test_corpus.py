@@ -169,6 +169,13 @@ def test_ranges_come_from_a_calibration_and_stay(tmp_path):
         encode_texts(data, folder, dtype="int8", shard_size=7)
 
 
+def test_ranges_without_shards_are_found_again(tmp_path):
+    few = encode_texts(texts(3), tmp_path / "shards", dtype="int8")
+    next(few.glob("*.parquet")).unlink()
+    encode_texts(texts(), few, dtype="int8")
+    assert shards(few) == shards(encode_texts(texts(), tmp_path / "new", dtype="int8"))
+
+
 def test_one_document_has_no_ranges(tmp_path):
     corpus = Dataset.from_dict({"document_id": ["d0"], "text": ["1 2 3"]})
     data = RetrievalDataset(corpus, texts().queries.select([0]), texts().qrels.select([0]))

@@ -16,7 +16,7 @@ from mmtune.inference.encoder import SHARD_SIZE, DatasetReader, Retriever, requi
 from mmtune.inference.processes import Processes
 from mmtune.inference.ray_engine import require_ray, run_on_ray
 from mmtune.inference.shard_writer import ShardWriter
-from mmtune.inference.shards import Encoding, Shard, ShardFolder, metadata_columns, plan_shards
+from mmtune.inference.shards import Encoding, Shard, ShardFolder, digest_documents, metadata_columns, plan_shards
 from mmtune.inference.store import model_fingerprint
 from mmtune.inference.vectors import NumberType
 from mmtune.models.loading import full_dimension
@@ -123,7 +123,7 @@ def encode_corpus(
         dtype,
         kept_dim,
         rows,
-        None if ranged is None else _digest(ranged),
+        None if ranged is None else text_digest("".join(digest_documents(ranged, show_progress_bar=False))),
     )
     writer = ShardWriter(model, reader, encoding, size, ShardFolder(Path(folder)))
     shows = show_progress_bar and processes.rank == 0
@@ -131,7 +131,7 @@ def encode_corpus(
     def prepare() -> tuple[list[Shard], list[Shard]]:
         warn_of_cut_texts(model, reader)
         writer.folder.claim(encoding)
-        shards = plan_shards(reader, encoding)
+        shards = plan_shards(reader, encoding, shows)
         writer.folder.require_kin(shards)
         if dtype == "int8":
             writer.save_ranges(ranged, shows)
@@ -149,9 +149,8 @@ def encode_corpus(
             run_on_ray(writer, own, workers, bar.update)
         else:
             processes.gather(lambda: [writer.write(shard, bar.update) for shard in own])
-    if processes.rank == 0:
-        writer.folder.finish(shards)
-    processes.gather(lambda: None)  # nobody goes on before the list is there
+    # nobody goes on before the list is there
+    processes.gather(lambda: writer.folder.finish(shards) if processes.rank == 0 else None)
     return writer.folder.path
 
 
@@ -160,11 +159,6 @@ def _reader_of(dataset: DatasetLike, documents: DocumentKind, name: str) -> Data
     data = as_retrieval_dataset(dataset, name)
     check_texts(data.corpus, documents)
     return DatasetReader(data.corpus, data.queries, documents)
-
-
-def _digest(reader: DatasetReader) -> str:
-    """A digest of all documents."""
-    return text_digest("".join(reader.digests("document", reader.corpus["document_id"][:])))
 
 
 def _require_dim(dim: int | None, model: Retriever) -> int | None:

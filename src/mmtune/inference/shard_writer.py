@@ -55,7 +55,7 @@ class ShardWriter:
         return len(ids)
 
     def save_ranges(self, calibration: DatasetReader | None, show_progress_bar: bool) -> None:
-        """Find the ranges of int8 in documents, and keep them; those that the folder has stay.
+        """Find the ranges of int8 in documents, and keep them; those by which there are shards stay.
 
         Args:
             calibration: The documents; ``None`` takes a sample from the whole of the corpus.
@@ -64,7 +64,7 @@ class ShardWriter:
         Raises:
             ConfigError: There are too few vectors for a range.
         """
-        if self.folder.ranges():
+        if self.folder.ranges() and self.folder.file_names():
             return
         reader, ids = calibration or self.reader, (calibration or self.reader).corpus["document_id"][:]
         if calibration is None:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from tqdm.auto import tqdm
 
 from mmtune.arguments import require_path
 from mmtune.data.documents import DocumentKind
@@ -96,14 +97,27 @@ def metadata_columns(reader: DatasetReader) -> list[str]:
     return names
 
 
-def plan_shards(reader: DatasetReader, encoding: Encoding) -> list[Shard]:
-    """The shards of a corpus, in its order; every document is read for its digest, none is decoded."""
+def digest_documents(reader: DatasetReader, show_progress_bar: bool) -> list[str]:
+    """A digest of the content of each document of a corpus; every one is read, none is decoded."""
+    found: list[str] = []
+    ids = reader.corpus["document_id"][:]
+    with tqdm(total=len(ids), desc="Reading documents", disable=not show_progress_bar, leave=False) as bar:
+        # many at once, as each call looks at the whole table
+        for portion in portions_of(ids, 1 << 14):
+            found += reader.digests("document", portion)
+            bar.update(len(portion))
+    return found
+
+
+def plan_shards(reader: DatasetReader, encoding: Encoding, show_progress_bar: bool) -> list[Shard]:
+    """The shards of a corpus, in its order."""
     how, names, ids = repr(asdict(encoding)), metadata_columns(reader), reader.corpus["document_id"][:]
+    all_digests = digest_documents(reader, show_progress_bar)
     table = reader.corpus.select_columns(names).with_format("arrow") if names else None
     shards = []
     for start in range(0, len(ids), encoding.shard_size):
         own = ids[start : start + encoding.shard_size]
-        digests = reader.digests("document", own)
+        digests = all_digests[start : start + len(own)]
         rows = None if table is None else table[start : start + len(own)]
         about = None if rows is None else (str(rows.schema), rows.to_pydict())
         fingerprint = text_digest(repr((_FORMAT_VERSION, how, own, digests, about)))
@@ -291,7 +305,7 @@ def read_shards(folder: str | os.PathLike[str]) -> Iterator[pa.Table]:
         >>> from mmtune import encode_corpus, load_model, read_shards
         >>> folder = encode_corpus("pages.parquet", load_model("my-model"), "int8", dtype="int8", batch_size=8)
         >>> [table.column_names for table in read_shards(folder)]
-        [['document_id', 'embedding']]
+        [['document_id', 'embedding', 'language']]
     """
     require_path("folder", folder, what="the folder of encode_corpus")
     found = ShardFolder(Path(folder))
