@@ -23,6 +23,7 @@ from mmtune import (
     DatasetError,
     MissingExtraError,
     RetrievalDataset,
+    compare_models,
     encode_corpus,
     load_model,
     mine_hard_negatives,
@@ -481,6 +482,25 @@ def test_mining_reads_what_was_encoded(tmp_path, kind, monkeypatch):
     for each, own in zip((data, part), expected, strict=True):
         found = mine_hard_negatives(each, model, embeddings=folder, **options)
         assert found.negatives.to_list() == own.negatives.to_list()
+
+
+def test_models_are_compared_on_what_they_encoded(tmp_path, dataset, model, siglip_path, monkeypatch):
+    models = {"read": model, "encoded": load_model(siglip_path, device="cpu")}
+    expected = compare_models(models, dataset, **QUIET)
+    folder = encode_corpus(dataset, model, tmp_path / "shards", shard_size=6, **QUIET)
+    half = encode_corpus(dataset, model, tmp_path / "half", dtype="float16", shard_size=6, **QUIET)
+    monkeypatch.setattr(model, "encode_document", None)
+    for store in (None, tmp_path / "store", tmp_path / "store"):
+        found = compare_models(models, dataset, embeddings=[folder], store=store, **QUIET)
+        assert not found.failures
+        assert [row.per_query for row in found.rows] == [row.per_query for row in expected.rows]
+        assert {row.name: np.isnan(row.page_s) for row in found.rows} == {"read": True, "encoded": False}
+        assert "nan" not in str(found)
+    assert not compare_models(models, dataset, embeddings=[half, folder], **QUIET).failures
+    assert "float16" in compare_models(models, dataset, embeddings=[half], **QUIET).failures["read"]
+    for wrong in (folder, [5], [tmp_path / "nothing"]):
+        with pytest.raises(ConfigError, match=r"embeddings=|holds no shards"):
+            compare_models(models, dataset, embeddings=wrong, **QUIET)
 
 
 def test_embeddings_that_do_not_fit_are_refused(tmp_path):

@@ -20,7 +20,7 @@ from mmtune.data.documents import DocumentKind
 from mmtune.data.identity import text_digest
 from mmtune.errors import ConfigError, DatasetError
 from mmtune.inference.encoder import SHARD_SIZE, DatasetReader, as_float32, portions_of
-from mmtune.inference.store import Embeddings, write_whole, writing_to
+from mmtune.inference.store import Embeddings, model_fingerprint, write_whole, writing_to
 from mmtune.inference.vectors import NumberType, dequantize
 
 logger = logging.getLogger(__name__)
@@ -398,3 +398,18 @@ class StoredDocuments:
             found = torch.from_numpy(values.copy())
             self._held = (at, found if offsets is None else list(torch.split(found, np.diff(offsets).tolist())))
         return self._held[1]
+
+
+def find_stored(
+    folders: Sequence[str | os.PathLike[str]], model: torch.nn.Module, documents: DocumentKind
+) -> StoredDocuments | None:
+    """The documents that a model has encoded into one of several folders; ``None`` where it is in none.
+
+    Raises:
+        ConfigError: A folder holds no shards, or those of this model are cut or quantised.
+    """
+    fingerprint = model_fingerprint(model) if folders else ""
+    encodings = [(folder, ShardFolder(Path(folder)).encoding()) for folder in folders]
+    own = [(folder, encoding) for folder, encoding in encodings if encoding.model == fingerprint]
+    whole = [each for each in own if (each[1].documents, each[1].dtype, each[1].dim) == (documents, "float32", None)]
+    return next((StoredDocuments(folder, fingerprint, documents) for folder, _ in whole or own), None)
