@@ -242,6 +242,15 @@ def test_changed_documents_and_metadata_are_encoded_again_with_their_shard(tmp_p
     assert len(shards(folder).keys() & before.keys()) == 3
 
 
+def test_a_changed_page_is_encoded_again_with_its_shard(tmp_path, whole, dataset, model):
+    folder = shutil.copytree(whole, tmp_path / "copy")
+    other = dataset.corpus[20]["image"]
+    corpus = dataset.corpus.map(lambda row, at: {"image": other} if at == 7 else row, with_indices=True)
+    encode_corpus(RetrievalDataset(corpus, dataset.queries, dataset.qrels), model, folder, shard_size=6, **QUIET)
+    assert len(shards(folder).keys() & shards(whole).keys()) == len(shards(whole)) - 1
+    assert np.allclose(vectors(joined(folder))[7], vectors(joined(whole))[20], atol=1e-5)
+
+
 def test_another_model_or_setting_is_refused_by_name(whole, dataset, model, tmp_path, clip_path):
     folder = shutil.copytree(whole, tmp_path / "copy")
     prompted = load_model(clip_path, device="cpu", prompts={"document": "page: "})

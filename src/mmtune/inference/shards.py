@@ -119,7 +119,8 @@ def plan_shards(reader: DatasetReader, encoding: Encoding, show_progress_bar: bo
         own = ids[start : start + encoding.shard_size]
         digests = all_digests[start : start + len(own)]
         rows = None if table is None else table[start : start + len(own)]
-        about = None if rows is None else (str(rows.schema), rows.to_pydict())
+        # not the schema: the metadata of datasets in it differ for equal tables
+        about = None if rows is None else rows.to_pydict()
         fingerprint = text_digest(repr((_FORMAT_VERSION, how, own, digests, about)))
         name = f"{len(shards):06d}-{fingerprint[:16]}.parquet"
         shards.append(Shard(name, fingerprint, start, tuple(digests)))
