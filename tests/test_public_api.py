@@ -44,6 +44,7 @@ PUBLIC = [
     "compare_per_query",
     "compose_router",
     "distill_query_encoder",
+    "encode_corpus",
     "evaluate_pipeline",
     "extract_route",
     "find_false_negatives",
@@ -54,6 +55,7 @@ PUBLIC = [
     "load_model",
     "merge_lora",
     "mine_hard_negatives",
+    "read_shards",
     "router_preset",
     "score_rows",
     "size_frontier",
@@ -134,6 +136,9 @@ class Promised:
     def size_frontier(
         model, dataset, *, dims=None, dtypes=("float32", "int8", "binary"), calibration=None, tolerance=0.01
     ): ...
+
+    @staticmethod
+    def encode_corpus(dataset, model, folder, *, dtype="float32", dim=None, engine="local"): ...
 
     @staticmethod
     def load_model(

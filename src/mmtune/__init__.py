@@ -30,10 +30,12 @@ if TYPE_CHECKING:
     from mmtune.inference import (
         OpenAICompatible,
         TeacherScores,
+        encode_corpus,
         find_false_negatives,
         generate_queries,
         judge_negatives,
         mine_hard_negatives,
+        read_shards,
         score_rows,
     )
     from mmtune.models import (
@@ -88,6 +90,7 @@ __all__ = [
     "compare_per_query",
     "compose_router",
     "distill_query_encoder",
+    "encode_corpus",
     "evaluate_pipeline",
     "extract_route",
     "find_false_negatives",
@@ -98,6 +101,7 @@ __all__ = [
     "load_model",
     "merge_lora",
     "mine_hard_negatives",
+    "read_shards",
     "router_preset",
     "score_rows",
     "size_frontier",

@@ -123,6 +123,7 @@ COMMANDS: Sequence[Command] = (
     Command("compare", "evaluation.comparison:compare_models", show=show_comparison),
     Command("audit", "command_line.steps:audit", options_of="data.dataset:RetrievalDataset.audit", show=show_audit),
     Command("mine", "command_line.steps:mine", options_of="inference.mining:mine_hard_negatives", show=show_mined),
+    Command("encode", "inference.corpus:encode_corpus"),
 )
 
 

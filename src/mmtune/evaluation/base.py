@@ -23,6 +23,7 @@ from mmtune.errors import ConfigError
 from mmtune.evaluation.metrics import ndcg
 from mmtune.inference.encoder import DatasetReader, Retriever, Task, as_float32, encode, join, warn_of_cut_texts
 from mmtune.inference.search import not_finite
+from mmtune.inference.shards import StoredDocuments
 from mmtune.inference.store import Embeddings
 
 _TIE_ORDER_SEED = 0
@@ -135,6 +136,7 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
         self.cost = EncodingCost()
         self._shows_progress = show_progress_bar
         self._has_looked_for_cut_texts = False
+        self.stored: StoredDocuments | None = None  # what the documents are read from rather than encoded
         self._id_by_order = [document_ids[at] for at in np.argsort(order).tolist()]
 
     @property
@@ -199,11 +201,15 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
         return found
 
     def encode_documents(self, model: Retriever) -> Generator[Embeddings, None, None]:
-        """The embeddings of the corpus, ``batch_size`` documents at a time."""
+        """The embeddings of the corpus, ``batch_size`` documents at a time, or as ``stored`` has them."""
         ids = list(map(str, self.corpus_ids))
         seconds, num_numbers, started = 0.0, 0, time.perf_counter()
         with tqdm(total=len(ids), desc="Encoding documents", disable=not self._shows_progress, leave=False) as bar:
-            for portion in encode(model, "document", ids, self._reader, batch_size=self.batch_size):
+            if self.stored is None:
+                portions = encode(model, "document", ids, self._reader, batch_size=self.batch_size)
+            else:
+                portions = self.stored.read_all(ids, self._reader, model.device)
+            for portion in portions:
                 bar.update(len(portion))
                 seconds, num_numbers = seconds + time.perf_counter() - started, num_numbers + _count_numbers(portion)
                 size = portion[0].shape[-1]

@@ -29,7 +29,7 @@ from mmtune.data.query_kinds import QueryKind
 from mmtune.errors import ConfigError, DatasetError, MissingExtraError
 from mmtune.evaluation.base import CorpusEvaluator
 from mmtune.evaluation.metrics import expected_gains, ndcg
-from mmtune.evaluation.quantization import DTYPES, DType, Encoded, KeptDocuments, Vectors, keep_each
+from mmtune.evaluation.quantization import DTYPES, DType, Encoded, KeptDocuments, keep_each
 from mmtune.evaluation.retrieval import build_evaluator, require_dimensions
 from mmtune.evaluation.significance import (
     FEW_CLUSTERS,
@@ -42,6 +42,7 @@ from mmtune.evaluation.significance import (
 from mmtune.inference.encoder import DatasetReader, Retriever, as_float32, encode_shards, join, require_retriever
 from mmtune.inference.search import not_finite
 from mmtune.inference.store import Embeddings
+from mmtune.inference.vectors import Vectors
 from mmtune.models.checkpoints import how_to_install
 from mmtune.report.size_plot import draw_sizes
 

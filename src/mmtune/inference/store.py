@@ -320,7 +320,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Have ``write`` make a file that is there whole or not at all, whoever is killed and whoever writes it too."""
     # Under its name only when it is whole; with the process in its name until then, since two may write the same.
     # And with the thread, for the same reason.
-    partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    # It begins with "_": engines that read folders of parquet pass over such files.
+    partial = path.with_name(f"_{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
     write(partial)
     partial.replace(path)
 

@@ -177,7 +177,7 @@ def distill_query_encoder(
         if trainer.is_world_process_zero():
             with _replacing(folder, overwrite=overwrite):
                 save_model(result_model, folder / "final")
-                result.save()
+                result.save({}, documents)
         trainer.accelerator.wait_for_everyone()
         return result
 
