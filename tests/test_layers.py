@@ -1,6 +1,7 @@
 """Imports point one way, and what is private in other packages is touched in one module.
 
-errors, arguments, host < data, models < inference, report < evaluation < training < the door; nothing imports testing.
+errors, arguments, host < data, models < inference, report < evaluation < serving < training < the door; nothing
+imports testing.
 """
 
 import ast
@@ -23,7 +24,8 @@ LEVEL = {
     "inference": 3,
     "report": 3,
     "evaluation": 4,
-    "training": 5,
+    "serving": 5,
+    "training": 6,
 }
 DOOR = ""
 """``mmtune/__init__.py``: above every layer."""

@@ -43,6 +43,7 @@ from mmtune.models import (
     merge_lora,
     router_preset,
 )
+from mmtune.serving import ServingReport, check_serving, export_model
 from mmtune.training import ConflictFreeBatchSampler, FinetuneResult, Plan, finetune, finetune_reranker
 
 __version__ = "0.1.0"
@@ -66,6 +67,7 @@ __all__ = [
     "Plan",
     "RetrievalDataset",
     "RouterPreset",
+    "ServingReport",
     "TeacherScores",
     "Verdict",
     "as_mteb_task",
@@ -73,10 +75,12 @@ __all__ = [
     "build_late_interaction",
     "build_reranker",
     "build_reranking_evaluator",
+    "check_serving",
     "compare_models",
     "compare_per_query",
     "compose_router",
     "evaluate_pipeline",
+    "export_model",
     "extract_route",
     "find_false_negatives",
     "finetune",
