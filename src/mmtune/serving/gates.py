@@ -8,6 +8,7 @@ from typing import Any
 import psutil
 import torch
 from datasets import Dataset
+from PIL import Image
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from torch import nn
 
@@ -117,15 +118,13 @@ class Samples:
     def of(cls, model: HostModel, rows: Dataset | Mapping[str, Dataset]) -> "Samples":
         """The first rows that a model was trained on; of several sets, the first."""
         first = next(iter(rows.values())) if isinstance(rows, Mapping) else rows
-        read = [first[row] for row in range(min(NUM_ROWS, len(first)))]
-        pairs = [list(row.values())[:2] for row in read]
-        pairs = [(query, document[0] if isinstance(document, list) else document) for query, document in pairs]
+        read = [list(first[row].values())[:2] for row in range(min(NUM_ROWS, len(first)))]
+        pairs = [(query, document[0] if isinstance(document, list) else document) for query, document in read]
         # models that know no messages take pairs of bare texts only
         typed = not isinstance(model, CrossEncoder) or model.supports("message")
-        queries, documents = (
-            [as_host_input(each) if typed else each for each in side] for side in zip(*pairs, strict=True)
-        )
-        return cls(queries, documents)
+        read_as = as_host_input if typed else lambda item: item
+        queries, documents = zip(*pairs, strict=True)
+        return cls([read_as(_decoded(each)) for each in queries], [read_as(_decoded(each)) for each in documents])
 
     def compute(self, model: HostModel) -> list[torch.Tensor]:
         """Embeddings of queries and documents, or the score of each pair, float32 on the CPU."""
@@ -142,6 +141,13 @@ class Samples:
 
     def __str__(self) -> str:
         return f"{len(self.queries)} queries and {len(self.documents)} documents"
+
+
+def _decoded(item: Any) -> Any:
+    """An item with its pages as images: two models may each decode a page at the size that it reads."""
+    if isinstance(item, Mapping):
+        return {kind: _decoded(value) for kind, value in item.items()}
+    return item.copy() if isinstance(item, Image.Image) else item
 
 
 def _flat(vectors: Any) -> torch.Tensor:
@@ -206,13 +212,13 @@ def _name_file(model: HostModel, loaded: HostModel, folder: Path) -> Path:
     """The file of a saved model that is likeliest wrong, by what was read from it."""
     merged = has_lora(model) != has_lora(loaded)
     for position, (own, other) in enumerate(zip(model.children(), loaded.children(), strict=False)):
+        path = next(iter(folder.glob(f"{position}_*")), folder) if position else folder
         if not _same_weights(own, other) and not (merged and position == 0):
-            name = ADAPTER_FILE if has_lora(model) and position == 0 else "model.safetensors"
-            return (next(iter(folder.glob(f"{position}_*")), folder) if position else folder) / name
+            return path / (ADAPTER_FILE if has_lora(model) and position == 0 else "model.safetensors")
+        if repr(own) != repr(other):
+            return path / ("config.json" if position else "sentence_bert_config.json")
     if (model.prompts or {}) != (loaded.prompts or {}):
         return folder / "config_sentence_transformers.json"
-    if getattr(model[0], "processing_kwargs", None) != getattr(loaded[0], "processing_kwargs", None):
-        return folder / "sentence_bert_config.json"
     return folder / ("model.safetensors" if merged else "processor_config.json")
 
 
