@@ -120,7 +120,8 @@ class Served:
                 images += [_image(part) for part in parts if part["type"] == "image_url"]
                 # a score template gets texts, in which pages stand as the tokens of the model
                 pair.append({"role": role, "content": "".join(part.get("text", PAGE) for part in parts)})
-            text = self.processor.apply_chat_template(pair, tokenize=False)
+            options = body.get("chat_template_kwargs", {})
+            text = self.processor.apply_chat_template(pair, tokenize=False, **options)
             states = self._run(self.processor(text=[text], images=images or None, return_tensors="pt"))
             score = (states[-1].float() @ self.score.float().T)[0]
             found.append({"index": at, "relevance_score": float(score.sigmoid() if self.use_activation else score)})

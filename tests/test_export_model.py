@@ -26,6 +26,9 @@ QUERIES = ["total revenue of 2021", "Ünïcode “quotes” / slashes"]
 PROMPTS = {"query": "Find the page: ", "document": "A page: "}
 
 
+PROMPT = 'Another direction: "quoted", {{ braces }} %} and 😀 ünïcode\nin two lines'
+
+
 def adapted(model: Any, lora: bool) -> Any:
     """The model, with adapters that change something where asked for."""
     if lora:
@@ -92,7 +95,8 @@ def test_clip(clip_path: str, pages_of: list[Any], tmp_path: Path, lora: bool) -
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("head", ["logit_score", "dense"])
 def test_a_reranker(qwen3_vl_path: str, pages_of: list[Any], tmp_path: Path, head: str, lora: bool) -> None:
-    model = adapted(build_reranker(qwen3_vl_path, head=head, max_pixels=64 * 64), lora)
+    prompts = {"text_to_image": f"{PROMPT} and back"}
+    model = adapted(build_reranker(qwen3_vl_path, head=head, max_pixels=64 * 64, prompts=prompts), lora)
     folder = export_model(model, tmp_path / "out")
     serve = json.loads((folder / "serve.json").read_text())
     served = Served(folder, chat_template=serve["chat_template"])
@@ -103,6 +107,10 @@ def test_a_reranker(qwen3_vl_path: str, pages_of: list[Any], tmp_path: Path, hea
         with torch.inference_mode():
             score = served.answer("/v1/rerank", {"query": query, "documents": [content]})["results"][0]
         assert score["relevance_score"] == pytest.approx(float(expected), abs=1e-5)
+    asked = {"query": QUERIES[0], "documents": ["a text"], "chat_template_kwargs": {"instruction": PROMPT}}
+    with torch.inference_mode():
+        score = served.answer("/v1/rerank", asked)["results"][0]["relevance_score"]
+    assert score == pytest.approx(float(model.predict((QUERIES[0], "a text"), prompt=PROMPT)), abs=1e-5)
     assert not list(folder.glob("*sentence*"))
     assert not (folder / "modules.json").exists()
     assert not serve["loads_in_host"]

@@ -41,7 +41,10 @@ def reranker_template(model: CrossEncoder) -> str:
         )
     arguments = encoder.processing_kwargs.get("chat_template", {})
     lines = [f"{{%- set {name} = {json.dumps(value)} -%}}" for name, value in arguments.items()]
-    return FRAME.format(prompt=json.dumps(default_prompt(model)), arguments="\n".join(lines)) + template
+    return (
+        FRAME.format(prompt=json.dumps(default_prompt(model), ensure_ascii=False), arguments="\n".join(lines))
+        + template
+    )
 
 
 def default_prompt(model: CrossEncoder) -> str:

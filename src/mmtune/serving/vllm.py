@@ -28,7 +28,7 @@ PROMISES = {
 }
 RERANKER_PROMISES = {
     "score.weight is the row that scores, sentence_transformers.activation_fn what follows": f"{MODELS}/adapters.py",
-    "the template gets the roles query and document, with texts as content": "vllm/entrypoints/pooling/score",
+    "the template gets the roles query and document, texts as content": "vllm/entrypoints/pooling/scoring/utils.py",
 }
 
 
