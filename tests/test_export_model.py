@@ -1,13 +1,16 @@
 """A folder for a server: read back by a reader written after the server's source, it computes what was trained."""
 
 import json
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
 from torch import nn
+from transformers import AutoProcessor, Qwen3VLForConditionalGeneration, Qwen3VLModel
 
 from mmtune import (
     ConfigError,
@@ -130,6 +133,32 @@ def test_late_interaction(qwen3_vl_path: str, pages_of: list[Any], tmp_path: Pat
     assert_same(again.encode_query(QUERIES), model.encode_query(QUERIES))
 
 
+def test_a_reranker_with_an_lm_head_of_its_own(qwen3_vl_path: str, tmp_path: Path) -> None:
+    source = Qwen3VLForConditionalGeneration.from_pretrained(qwen3_vl_path)
+    source.config.tie_word_embeddings = source.config.text_config.tie_word_embeddings = False
+    source.lm_head.weight = nn.Parameter(torch.randn_like(source.lm_head.weight))
+    source.save_pretrained(tmp_path / "untied")
+    AutoProcessor.from_pretrained(qwen3_vl_path).save_pretrained(tmp_path / "untied")
+    model = build_reranker(tmp_path / "untied")
+    served = Served(export_model(model, tmp_path / "out"), chat_template="reranker.jinja")
+    with torch.inference_mode():
+        found = served.answer("/v1/rerank", {"query": "a text", "documents": ["another"]})["results"][0]
+    assert found["relevance_score"] == pytest.approx(float(model.predict(("a text", "another"))), abs=1e-5)
+
+
+def test_weights_in_several_files(qwen3_vl_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = Qwen3VLModel.save_pretrained
+    monkeypatch.setattr(Qwen3VLModel, "save_pretrained", partialmethod(save, max_shard_size="300KB"))
+    for model in (load_model(qwen3_vl_path), build_reranker(qwen3_vl_path, head="dense")):
+        folder = export_model(model, tmp_path / type(model).__name__)
+        assert len(list(folder.glob("model-*.safetensors"))) > 1
+        Served(folder)
+        index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+        for name, file in index.items():
+            assert name in load_file(folder / file)
+    assert "score.weight" in index
+
+
 def test_a_route_alone_and_no_router(clip_path: str, text_encoder_path: str, tmp_path: Path) -> None:
     router = compose_router(text_encoder_path, clip_path)
     with pytest.raises(ConfigError, match=r"Export each route alone: export_model\(extract_route\(model, 'text'\)"):
@@ -199,6 +228,8 @@ def test_a_folder_with_something_in_it_and_unknown_families(clip_path: str, sigl
         export_model(clip_path, tmp_path)
     with pytest.raises(ConfigError, match="is not empty"):
         export_model(clip_path, tmp_path / "kept")
+    with pytest.raises(ConfigError, match="can't be written to"):
+        export_model(clip_path, tmp_path / "kept" / "out")
     with pytest.raises(ConfigError, match=r"type 'siglip' is not known here; known are 'qwen3_vl', 'clip', 'bert'"):
         export_model(siglip_path, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]

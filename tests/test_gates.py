@@ -122,6 +122,18 @@ def test_memory_that_does_not_suffice_is_said(
     assert found["transformers"] == found["host"]
 
 
+def test_a_folder_that_does_not_load_and_a_processor_of_another_kind(
+    model: SentenceTransformer, saved: Path, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(saved, tmp_path / "final")
+    (tmp_path / "final" / "1_Pooling" / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="final: the host can't load what was saved there: JSONDecodeError"):
+        check_saved(model, tmp_path / "final", rows, may_be_base=False)
+    monkeypatch.setattr(PlainEncoder, "encode", lambda self, items, prompt: items["no such key"])
+    found = check_saved(model, saved, rows, may_be_base=False)
+    assert found["transformers"].startswith("skipped: plain transformers can't run it: TypeError")
+
+
 def test_adapters_that_add_nothing(clip_path: str, rows: Any, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     model = load_model(clip_path)

@@ -125,6 +125,8 @@ def check_serving(
             "api='tei': text-embeddings-inference takes texts only, without a chat template (TEI 1.9). Leave api out "
             "for a vLLM server, or pass a model and documents of texts."
         )
+    if isinstance(model, CrossEncoder) and not sample.queries:
+        raise DatasetError("The dataset has no queries, and a reranker scores pairs. Pass one with queries.")
     served = sample.ask(endpoint, chosen, model)
     return compare(model, sample, served)
 

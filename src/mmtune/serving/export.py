@@ -27,6 +27,7 @@ from mmtune.serving.templates import TEMPLATE_FILE, reranker_template
 from mmtune.serving.vllm import Family, family_of, score_row
 
 TARGETS = ("vllm",)
+LM_HEAD, SCORE = "lm_head.", "score.weight"
 
 HOST_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
 """What makes a folder one of the host; a reranker's folder is for servers only."""
@@ -111,16 +112,16 @@ def _save(model: HostModel, folder: Path, family: Family) -> None:
 def _make_classifier(model: CrossEncoder, folder: Path, family: Family) -> None:
     """Turn the folder of a reranker into one for sequence classification with a single label."""
     row = score_row(model).detach().cpu().contiguous()
-    names = _weight_names(folder)
-    file = folder / next(iter(names.values()))
-    tensors = {**_read_tensors(file), "score.weight": row}
-    save_file(tensors, file, metadata={"format": "pt"})
-    index = folder / "model.safetensors.index.json"
+    files = sorted(set(_weight_names(folder).values()))
+    for name in files:
+        kept = {key: tensor for key, tensor in _read_tensors(folder / name).items() if not key.startswith(LM_HEAD)}
+        save_file({**kept, **({SCORE: row} if name == files[0] else {})}, folder / name, metadata={"format": "pt"})
 
-    def add_row(content: dict[str, Any]) -> None:
-        content["weight_map"]["score.weight"] = file.name
+    def list_row(content: dict[str, Any]) -> None:
+        kept = {key: name for key, name in content["weight_map"].items() if not key.startswith(LM_HEAD)}
+        content["weight_map"] = {**kept, SCORE: files[0]}
 
-    _edit_json(index, add_row)
+    _edit_json(folder / "model.safetensors.index.json", list_row)
 
     def describe(config: dict[str, Any]) -> None:
         config["architectures"], config["num_labels"] = [family.scores], 1

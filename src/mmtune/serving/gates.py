@@ -15,11 +15,12 @@ from torch import nn
 from mmtune.data.documents import as_host_input
 from mmtune.errors import ConfigError
 from mmtune.host import adapter_layers, let_read_typed_texts
-from mmtune.models.adapters import ADAPTER_FILE, encoders_of, has_adapters, has_lora
+from mmtune.models.adapters import ADAPTER_FILE, encoders_of, has_adapters, has_lora, is_quantized
+from mmtune.models.checkpoints import first_line
 from mmtune.models.fresh import seeded
 from mmtune.models.kinds import HostModel
 from mmtune.models.memory import free_bytes
-from mmtune.models.precision import HALF_TYPES
+from mmtune.models.precision import HALF_TYPES, score_in_float32
 from mmtune.serving.plain import PlainEncoder
 from mmtune.serving.requests import prompt_of
 
@@ -62,13 +63,16 @@ def check_saved(
     if free < ROOM * size:
         reason = f"skipped: loading once more takes {ROOM * size / 1e9:.1f} GB, and {free / 1e9:.1f} are free"
         return {**found, "host": reason, "transformers": reason}
+    if any(map(is_quantized, encoders_of(model))):
+        reason = "skipped: the weights are quantised, and the folder is loaded beside the full ones"
+        return {**found, "host": reason, "transformers": reason}
     samples = Samples.of(model, rows)
     with seeded(0):  # the caller's random state is left as it was
         expected = samples.compute(model)
-        loaded = type(model)(str(folder), device=str(model.device), trust_remote_code=model.trust_remote_code)
-        let_read_typed_texts(loaded)
+        loaded = _load(model, folder)
         gap = largest_gap(samples.compute(loaded), expected)
-    limit = LARGEST_GAP_IN_HALF if {w.dtype for w in model.parameters()} & set(HALF_TYPES) else LARGEST_GAP
+    types = {weight.dtype for each in (model, loaded) for weight in each.parameters()}
+    limit = LARGEST_GAP_IN_HALF if types & set(HALF_TYPES) else LARGEST_GAP
     if not gap <= limit:
         raise ConfigError(
             f"{_name_file(model, loaded, folder)}: the model that the host loads from this folder computes something "
@@ -77,6 +81,21 @@ def check_saved(
         )
     found["host"] = f"passed: {gap:.1e} apart on {samples}"
     return {**found, "transformers": _check_plain(loaded, folder, samples, expected, limit)}
+
+
+def _load(model: HostModel, folder: Path) -> HostModel:
+    """What the host loads from a folder, on the device of the model."""
+    try:
+        loaded = type(model)(str(folder), device=str(model.device), trust_remote_code=model.trust_remote_code)
+    except Exception as error:  # transformers and the host refuse in every way
+        raise ConfigError(
+            f"{folder}: the host can't load what was saved there: {type(error).__name__}: {first_line(error)} Expected "
+            "a model as it was trained. The trained weights are in the last checkpoint-*; report this."
+        ) from error
+    let_read_typed_texts(loaded)
+    if isinstance(loaded, CrossEncoder):
+        score_in_float32(loaded)  # as the one in memory; the plain host rounds scores to the type of the weights
+    return loaded
 
 
 def _check_plain(
@@ -88,12 +107,15 @@ def _check_plain(
         return f"skipped: {reason}"
     if not isinstance(loaded, SentenceTransformer):
         return f"skipped: it is a {type(loaded).__name__}"
-    encoder = PlainEncoder(folder, loaded[0].model)
     few = Samples(samples.queries[:NUM_PLAIN], samples.documents[:NUM_PLAIN])
-    own = [
-        encoder.encode(few.queries, prompt_of(loaded, "query")),
-        encoder.encode(few.documents, prompt_of(loaded, "document")),
-    ]
+    try:
+        encoder = PlainEncoder(folder, loaded[0].model)
+        own = [
+            encoder.encode(few.queries, prompt_of(loaded, "query")),
+            encoder.encode(few.documents, prompt_of(loaded, "document")),
+        ]
+    except Exception as error:  # a family whose processor is called otherwise is no fault of the files
+        return f"skipped: plain transformers can't run it: {type(error).__name__}: {first_line(error)}"
     if loaded.truncate_dim:
         own = [vectors[:, : loaded.truncate_dim] for vectors in own]
     gap = largest_gap(own, [vectors[:NUM_PLAIN] for vectors in expected])
