@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         merge_lora,
         router_preset,
     )
+    from mmtune.serving import ServingReport, check_serving, export_model
     from mmtune.training import (
         ConflictFreeBatchSampler,
         FinetuneResult,
@@ -79,6 +80,7 @@ __all__ = [
     "Plan",
     "RetrievalDataset",
     "RouterPreset",
+    "ServingReport",
     "TeacherScores",
     "Verdict",
     "as_mteb_task",
@@ -86,12 +88,14 @@ __all__ = [
     "build_late_interaction",
     "build_reranker",
     "build_reranking_evaluator",
+    "check_serving",
     "compare_models",
     "compare_per_query",
     "compose_router",
     "distill_query_encoder",
     "encode_corpus",
     "evaluate_pipeline",
+    "export_model",
     "extract_route",
     "find_false_negatives",
     "finetune",

@@ -77,6 +77,11 @@ def show_comparison(result: Any, arguments: Mapping[str, Any]) -> Outcome:
     return Outcome(str(result), data, 1 if result.failures else code)
 
 
+def show_serving(result: Any, _arguments: Mapping[str, Any]) -> Outcome:
+    """What differs between server and model, likeliest cause first."""
+    return Outcome(str(result), asdict(result), 0 if result.ok else REGRESSION)
+
+
 def show_mined(result: Any, arguments: Mapping[str, Any]) -> Outcome:
     """The dataset with its negatives, and where it lies."""
     folder = str(arguments["output_dir"])
@@ -124,6 +129,8 @@ COMMANDS: Sequence[Command] = (
     Command("audit", "command_line.steps:audit", options_of="data.dataset:RetrievalDataset.audit", show=show_audit),
     Command("mine", "command_line.steps:mine", options_of="inference.mining:mine_hard_negatives", show=show_mined),
     Command("encode", "inference.corpus:encode_corpus"),
+    Command("export", "serving.export:export_model"),
+    Command("check-serving", "serving.checking:check_serving", show=show_serving),
 )
 
 

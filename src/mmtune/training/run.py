@@ -43,6 +43,7 @@ from mmtune.models.parts import describe_training, freeze_parts, model_parts, pa
 from mmtune.models.pixels import PixelLimits, limit_pixels
 from mmtune.models.precision import convert_to_saved, learn_score_in_float32, score_in_float32
 from mmtune.models.routes import check_routes, freeze_unreached
+from mmtune.serving.gates import check_saved
 from mmtune.training import recipe
 from mmtune.training.call import Finetuning
 from mmtune.training.callbacks import AfterFirstSave, StartCompetes
@@ -377,6 +378,8 @@ def _train(
     elif is_first_process:
         save_model(model, folder / "final")
     settings = {**settings, "training": {**settings["training"], **describe_steps(trainer), "kept": kept}}
+    if is_first_process and not is_in_parts(trainer):
+        settings["gates"] = check_saved(model, folder / "final", trainer.train_dataset, may_be_base=kept == KEPT_START)
     metric = primary_of(evaluator, model) or ((trainer.args.metric_for_best_model or "") if record.before else "")
     metric = metric.removeprefix("eval_") or None
     if measured:
