@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -155,6 +156,37 @@ def test_groups_and_sizes_have_verdicts_of_their_own() -> None:
     assert "worse where language is de, 0.50 to 0.40" in verdict.sentence
     assert [verdict.by_size[each].outcome for each in ("full", "32")] == ["WIN", "MARGINAL"]
     assert Verdict.from_dict(json.loads(json.dumps(verdict.as_dict()))) == verdict
+
+
+def test_a_kind_of_page_that_nothing_is_asked_with_has_no_verdict() -> None:
+    data = table({f"q{n}": [f"d{n}", f"e{n}"] for n in range(12)})
+    kinds = ["chart" if each.startswith("d") else "cover" for each in data.corpus["document_id"]]
+    data = RetrievalDataset(data.corpus.add_column("kind", kinds), data.queries, data.qrels)
+    asking = part_of("vdr", data, direction="image_to_text")
+    asking.groups = {f"d{n}": f"d{n}" for n in range(12)}
+    values = [(asking, {f"d{n}": 0.5 for n in range(12)})]
+    found = judge(measured((BEGINNING, values), (END, values)), SimpleNamespace(parts=[asking]), None, was_chosen=False)
+    assert found is not None
+    assert list(found.by_group["kind"]) == ["chart"]
+
+
+@pytest.mark.parametrize(
+    "given", [None, {METRIC: None}, {METRIC: [0.5]}, {METRIC: {1: float("nan")}}, {METRIC: {1: 0.5, 3: 0.5}}]
+)
+def test_values_of_a_foreign_evaluator_that_are_none_lose_no_run(given: Any, tmp_path: Path) -> None:
+    part = part_of("vdr", None)
+    part.per_query, part.top_ids = {METRIC: {1: 0.5, 2: 0.5}}, {1: [7]}
+    found = History()
+    found.note(BEGINNING, [part], None)
+    part.per_query = {METRIC: {2: 0.75, 1: 0.25}}
+    found.note(3, [part], None)
+    assert found.of(3, METRIC) == {"1": 0.25, "2": 0.75}
+    part.per_query = given
+    with nullcontext() if given is None else pytest.warns(UserWarning, match="there is no verdict by it"):
+        found.note(END, [part], None)
+    found.write(tmp_path)
+    assert History.read(tmp_path).of(3, METRIC) == {"1": 0.25, "2": 0.75}
+    assert judge(found, SimpleNamespace(parts=[part]), None, was_chosen=True) is None
 
 
 def test_without_values_by_query_there_is_no_verdict() -> None:

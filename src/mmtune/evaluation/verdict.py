@@ -53,8 +53,11 @@ def judge(history: History, evaluator: Any, model: Any, *, was_chosen: bool) -> 
 
 def is_guard_worse(history: History, evaluator: Any, model: Any, step: int) -> bool:
     """Whether a measurement has a significant loss on the guard set."""
-    guard = _judge_sets(history, guard_parts_of(evaluator), model, [], at=step)
-    return guard is not None and guard.outcome == "REGRESSION"
+    parts = guard_parts_of(evaluator)
+    metrics = [part.metric_name(model) for part in parts]
+    if not history.has(metrics, (BEGINNING, step)):
+        return False
+    return _Sets(history, _groups_of(parts), (BEGINNING, step)).compare(metrics).outcome == "REGRESSION"
 
 
 def _judge_sets(
@@ -63,14 +66,18 @@ def _judge_sets(
     model: Any,
     steps: Sequence[int],
     guard: Verdict | None = None,
-    at: int = END,
 ) -> Verdict | None:
     metrics = [part.metric_name(model) for part in parts]
-    known = (history.values.get(step, {}) for step in (BEGINNING, at))
-    if not metrics or not all(set(metrics) <= values.keys() for values in known):
+    if not history.has(metrics, (BEGINNING, END, *steps)):
         return None
-    sets = _Sets(history, _groups_of(parts), (BEGINNING, at, *steps))
-    sizes, labels = _metrics_by_size(parts, metrics), [_labels_of(part) for part in parts]
+    sets = _Sets(history, _groups_of(parts), (BEGINNING, END, *steps))
+    sizes = _metrics_by_size(parts, metrics)
+    # a page of the corpus that nothing is asked with has labels as well, and no value
+    asked = [history.of(BEGINNING, metric) for metric in metrics]
+    labels = [
+        {name: {each: value for each, value in own.items() if each in known} for name, own in _labels_of(part).items()}
+        for part, known in zip(parts, asked, strict=True)
+    ]
     by_size = {size: sets.compare(of_size) for size, of_size in sizes.items()} if len(sizes) > 1 else {}
     groups = {
         (name, value): [{query_id for query_id, own in each.get(name, {}).items() if own == value} for each in labels]
