@@ -27,6 +27,7 @@ from mmtune.evaluation.history import BEGINNING, END, History
 from mmtune.evaluation.significance import Verdict
 from mmtune.evaluation.verdict import find_hubs, judge
 from mmtune.testing import generated_pages
+from mmtune.training.callbacks import ShortLogs
 from mmtune.training.evaluators import RunEvaluator
 
 QUIET = {"disable_tqdm": True, "per_device_train_batch_size": 8}
@@ -337,18 +338,25 @@ def test_an_evaluator_of_the_caller_gives_a_verdict_where_it_tells_values(clip_p
 
 
 def test_embeddings_that_move_with_the_size_of_the_batch_are_reported(old) -> None:
+    sizes: list[int] = []
+
     class Moves:
         similarity_fn_name = "cosine"
 
         def encode_query(self, inputs: Any, **options: Any) -> Any:
             import torch
 
+            sizes.append(options["batch_size"])
             return torch.full((len(inputs), 4), 1.0 + 0.25 * (options["batch_size"] > 1))
 
         encode_document = encode_query
 
     evaluator = build_evaluator(old, show_progress_bar=False)
     assert evaluator.measure_effect_of_batch_size(Moves()) == pytest.approx(0.25)
+    evaluator.batch_size = 4
+    sizes.clear()
+    evaluator.measure_effect_of_batch_size(Moves())
+    assert set(sizes) == {1, 4}, "a larger batch than those of the evaluation may not fit"
 
 
 @pytest.mark.parametrize("given", [3, "no-such-folder", []])
@@ -371,3 +379,32 @@ def test_groups_of_an_evaluator_go_into_a_comparison(old) -> None:
     assert compare_per_query(values, values, groups=evaluator.groups).num_clusters == len(
         set(evaluator.groups.values())
     )
+
+
+def test_the_card_tells_nothing_of_this_machine_and_of_no_group(clip_path: str, old, new, tmp_path: Path) -> None:
+    sources = ["/home/me/merger.pdf", "/home/me/layoffs.pdf"]
+    queries = old.queries.add_column("source", [sources[at % 2] for at in range(len(old))])
+    data = RetrievalDataset(old.corpus, queries, old.qrels, old.negatives)
+    store = tmp_path / "store"
+    result = finetune(
+        clip_path, new, data, output_dir=tmp_path / "run", page_store=store, keep="last", max_steps=1, **QUIET
+    )
+    assert result.verdict is not None
+    assert list(result.verdict.by_group["source"]) == sorted(sources)
+    card = (result.output_dir / "final" / "README.md").read_text()
+    assert "| size 64 |" in card
+    assert not [line for line in card.splitlines() if "/home/me" in line or str(store) in line]
+    assert "/home/me/merger.pdf" in result.report
+
+
+@pytest.mark.parametrize("prefix", ["eval_", ""])
+def test_a_line_of_the_log_has_the_metric_that_chooses_and_the_mean_of_guards(prefix: str, capfd) -> None:
+    args: Any = SimpleNamespace(metric_for_best_model=f"{prefix}{METRIC}")
+    state: Any = SimpleNamespace(is_world_process_zero=True, max_steps=4, global_step=2)
+    control: Any = SimpleNamespace(should_evaluate=True)
+    logs = ShortLogs()
+    logs.on_log(args, state, control, {"loss": 1.5})
+    guards = {f"eval_guard-{name}_cosine_ndcg@10": value for name, value in (("a", 0.1), ("a-64d", 0.9), ("mean", 0.3))}
+    logs.on_log(args, state, control, {f"eval_{METRIC}": 0.5, **guards})
+    line = f"step 2/4  loss 1.5000  {METRIC} 0.5000  guard-mean_cosine_ndcg@10 0.3000"
+    assert capfd.readouterr().err.strip() == line

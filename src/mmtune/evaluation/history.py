@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 BEGINNING, END = 0, -1
 """The steps under which the model as it came and the model that is kept are noted."""
 
-FILE = "mmtune_per_query.parquet"
+CHECKPOINT_FILE = "mmtune_per_query.parquet"
 """Its name in a checkpoint."""
 
 PER_QUERY_FILE = "per_query.parquet"
@@ -103,15 +103,15 @@ class History:
                 }
                 parts.append(pa.table(columns))
         if parts:
-            pq.write_table(pa.concat_tables(parts).unify_dictionaries(), folder / FILE, compression="zstd")
+            pq.write_table(pa.concat_tables(parts).unify_dictionaries(), folder / CHECKPOINT_FILE, compression="zstd")
 
     @classmethod
     def read(cls, folder: Path) -> "History":
         """What a checkpoint holds; nothing where it has none."""
         found = cls()
-        if not (folder / FILE).is_file():
+        if not (folder / CHECKPOINT_FILE).is_file():
             return found
-        table = pq.read_table(folder / FILE)
+        table = pq.read_table(folder / CHECKPOINT_FILE)
         for step in pc.unique(table["step"]).to_pylist():
             of_step = table.filter(pc.equal(table["step"], step))
             for metric in pc.unique(of_step["metric"]).to_pylist():
