@@ -141,7 +141,7 @@ def test_the_best_of_many_measurements_has_to_be_better_by_more() -> None:
 
 def test_groups_and_sizes_have_verdicts_of_their_own() -> None:
     names = [f"q{n}" for n in range(40)]
-    language = ["en"] * 20 + ["de"] * 20
+    language = ["en"] * 20 + ["de"] * 19 + ["fi"]
     data = table({name: [f"d-{name}"] for name in names}, language=language, note=names)
     part = part_of("vdr", data, truncations=[SimpleNamespace(name="vdr-32d", truncate_dim=32)])
     found = History()
@@ -153,6 +153,7 @@ def test_groups_and_sizes_have_verdicts_of_their_own() -> None:
     assert verdict is not None
     assert list(verdict.by_group) == ["language"], "a column with a value for each query tells no groups apart"
     by_language = verdict.by_group["language"]
+    assert list(by_language) == ["de", "en"], "a single query in another language is no group, and hides none"
     assert [by_language[each].outcome for each in ("en", "de")] == ["WIN", "REGRESSION"]
     assert "worse where language is de, 0.50 to 0.40" in verdict.sentence
     assert [verdict.by_size[each].outcome for each in ("full", "32")] == ["WIN", "MARGINAL"]

@@ -173,15 +173,17 @@ def _labels_of(part: Any) -> dict[str, dict[str, str]]:
 
 
 def _group_columns(table: Dataset) -> list[tuple[str, list[str | None]]]:
-    """The columns that tell groups apart: texts of a few different values, each of which stands more than once."""
+    """The columns that tell groups apart: texts of a few different values. One that stands once makes no group."""
     found = []
     for name in table.column_names:
         values: pa.Array = column(table, name)
         if name in ("query_id", "document_id", "text") or not is_text(values.type):
             continue
         counts = pc.value_counts(values.drop_null())
-        if 2 <= len(counts) <= _MOST_GROUPS and pc.min(counts.field("counts")).as_py() > 1:
-            found.append((name, values.to_pylist()))
+        groups = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+        if len(groups) >= 2 and len(counts) <= _MOST_GROUPS:
+            known = set(groups.to_pylist())
+            found.append((name, [each if each in known else None for each in values.to_pylist()]))
     return found
 
 
