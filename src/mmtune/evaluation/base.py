@@ -147,16 +147,17 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
     def measure_effect_of_batch_size(self, model: Retriever) -> float:
         """How far embeddings move with what else is in their batch: the largest change of a coordinate.
 
-        Sixteen queries and documents are encoded one by one, and together.
+        Sixteen queries and documents are encoded one by one, and in batches as large as those of the evaluation: larger
+        ones may not fit.
         """
-        largest = 0.0
+        largest, size_of_batch = 0.0, min(_SAMPLE, max(2, self.batch_size))
         sides: dict[Task, list[str]] = {"query": self.queries_ids, "document": list(map(str, self.corpus_ids))}
         for task, ids in sides.items():
             alone, together = (
                 as_float32(
                     join(encode(model, task, ids[:_SAMPLE], self._reader, batch_size=size, at_once=_SAMPLE)), CPU
                 )
-                for size in (1, _SAMPLE)
+                for size in (1, size_of_batch)
             )
             largest = max(largest, *(float((a - b).abs().max()) for a, b in zip(alone, together, strict=True)))
         return largest

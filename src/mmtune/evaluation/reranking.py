@@ -123,7 +123,7 @@ class RerankingEvaluator(BaseEvaluator):
         sample = self.lists[:_SAMPLE_LISTS]
         alone, together = (
             PairScorer(model, self._reader, size, show_progress_bar=False, direction=self.direction).score_lists(sample)
-            for size in (1, sum(len(each.candidate_ids) for each in sample))
+            for size in (1, max(2, self.batch_size))  # not larger than the evaluation's, which may not fit
         )
         return max(float(np.abs(a - b).max()) for a, b in zip(alone, together, strict=True))
 

@@ -42,7 +42,7 @@ def add_to_card(
         settings: By topic, with ``model``, ``data`` and ``training``.
         name: What a user loads the model by: its folder, or its id on the Hub.
         verdict: The verdict on it, a sentence.
-        verdicts: The verdict by size and by group, a row each, with cells for ``VERDICT_HEADER``.
+        verdicts: The verdict by size, a row each, with cells for ``VERDICT_HEADER``.
     """
     kinds = [value for key, value in settings["data"].items() if key.endswith("documents") and isinstance(value, str)]
     documents = kinds[0] if kinds else "image"
@@ -69,6 +69,7 @@ def _section(
     """The verdict, the gain, the data, what is not known, then everything that was chosen, folded away."""
     facts = {**settings["model"], **settings["data"], **settings["training"]}
     facts["base_model"] = _short(str(facts.get("base_model")))
+    facts.pop("page_store", None)  # a folder of this machine
     cells = [[key.replace("_", " "), show(value)] for key, value in facts.items()]
     parts = ["## Finetuning", *([f"**{verdict}**"] if verdict else []), show_gain(rows, measure)]
     if len(verdicts) > 1:

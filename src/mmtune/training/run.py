@@ -27,7 +27,7 @@ from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
 from mmtune.data.query_kinds import QueryKind
 from mmtune.errors import ConfigError
-from mmtune.evaluation.history import History
+from mmtune.evaluation.history import CHECKPOINT_FILE, PER_QUERY_FILE, History
 from mmtune.evaluation.mean import AnyEvaluator
 from mmtune.evaluation.significance import Verdict
 from mmtune.evaluation.verdict import describe_measuring, judge
@@ -189,6 +189,12 @@ def _run_in(folder: Path, call: Finetuning) -> FinetuneResult | Plan:
                 build_evaluator(guard, name=GUARD) if guard else None,
                 History.read(checkpoint) if checkpoint else None,
             )
+            if checkpoint and evaluator.tells_values and not evaluator.history.values:
+                warnings.warn(
+                    f"{checkpoint.name} has no {CHECKPOINT_FILE}, with what each query scored before: the run "
+                    f"goes on without a verdict{' and without its guard set' if guard else ''}.",
+                    stacklevel=4,
+                )
         rates = None if call.args else recipe.choose_rates(args, model, start.fresh, began, call.training_arguments)
         args = recipe.complete_arguments(
             args,
@@ -286,6 +292,8 @@ def _describe_beginning(
     choices = {field.name: as_json(getattr(call, field.name)) for field in fields(call)}
     given = {name: value for name, value in choices.items() if name not in _NOT_DECIDING}
     named = {"model": describe_checkpoint(os.fspath(call.model))} if isinstance(call.model, (str, os.PathLike)) else {}
+    sets = {"training": train.by_name, "evaluation": evaluation, "guard": guard}
+    names = {f"{what} sets": sorted(by_name) for what, by_name in sets.items()}
     measured = {
         f"{name}: {what}".removeprefix(": "): describe_content(data)
         for what, sets in (("evaluation data", evaluation), ("guard data", guard))
@@ -296,7 +304,7 @@ def _describe_beginning(
         **({} if guard else {"guard data": "none"}),
         **measured,
     }
-    return {**describe_arguments(args), **given, **named, **describe_training_data(train), **measured}
+    return {**describe_arguments(args), **given, **named, **describe_training_data(train), **names, **measured}
 
 
 @contextmanager
@@ -389,6 +397,8 @@ def _train(
     result = FinetuneResult(model.eval(), trainer, record.before, after, metric, folder, settings, verdict)
     if is_first_process:
         record.write(folder)
+        for name in (PER_QUERY_FILE, "report.html"):  # of a run that was killed while it wrote its result
+            (folder / name).unlink(missing_ok=True)
         if evaluator is not None:
             evaluator.history.write_before_and_after(folder)
         result.save(writing.evaluation, writing.documents, thumbnails=writing.thumbnails)
