@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from sentence_transformers import MultiVectorEncoder
 from datasets import Dataset
+from sentence_transformers import MultiVectorEncoder
 from tqdm.auto import tqdm
 
 from mmtune.arguments import (

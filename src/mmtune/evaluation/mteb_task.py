@@ -31,9 +31,9 @@ def as_mteb_task(
     """A retrieval task for ``mteb.evaluate``, over documents that are decoded as they are encoded.
 
     Its ``ndcg_at_10`` is that of ``build_evaluator``, rounded by mteb to five digits, where no two documents have the
-    same score: mteb ranks such ties by their ids. Queries are their texts. Judgements stay graded, and byte-identical pages are one document.
-    mteb takes a ``SentenceTransformer`` of your own for one that reads texts alone; the page on comparing models
-    shows how to say otherwise.
+    same score: mteb ranks such ties by their ids. Queries are read as texts. Judgements stay graded, and byte-identical
+    pages are one document. mteb takes a ``SentenceTransformer`` of your own for one that reads texts alone; the page on
+    comparing models shows how to say otherwise.
 
     Args:
         dataset: A ``RetrievalDataset``, rows in a known layout, or what ``RetrievalDataset.load`` takes.
