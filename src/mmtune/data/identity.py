@@ -15,7 +15,7 @@ from mmtune.data.arrow import column
 from mmtune.data.documents import DocumentKind, document_columns
 from mmtune.data.images import DECODING, EncodedImages
 from mmtune.data.query_kinds import QueryKind, as_documents, query_columns
-from mmtune.data.tables import has_content, query_parts
+from mmtune.data.tables import has_content, query_parts, text_column, with_ids
 
 _SAMPLE_BYTES = 1024
 
@@ -85,6 +85,8 @@ def match_queries(one: Dataset, other: Dataset, kind: QueryKind | None = None) -
         kind: As for ``identical_queries``; ``None`` is everything that either table has.
     """
     parts = [each.with_format(None).select_columns(["query_id", *query_parts(each)]) for each in (one, other)]
+    # texts from a frame are large strings, which would join no others
+    parts = [with_ids(each, "text", text_column(each, "text")) for each in parts]
     # a column that one of them lacks is null there
     first = identical_queries(concatenate_datasets(parts), kind) if len(one) and len(other) else np.array([], np.int64)
     of_one, of_other = first[: len(one)], first[len(one) :]

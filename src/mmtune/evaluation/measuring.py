@@ -200,7 +200,9 @@ class Bench:
         found = self.store.load(key) if key else None
         if key is None or found is None:
             model = open_model(source)
-            key = key or self._key(model_fingerprint(model), model.device, settings)
+            # what compares them is no part of what embeddings are known by, and decides what is found
+            compared = getattr(model, "similarity_fn_name", None)
+            key = key or self._key(f"{model_fingerprint(model)} {compared}", model.device, settings)
             found = self.store.load(key) or measure(model)
             self.store.save(key, found)
             if not isinstance(source, torch.nn.Module):

@@ -31,9 +31,9 @@ def as_mteb_task(
     """A retrieval task for ``mteb.evaluate``, over documents that are decoded as they are encoded.
 
     Its ``ndcg_at_10`` is that of ``build_evaluator``, rounded by mteb to five digits, where no two documents have the
-    same score: mteb ranks such ties by their ids. Judgements stay graded, and byte-identical pages are one document.
-    mteb takes a ``SentenceTransformer`` of your own for one that reads texts alone; the page on comparing models
-    shows how to say otherwise.
+    same score: mteb ranks such ties by their ids. Queries are read as texts. Judgements stay graded, and byte-identical
+    pages are one document. mteb takes a ``SentenceTransformer`` of your own for one that reads texts alone; the page on
+    comparing models shows how to say otherwise.
 
     Args:
         dataset: A ``RetrievalDataset``, rows in a known layout, or what ``RetrievalDataset.load`` takes.
@@ -47,7 +47,7 @@ def as_mteb_task(
 
     Raises:
         ConfigError: The corpus lacks what ``documents`` asks for, or a name or language can't be.
-        DatasetError: The data can't be read, its layout is unknown, or it has no queries.
+        DatasetError: The data can't be read, its layout is unknown, or it has no queries, or one without a text.
         ImageDecodeError: The file of a page can't be read.
         MissingExtraError: mteb is not installed.
 
@@ -67,7 +67,7 @@ def as_mteb_task(
             f"as_mteb_task needs mteb, which can't be imported: {first_line(error)} {how_to_install('mteb')}"
         ) from error
     data = as_retrieval_dataset(dataset)
-    data.relevance.require_queries()
+    data.relevance_of(data.relevance.documents, "text").require_queries()
     check_texts(data.corpus, documents)
     if data.relevance_of(documents).num_copies:
         data = data.deduplicate(documents=documents)

@@ -329,6 +329,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _NOT_CONTENT = ("_name_or_path", "transformers_version")
 _SETTINGS = ("prompts", "default_prompt_name", "truncate_dim", "max_seq_length")
+_OF_ADAPTERS = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
@@ -375,6 +376,8 @@ def _settings(model: torch.nn.Module) -> Iterator[Any]:
             yield {key: value for key, value in module.config.to_dict().items() if key not in _NOT_CONTENT}
         if getattr(module, "processor", None) is not None:
             yield from _processing(module.processor)
+        if isinstance(getattr(module, "disable_adapters", None), bool):  # a layer of peft
+            yield {name: getattr(module, name, None) for name in _OF_ADAPTERS}
 
 
 def _processing(processor: Any) -> Iterator[Any]:
