@@ -111,7 +111,7 @@ __all__ = [
     "size_frontier",
 ]
 
-_LAYERS = ("errors", "data", "models", "inference", "evaluation", "training")
+_LAYERS = ("errors", "data", "models", "inference", "evaluation", "serving", "training")
 
 
 def __getattr__(name: str) -> Any:
