@@ -10,14 +10,23 @@ from typing import Any, get_args
 import numpy as np
 from datasets import Dataset
 
-from mmtune.arguments import is_whole, require_flag, require_one_of, require_seed, require_whole
+from mmtune.arguments import (
+    MIXED,
+    MODALITIES,
+    MediaLimits,
+    is_whole,
+    require_flag,
+    require_one_of,
+    require_seed,
+    require_whole,
+)
 from mmtune.data import files, layouts
-from mmtune.data.arrow import as_texts, table_dataset
+from mmtune.data.arrow import as_texts, media_columns, table_dataset
 from mmtune.data.audit import AuditReport, examine
 from mmtune.data.card import make_card
 from mmtune.data.combining import concatenate_tables, merge_copies, undo_label_changes
 from mmtune.data.content import look_into
-from mmtune.data.documents import DocumentKind, document_columns
+from mmtune.data.documents import DocumentKind, check_recordings, document_columns
 from mmtune.data.export import ExportLayout, Split, export_dataset
 from mmtune.data.findings import Finding
 from mmtune.data.hub import push_dataset
@@ -40,7 +49,7 @@ class RetrievalDataset:
     =============  ====================================================================================
     table          columns
     =============  ====================================================================================
-    ``corpus``     ``document_id``, ``image`` (encoded) and/or ``text``; other columns are kept
+    ``corpus``     ``document_id``; ``image``, ``audio``, ``video`` (encoded) and/or ``text``; others
     ``queries``    ``query_id``, ``text``; other columns are kept
     ``qrels``      ``query_id``, ``document_id``, ``score`` (an integer of 1 and above)
     ``negatives``  ``query_id``, ``document_ids`` (best first); ``None`` where there are none
@@ -99,6 +108,8 @@ class RetrievalDataset:
         image_column: str = "image",
         negatives_column: str | None = "negatives",
         on_missing: str = "error",
+        audio_column: str = "audio",
+        video_column: str = "video",
     ) -> "RetrievalDataset":
         """A dataset from one row per page whose negatives are ids of other rows.
 
@@ -113,6 +124,8 @@ class RetrievalDataset:
         ====  =======================  =========  ==============
 
         A row whose query is null or blank is a document only. Ids are resolved against all rows, wherever they stand.
+        Sounds and clips stand in columns of their own, beside the images or in their place; a document has one at
+        least, or a ``text`` where there are several such columns.
 
         Args:
             rows: The table; its order does not matter.
@@ -123,6 +136,8 @@ class RetrievalDataset:
                 where the rows list no negatives; that is also what the default means for rows without such a column,
                 unless another one looks like it.
             on_missing: ``"error"``, or ``"drop"`` to leave out negative ids that no row has, and count them.
+            audio_column: Sounds, encoded or as paths, where there are any.
+            video_column: Clips likewise.
 
         Raises:
             DatasetError: A column is missing or of the wrong type, an id stands twice, a row has no image, or there are
@@ -136,6 +151,8 @@ class RetrievalDataset:
                 id_name=id_column,
                 query_name=query_column,
                 image_name=image_column,
+                audio_name=audio_column,
+                video_name=video_column,
                 negatives_name=negatives_column,
                 on_missing=on_missing,
             )
@@ -149,6 +166,8 @@ class RetrievalDataset:
         query_column: str = "query",
         image_column: str = "image",
         negative_columns: Sequence[str] | None = None,
+        audio_column: str = "audio",
+        video_column: str = "video",
     ) -> "RetrievalDataset":
         """A dataset from one row per query with the images in it.
 
@@ -165,6 +184,8 @@ class RetrievalDataset:
             negative_columns: Columns of images, best first. ``None`` takes every column named ``negative`` or
                 ``negative_<k>``, by number; other columns that look like negatives are an error then, and a warning
                 where columns were named.
+            audio_column: Sounds, where there are no images; the negatives are sounds then.
+            video_column: Clips, where there are neither.
 
         Raises:
             DatasetError: A column is missing or of the wrong type, looks like negatives and would not be used, or no
@@ -177,6 +198,8 @@ class RetrievalDataset:
                 query_name=query_column,
                 image_name=image_column,
                 negative_names=negative_columns,
+                audio_name=audio_column,
+                video_name=video_column,
             )
         )
 
@@ -339,7 +362,7 @@ class RetrievalDataset:
 
     @property
     def corpus(self) -> Dataset:
-        """The documents: ``document_id``, ``image`` (encoded) and/or ``text``, and what else the rows held."""
+        """The documents: ``document_id``, ``image`` and the like (encoded) and/or ``text``, and what else there was."""
         return self.tables.corpus
 
     @property
@@ -381,7 +404,7 @@ class RetrievalDataset:
         where both parts are.
 
         Args:
-            documents: ``"image"``, ``"text"`` or ``"text+image"``.
+            documents: ``"image"``, ``"text"``, ``"text+image"``, ``"audio"``, ``"mixed"`` and the like.
 
         Raises:
             ConfigError: ``documents`` is unknown, or the corpus lacks a column of it.
@@ -400,6 +423,10 @@ class RetrievalDataset:
         documents: DocumentKind = "image",
         on_short: OnShort = "random",
         seed: int = 42,
+        max_seconds: float | None = None,
+        fps: float | None = None,
+        max_frames: int | None = None,
+        sampling_rate: int | None = None,
     ) -> Dataset:
         """Rows for the host's trainers, one per query and relevant document, decoded when they are read.
 
@@ -424,11 +451,17 @@ class RetrievalDataset:
                 that keeps the shape of a page. A JPEG is then decoded at a fraction of its size that leaves 2.5 times
                 the sides, or 1.5 times the area, and ``max_pixels`` leaves no side shorter. ``finetune`` knows this of
                 its model; it is for the host's trainers.
-            documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``; it decides which
-                documents are the same, too.
+            documents: What a document is made of: ``"image"``, ``"text"``, ``"audio"``, ``"video"``, several of them
+                joined as in ``"text+image"``, or ``"mixed"``, where each is what it has; it decides which documents
+                are the same, too.
             on_short: What to do with a query that has too few negatives: ``"random"`` fills with documents that are not
                 relevant to it, ``"drop"`` leaves its rows out, ``"error"`` raises.
             seed: Of the filling.
+            max_seconds: How much is read of a sound or a clip, from its beginning; ``None`` is all of it.
+            fps: Frames a second of a clip, at most; ``None`` keeps those that there are.
+            max_frames: Frames of a clip, at most, evenly spread; ``None`` is 768.
+            sampling_rate: Samples a second of all sounds; ``None`` keeps that of each. The host takes one rate a batch:
+                ``finetune`` knows that of its model; this is for the host's trainers.
 
         Raises:
             ConfigError: An argument has a value it can't have.
@@ -439,8 +472,10 @@ class RetrievalDataset:
         """
         require_one_of("on_short", on_short, get_args(OnShort))
         num_negatives = require_whole("num_negatives", num_negatives, at_least=0)
+        limits = MediaLimits(max_seconds, fps, max_frames, sampling_rate=sampling_rate)
         if max_pixels is not None:
             max_pixels = require_whole("max_pixels", max_pixels)
+        if max_pixels is not None and documents != "video":
             warnings.warn(
                 f"max_pixels={max_pixels} scales pages down before the model's processor does so again: for a CLIP of "
                 "128 pixels, scanned receipts of 128 * 128 pixels kept a cosine of 0.12 to the whole ones at worst. "
@@ -459,7 +494,7 @@ class RetrievalDataset:
             )
         wanted = num_negatives if self.negatives is not None else 0
         judgements = Judgements.of(relevance, "text_to_image")
-        sizes = {"max_pixels": max_pixels, "input_size": input_size}
+        sizes = {"max_pixels": max_pixels, "input_size": input_size, "limits": limits}
         return training_rows(judgements, wanted, documents, seed, on_short=on_short, **sizes)
 
     def labeled_pairs(
@@ -630,17 +665,29 @@ class RetrievalDataset:
         relevance = self.relevance if documents is None else self.relevance_of(documents)
         return self.from_tables(merge_copies(relevance, relevance.page))
 
-    def check_pages(self, *, show_progress_bar: bool = True) -> None:
+    def check_pages(self, *, documents: DocumentKind = "mixed", show_progress_bar: bool = True) -> None:
         """Make sure that every page can be decoded, from its header and its end rather than in full.
+
+        Of sounds the first second is decoded, and of clips two frames.
 
         What is damaged in the middle of a JPEG is not found, neither here nor when it is read: its decoder goes on
         with grey or shifted blocks and reports nothing.
 
+        Args:
+            documents: What is looked at; ``"mixed"`` is all that documents have.
+            show_progress_bar: Whether to show bars.
+
         Raises:
-            ImageDecodeError: A page is missing, damaged, or no image; the message names the document.
+            ConfigError: ``documents`` is unknown, or the corpus lacks a column of it.
+            MediaDecodeError: A document is missing, damaged, or of another kind; the message names it. Of a page it is
+                an ``ImageDecodeError``.
+            MissingExtraError: A package that decodes sounds or clips is not installed.
         """
-        if "image" in self.corpus.column_names:
-            check_pages(self.corpus, show_progress_bar=show_progress_bar)
+        names = document_columns(self.corpus, documents)
+        may_lack = documents == MIXED and len(media_columns(names)) > 1
+        if "image" in names:
+            check_pages(self.corpus, show_progress_bar=show_progress_bar, may_lack=may_lack)
+        check_recordings(self.corpus, documents, show_progress_bar=show_progress_bar)
 
     def split(
         self,
@@ -828,7 +875,7 @@ class RetrievalDataset:
         return len(self.queries)
 
     def __repr__(self) -> str:
-        kinds = "+".join(name for name in ("text", "image") if name in self.corpus.column_names)
+        kinds = "+".join(name for name in MODALITIES if name in self.corpus.column_names)
         negatives = "none"
         if self.negatives is not None and len(self):
             lengths = self.relevance.listed_negatives.lengths

@@ -16,12 +16,12 @@ from uuid import uuid4
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, Features, Image
+from datasets import Dataset, Features
 from datasets.table import embed_table_storage
 from tqdm.auto import tqdm
 
 from mmtune.arguments import listed, require_flag, require_one_of, require_path
-from mmtune.data.arrow import IntLists, column, table_dataset, with_columns
+from mmtune.data.arrow import ENCODED, IntLists, column, media_columns, table_dataset, with_columns
 from mmtune.data.card import make_card
 from mmtune.data.files import CARD, require_found
 from mmtune.data.images import EncodedImages
@@ -47,11 +47,15 @@ class OutgoingTable:
 
     Attributes:
         columns: Everything but pages, in the order of the rows.
-        pages: For each image column the document behind each row, int64; -1 for none.
+        pages: For each column of files the document behind each row, int64; -1 for none.
     """
 
     columns: Dataset
     pages: Mapping[str, np.ndarray]
+
+    def kind_of(self, name: str) -> str:
+        """What a column of files holds: what it is named after, or what the first one holds, as negatives do."""
+        return next((kind for kind in (name, *self.pages) if kind in ENCODED), "image")
 
 
 @dataclass(frozen=True)
@@ -149,35 +153,40 @@ def write_files(
 
 
 def _write_tables(outgoing: Outgoing, corpus: Dataset, folder: Path, split: Split, *, show_progress_bar: bool) -> None:
-    images = EncodedImages(corpus) if "image" in corpus.column_names else None
+    encoded = {kind: EncodedImages(corpus, kind) for kind in media_columns(corpus.column_names)}
     for name, table in outgoing.tables.items():
         (folder / name).mkdir(parents=True)
         num_rows = len(table.columns)
         sizes = np.zeros(num_rows, dtype=np.int64)
-        for rows in table.pages.values():
-            sizes += 0 if images is None else np.where(rows >= 0, images.lengths.clip(0)[rows], 0)
+        for column_name, rows in table.pages.items():
+            files = encoded.get(table.kind_of(column_name))
+            sizes += 0 if files is None else np.where(rows >= 0, files.lengths.clip(0)[rows], 0)
         end_bytes, numbers = np.cumsum(sizes), np.arange(num_rows)
         # A file, and a portion of one, ends where it has enough bytes or rows.
         files = np.unique(end_bytes // _BYTES_A_FILE, return_inverse=True)[1].reshape(-1)
         portions = end_bytes // _BYTES_AT_ONCE + numbers // _ROWS_AT_ONCE
         num_files = int(files[-1]) + 1 if num_rows else 1
-        features = Features({**table.columns.features, **{image: Image() for image in table.pages}})
+        decoded = {name: type(ENCODED[table.kind_of(name)])() for name in table.pages}
+        features = Features({**table.columns.features, **decoded})
         with tqdm(total=num_rows, desc=f"Writing {name}", disable=not show_progress_bar, leave=False) as bar:
             for number in range(num_files):
                 path = folder / name / f"{split}-{number:05d}-of-{num_files:05d}.parquet"
                 own = np.flatnonzero(files == number)
                 with pq.ParquetWriter(path, features.arrow_schema) as writer:
                     for rows in np.split(own, np.flatnonzero(np.diff(portions[own])) + 1):
-                        writer.write_table(_read_portion(table, rows, images, features))
+                        writer.write_table(_read_portion(table, rows, encoded, features))
                         bar.update(len(rows))
 
 
-def _read_portion(table: OutgoingTable, rows: np.ndarray, images: EncodedImages | None, features: Features) -> pa.Table:
+def _read_portion(
+    table: OutgoingTable, rows: np.ndarray, encoded: Mapping[str, EncodedImages], features: Features
+) -> pa.Table:
     """Consecutive rows of a table, with the bytes of their pages."""
     span = slice(int(rows[0]), int(rows[-1]) + 1) if len(rows) else slice(0)
     # Images and sounds in other columns may be files as well.
     portion = embed_table_storage(table.columns.with_format("arrow")[span])
     for name, documents in table.pages.items():
+        images = encoded.get(table.kind_of(name))
         found = [
             bytes(images.read(document))
             if images is not None and document >= 0 and images.lengths[document] >= 0
@@ -290,7 +299,7 @@ def _lay_out_tevatron(relevance: Relevance) -> Outgoing:
 
 def _lay_out_id_rows(relevance: Relevance) -> Outgoing:
     layout = "id_rows"
-    _require_images(relevance, np.arange(len(relevance.document_ids)), layout)
+    media = _require_images(relevance, np.arange(len(relevance.document_ids)), layout)
     for judged, ids, many in (
         (relevance.judged_query, relevance.query_ids, "queries with several relevant pages"),
         (relevance.judged_document, relevance.document_ids, "pages that answer several queries"),
@@ -306,7 +315,7 @@ def _lay_out_id_rows(relevance: Relevance) -> Outgoing:
     columns = {"id": relevance.document_ids, "query": _take(column(relevance.tables.queries, "text"), query)}
     if relevance.tables.negatives is not None:
         columns["negatives"] = _take(relevance.listed_negatives.ids(relevance.document_ids), query)
-    table = _join(relevance, {"image": np.arange(len(query))}, query, columns, layout)
+    table = _join(relevance, dict.fromkeys(media, np.arange(len(query))), query, columns, layout)
     renamed = int(
         (
             _as_objects(relevance.query_ids, relevance.judged_query)
@@ -321,12 +330,12 @@ def _lay_out_columns(relevance: Relevance) -> Outgoing:
     layout = "columns"
     order = np.argsort(relevance.judged_query, kind="stable")
     queries, documents = relevance.judged_query[order], relevance.judged_document[order]
-    _require_images(relevance, documents, layout)
+    kind = _require_images(relevance, documents, layout, most=1)[0]
     listed_negatives = relevance.listed_negatives.take(queries)
     longest = int(listed_negatives.lengths.max(initial=0))
     negatives = np.full((len(queries), longest), -1)
     negatives[np.arange(longest) < listed_negatives.lengths[:, None]] = listed_negatives.values
-    pages = {"image": documents, **{f"negative_{k}": negatives[:, k] for k in range(longest)}}
+    pages = {kind: documents, **{f"negative_{k}": negatives[:, k] for k in range(longest)}}
     columns = {"query": _take(column(relevance.tables.queries, "text"), queries)}
     table = _join(relevance, pages, queries, columns, layout)
 
@@ -334,7 +343,7 @@ def _lay_out_columns(relevance: Relevance) -> Outgoing:
     unlisted = len(relevance.document_ids) - len(np.union1d(documents, negatives[negatives >= 0]))
     if unlisted:
         losses.append(f"{unlisted} pages that are neither relevant nor a negative")
-    others = [name for name in relevance.tables.corpus.column_names if name not in ("document_id", "image")]
+    others = [name for name in relevance.tables.corpus.column_names if name not in ("document_id", kind)]
     if others and longest:
         losses.append(f"the columns {listed(others)} of negatives")
     return Outgoing(layout, {"data": table}, (*losses, *_lost_grades(relevance)))
@@ -342,10 +351,9 @@ def _lay_out_columns(relevance: Relevance) -> Outgoing:
 
 def _corpus(relevance: Relevance, id_name: str) -> OutgoingTable:
     corpus = relevance.tables.corpus
-    if "image" not in corpus.column_names:
-        return OutgoingTable(_rename(corpus, {"document_id": id_name}), {})
-    others = corpus.remove_columns(["image"])
-    return OutgoingTable(_rename(others, {"document_id": id_name}), {"image": np.arange(len(corpus))})
+    media = media_columns(corpus.column_names)
+    others = corpus.remove_columns(media) if media else corpus
+    return OutgoingTable(_rename(others, {"document_id": id_name}), dict.fromkeys(media, np.arange(len(corpus))))
 
 
 def _rename(table: Dataset, new_by_old: Mapping[str, str], more: Mapping[str, pa.Array] | None = None) -> Dataset:
@@ -383,8 +391,8 @@ def _join(
     Raises:
         DatasetError: A column of the queries means something else among the documents.
     """
-    documents = pages["image"]
-    corpus = relevance.tables.corpus.remove_columns(["document_id", "image"])
+    documents = next(iter(pages.values()))
+    corpus = relevance.tables.corpus.remove_columns(["document_id", *media_columns(pages)])
     asked = relevance.tables.queries.remove_columns(["query_id", "text"])
     for table in (corpus, asked):
         _require_unused(table, [*columns, *pages])
@@ -414,20 +422,24 @@ def _as_objects(ids: pa.Array, rows: np.ndarray) -> np.ndarray:
     return ids.take(pa.array(rows)).to_numpy(zero_copy_only=False)
 
 
-def _require_images(relevance: Relevance, documents: np.ndarray, layout: str) -> None:
+def _require_images(relevance: Relevance, documents: np.ndarray, layout: str, most: int = len(ENCODED)) -> list[str]:
+    """The columns of files, of which each document must have one; ``most`` are the columns that a layout takes."""
     corpus = relevance.tables.corpus
-    if "image" not in corpus.column_names:
+    media = media_columns(corpus.column_names)
+    if not 0 < len(media) <= most:
         raise DatasetError(
-            f"layout={layout!r} holds pages as images, and the corpus has none; it has {corpus.column_names}. Pass "
-            "layout='beir'."
+            f"layout={layout!r} holds pages as images, and the corpus has {'several kinds' if media else 'none'}; it "
+            f"has {corpus.column_names}. Pass layout='beir'."
         )
-    images = EncodedImages(corpus)
-    empty = [int(row) for row in images.rows_elsewhere if not images.path(int(row)) and row in documents]
+    files = [EncodedImages(corpus, name) for name in media]
+    lacking = [{int(row) for row in each.rows_elsewhere if not each.path(int(row))} for each in files]
+    empty = sorted(set.intersection(*lacking) & set(documents.tolist()))
     if empty:
         raise DatasetError(
             f"layout={layout!r} holds pages as images, and {len(empty)} documents have none, e.g. "
             f"{relevance.document_ids[empty[0]].as_py()!r}. Pass layout='beir', or leave these out."
         )
+    return media
 
 
 def _lost_grades(relevance: Relevance) -> list[str]:

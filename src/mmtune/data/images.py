@@ -22,13 +22,17 @@ from tqdm.auto import tqdm
 from mmtune.arguments import require_whole, require_wholes
 from mmtune.data.arrow import column, stored_image_column
 from mmtune.data.pdfs import LONGEST_REFERENCE, PdfPage, is_pdf_page, measure_page, name_page, render_page
-from mmtune.errors import ConfigError, ImageDecodeError
+from mmtune.errors import ConfigError, ImageDecodeError, MediaDecodeError
 
 MAX_DECODED_PIXELS = 2 * 89_478_485
 """Pages above this are refused as decompression bombs; the same bound at which Pillow raises."""
 
 MAX_FILE_BYTES = 1 << 30
-"""Files above this are not read: more than the pixels that are decoded take."""
+"""Files above this are not read: more than the pixels that are decoded take. Of sounds and clips a part is decoded, so
+that nothing limits their files."""
+
+WHAT = {"image": "an image", "audio": "a sound", "video": "a clip"}
+"""What a file is said to be, by the column that it stands in."""
 
 DECODING = 2
 """Raise it when the same bytes become other pixels: what is stored of a page is then made anew."""
@@ -161,7 +165,7 @@ def _opened(encoded: Mapping[str, Any] | None, document_id: str) -> Iterator[Ima
     encoded = encoded or {}
     content = encoded.get("bytes")
     if content is None and not encoded.get("path"):
-        raise _no_image(document_id)
+        raise missing_content(document_id)
     if content is None:
         require_file(str(encoded["path"]), document_id)
     try:
@@ -199,35 +203,42 @@ def _size_to_render(
     return size if wanted is None else _fit_within(size, wanted, at_least)
 
 
-def _no_image(document_id: str) -> ImageDecodeError:
-    return ImageDecodeError(
-        f"Document {document_id!r} has no image: neither bytes nor a path. Give it one, or leave the document out."
+def decode_error(kind: str, message: str) -> MediaDecodeError:
+    """The error for what can't be decoded: an ``ImageDecodeError`` where it is a page."""
+    return (ImageDecodeError if kind == "image" else MediaDecodeError)(message)
+
+
+def missing_content(document_id: str, kind: str = "image") -> MediaDecodeError:
+    """The error for a document that has neither bytes nor a path where it is read."""
+    return decode_error(
+        kind,
+        f"Document {document_id!r} has no {kind}: neither bytes nor a path. Give it one, or leave the document out.",
     )
 
 
-def require_file(path: str, document_id: str) -> None:
+def require_file(path: str, document_id: str, kind: str = "image") -> None:
     """Make sure that a path leads to a file that can be read to its end: no folder, pipe or device.
 
     Raises:
-        ImageDecodeError: It does not, or the file has more than ``MAX_FILE_BYTES`` bytes.
+        MediaDecodeError: It does not, or the file of an image has more than ``MAX_FILE_BYTES`` bytes.
     """
     try:
         found = Path(path).stat()
         problem = None if stat.S_ISREG(found.st_mode) else "it is no file, but a folder, a pipe or a device"
-        if found.st_size > MAX_FILE_BYTES:
+        if kind == "image" and found.st_size > MAX_FILE_BYTES:
             problem = f"its {found.st_size:,} bytes are more than the {MAX_FILE_BYTES:,} that are read"
     except (OSError, ValueError) as error:
         problem = str(error)
     if problem:
         remedy = "Restore the file, or leave the document out."
         if re.match(r"\w+://", path):
-            problem = "it is a URL, and pages are read from files or bytes"
+            problem = "it is a URL, and documents are read from files or bytes"
             remedy = f"Download it first, e.g. with urllib.request.urlretrieve({path!r:.200}, 'page.png')."
         elif not Path(path).is_absolute():
             problem += f", looked for from the working directory {str(Path.cwd())!r}"
             remedy = "Write absolute paths into the column, or run from the folder that they begin in."
-        raise ImageDecodeError(
-            f"Document {document_id!r} can't be decoded as an image (file {path!r}): {problem}. {remedy}"
+        raise decode_error(
+            kind, f"Document {document_id!r} can't be decoded as {WHAT[kind]} (file {path!r}): {problem}. {remedy}"
         )
 
 
@@ -296,10 +307,11 @@ def looks_whole(ends: bytes, document_id: str) -> bool:
 
 
 class EncodedImages:
-    """Length and bytes of each image of a corpus, without copying or decoding.
+    """Length and bytes of each image, sound or clip of a corpus, without copying or decoding.
 
     Args:
-        corpus: A table with an ``Image(decode=False)`` column ``image``.
+        corpus: A table with a column of encoded files.
+        name: The column: ``"image"``, ``"audio"`` or ``"video"``.
 
     Attributes:
         lengths: Bytes of each image, int64, as ``read_identity`` gives them; a different negative number for each image
@@ -308,9 +320,9 @@ class EncodedImages:
         pdf_rows: Those in a PDF. What is read of these names the content of the file and the page.
     """
 
-    def __init__(self, corpus: Dataset) -> None:
-        stored, order = stored_image_column(corpus, "image")
-        self._corpus = corpus
+    def __init__(self, corpus: Dataset, name: str = "image") -> None:
+        stored, order = stored_image_column(corpus, name)
+        self._corpus, self._name = corpus, name
         self._bytes = pc.struct_field(stored, "bytes")
         self._paths = pc.struct_field(stored, "path")
         self._order = np.arange(len(corpus)) if order is None else order
@@ -371,8 +383,8 @@ class EncodedImages:
     def _read_file(self, row: int, at_each_end: int | None) -> bytes:
         path, document_id = self.path(row), self._corpus[row]["document_id"]
         if not path:
-            raise _no_image(document_id)
-        require_file(path, document_id)
+            raise missing_content(document_id, self._name)
+        require_file(path, document_id, self._name)
         try:
             with Path(path).open("rb") as file:
                 if at_each_end is None or self.lengths[row] <= at_each_end + _TAIL_BYTES:
@@ -381,9 +393,10 @@ class EncodedImages:
                 file.seek(-_TAIL_BYTES, os.SEEK_END)
                 return start + file.read()
         except OSError as error:
-            raise ImageDecodeError(
+            raise decode_error(
+                self._name,
                 f"The file of document {document_id!r} can't be read: {error}. "
-                "Restore the file, or leave the document out."
+                "Restore the file, or leave the document out.",
             ) from error
 
 
@@ -402,12 +415,17 @@ def _ends(content: memoryview) -> bytes:
     return bytes(content[:_HEADER_BYTES]) + bytes(content[-_TAIL_BYTES:])
 
 
-def check_pages(corpus: Dataset, *, show_progress_bar: bool = True) -> None:
+def check_pages(corpus: Dataset, *, show_progress_bar: bool = True, may_lack: bool = False) -> None:
     """Make sure that every page of a corpus can be decoded: JPEG and PNG by header and end, others in full.
 
     A page of a PDF is loaded, and its file must be the one that the dataset was built from.
 
     What is damaged in the middle of a JPEG is not found; see ``looks_whole``.
+
+    Args:
+        corpus: The documents.
+        show_progress_bar: Whether to show a bar.
+        may_lack: Whether some documents are something else than a page.
 
     Raises:
         ImageDecodeError: A page is missing, damaged, or no image; the message names the document.
@@ -416,6 +434,8 @@ def check_pages(corpus: Dataset, *, show_progress_bar: bool = True) -> None:
     pdf_rows = set(images.pdf_rows.tolist())
     for row in tqdm(range(len(corpus)), desc="Checking pages", disable=not show_progress_bar, leave=False):
         document_id = document_ids[row].as_py()
+        if may_lack and images.lengths[row] < 0 and not images.path(row):
+            continue
         if row in pdf_rows:
             stored_size(images.encoded(row), document_id)
         elif not looks_whole(images.read_ends(row), document_id):

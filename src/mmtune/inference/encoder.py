@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -172,7 +172,7 @@ def encode(
         ready = read_ahead(lambda each: prepare_pages(model, reader.read(task, each)), portions)
         for portion, inputs in zip(portions, ready, strict=True):
             try:
-                embeddings: Any = embed(inputs, **options)
+                embeddings: Any = _embed_by_kind(model, embed, inputs, options)
             except ValueError as error:
                 if isinstance(model, get_args(Retriever)):
                     check_documents(model, reader.kind)
@@ -180,6 +180,29 @@ def encode(
                 raise DatasetError(f"The model can't read the {task} {portion[at]!r}: {reason} {HOW_TO_FIT}") from error
             _require_finite(embeddings, task, portion)
             yield embeddings
+
+
+def takes_mixed(model: object) -> bool:
+    """Whether a model reads texts, images, sounds and clips in one batch: as messages, and not by encoder or route."""
+    is_routed = isinstance(model, get_args(Retriever)) and find_router(model) is not None
+    return not is_routed and "message" in getattr(model, "modalities", ("message",))
+
+
+def _embed_by_kind(
+    model: object, embed: Callable[..., Any], inputs: Sequence[Any], options: Mapping[str, Any]
+) -> Embeddings:
+    """The embeddings of inputs in their order, those of each kind in batches of their own where a model needs that."""
+    rows_by_kind: dict[Any, list[int]] = {}
+    for row, item in enumerate(inputs):
+        rows_by_kind.setdefault(tuple(item) if isinstance(item, dict) else None, []).append(row)
+    if len(rows_by_kind) == 1 or takes_mixed(model):
+        return embed(inputs, **options)
+    parts = [embed([inputs[row] for row in rows], **options) for rows in rows_by_kind.values()]
+    found: dict[int, Any] = {}
+    for rows, part in zip(rows_by_kind.values(), parts, strict=True):
+        found.update(zip(rows, part, strict=True))
+    ordered = [found[row] for row in range(len(inputs))]
+    return torch.stack(ordered) if isinstance(parts[0], torch.Tensor) else ordered
 
 
 HOW_TO_FIT = (

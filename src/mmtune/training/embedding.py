@@ -13,9 +13,9 @@ from sentence_transformers.base.training_args import BaseTrainingArguments
 from torch import nn
 from transformers import TrainerCallback
 
-from mmtune.arguments import nearest_name, require_whole, require_wholes, shown
+from mmtune.arguments import MIXED, nearest_name, require_one_of, require_whole, require_wholes, shown
 from mmtune.data.dataset import RetrievalDataset
-from mmtune.data.documents import DocumentKind
+from mmtune.data.documents import DOCUMENT_KINDS, DocumentKind
 from mmtune.errors import ConfigError
 from mmtune.evaluation.base import Retriever
 from mmtune.evaluation.mean import AnyEvaluator
@@ -138,7 +138,7 @@ def finetune(
         ['final', 'metrics.json', 'mmtune_run.json', 'report.md']
     """
     call = EmbeddingFinetuning(
-        kind=kind_of(model),
+        kind=kind_of(model, documents),
         model=model,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
@@ -167,8 +167,12 @@ def finetune(
     return cast("FinetuneResult", run(call))  # a Plan for those who ask for one
 
 
-def kind_of(model: object) -> Kind:
+def kind_of(model: object, documents: DocumentKind = "image") -> Kind:
     """The kind of a retriever or of its checkpoint, which is checked as far as its small files go.
+
+    Args:
+        model: A model, or its checkpoint.
+        documents: What it has to read beside texts.
 
     Raises:
         ConfigError: It is neither, a reranker, or a checkpoint that can't be loaded.
@@ -176,7 +180,10 @@ def kind_of(model: object) -> Kind:
     if isinstance(model, (str, os.PathLike)):
         path = os.fspath(model)
         late = is_late_interaction(path)
-        check_checkpoint(path, model_class=MultiVectorEncoder if late else SentenceTransformer)
+        require_one_of("documents", documents, DOCUMENT_KINDS)
+        recordings = [name for name in ("audio", "video") if name in documents.split("+")]
+        modalities = (*recordings, "text") if recordings else ("text",) if documents == MIXED else ("image", "text")
+        check_checkpoint(path, model_class=MultiVectorEncoder if late else SentenceTransformer, modalities=modalities)
         return LATE_INTERACTION if late else EMBEDDING
     if isinstance(model, SentenceTransformer):
         return EMBEDDING

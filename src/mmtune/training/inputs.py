@@ -216,7 +216,7 @@ def check_pages(train: TrainingSets, evaluation: Mapping[str, RetrievalDataset],
     Raises:
         ImageDecodeError: A page is missing, damaged, or no image; the message names the document.
     """
-    if "image" in documents.split("+"):
+    if documents != "text":
         read = {id(data): data for data in (*(part.data for part in train.by_name.values()), *evaluation.values())}
         for data in read.values():
-            data.check_pages(show_progress_bar=not are_progress_bars_disabled())
+            data.check_pages(documents=documents, show_progress_bar=not are_progress_bars_disabled())
