@@ -7,6 +7,8 @@ from itertools import combinations
 from typing import Any, TypeAlias
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 from tqdm.auto import tqdm
 
@@ -99,7 +101,7 @@ class DocumentReader:
     ) -> None:
         self._columns = document_columns(corpus, documents)
         self._is_mixed = documents == MIXED
-        self._limits = replace(limits, max_pixels=max_pixels) if max_pixels else limits
+        self.limits = replace(limits, max_pixels=max_pixels) if max_pixels else limits
         self._table = KeyedTable(corpus, "document_id", self._columns)
         self._size: dict[str, Any] = {"max_pixels": max_pixels, "enough": enough_for(input_size)}
         if isinstance(input_size, tuple):
@@ -144,7 +146,7 @@ class DocumentReader:
                 f"Document {document_id!r} has no text: it is {parts['text']!r}. Give it one, or leave it out."
             )
         for name in _RECORDINGS.keys() & parts.keys():
-            recording = _RECORDINGS[name](parts[name], document_id, self._limits)
+            recording = _RECORDINGS[name](parts[name], document_id, self.limits)
             parts[name] = recording if self._is_lazy else recording.decode()
         if len(parts) > 1 or _RECORDINGS.keys() & parts.keys():
             return parts
@@ -179,6 +181,24 @@ def document_columns(corpus: Dataset, documents: DocumentKind) -> list[str]:
     return columns
 
 
+def lacks_part(corpus: Dataset, name: str) -> np.ndarray:
+    """Which documents have no such part, bool; a text without a word is none."""
+    if name == "text":
+        texts = pc.utf8_trim_whitespace(column(corpus, name).cast(pa.large_string()))
+        return pc.fill_null(pc.equal(texts, ""), True).to_numpy(zero_copy_only=False)
+    files = EncodedImages(corpus, name)
+    return np.array([length < 0 and not files.path(row) for row, length in enumerate(files.lengths.tolist())])
+
+
+def kinds_of_documents(corpus: Dataset, documents: DocumentKind) -> list[str]:
+    """What each document is made of, such as ``"text+image"``; of mixed documents that differs."""
+    if documents != MIXED:
+        return [documents] * len(corpus)
+    names = document_columns(corpus, documents)
+    lacks = np.stack([lacks_part(corpus, name) for name in names], axis=1)
+    return ["+".join(name for name, missing in zip(names, row, strict=True) if not missing) for row in lacks.tolist()]
+
+
 def check_texts(corpus: Dataset, documents: DocumentKind) -> None:
     """Make sure that every document of a corpus has a text, where texts are read.
 
@@ -198,14 +218,14 @@ def check_texts(corpus: Dataset, documents: DocumentKind) -> None:
         )
 
 
-def recordings_of(corpus: Dataset, documents: DocumentKind) -> Iterator[Recording]:
+def recordings_of(corpus: Dataset, documents: DocumentKind, limits: MediaLimits = ALL_OF_IT) -> Iterator[Recording]:
     """The sounds and clips that documents are made of, one at a time; of a mixed corpus those that there are."""
     for name in document_columns(corpus, documents):
         if name in _RECORDINGS:
             files, ids = EncodedImages(corpus, name), column(corpus, "document_id")
             for row in range(len(corpus)):
                 if documents != MIXED or files.lengths[row] >= 0 or files.path(row):
-                    yield _RECORDINGS[name](files.encoded(row), ids[row].as_py())
+                    yield _RECORDINGS[name](files.encoded(row), ids[row].as_py(), limits)
 
 
 def check_recordings(corpus: Dataset, documents: DocumentKind, *, show_progress_bar: bool = True) -> None:

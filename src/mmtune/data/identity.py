@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from mmtune.arguments import MIXED
 from mmtune.data.arrow import column, media_columns
-from mmtune.data.documents import DocumentKind, document_columns
+from mmtune.data.documents import DocumentKind, document_columns, lacks_part
 from mmtune.data.images import DECODING, EncodedImages
 
 _SAMPLE_BYTES = 1024
@@ -47,7 +47,7 @@ def identical_documents(corpus: Dataset, documents: DocumentKind) -> np.ndarray:
     parts = [_equal_texts(corpus) if name == "text" else _equal_files(corpus, name) for name in names]
     if documents == MIXED:
         # a part that two documents lack is no difference, and one that has no part equals no other
-        lacks = np.stack([_lacks(corpus, name) for name in names])
+        lacks = np.stack([lacks_part(corpus, name) for name in names])
         parts = [np.where(missing, -1, part) for missing, part in zip(lacks, parts, strict=True)]
         parts.append(np.where(lacks.all(axis=0), np.arange(len(corpus)), -1))
     _, at, inverse = np.unique(np.stack(parts), axis=1, return_index=True, return_inverse=True)
@@ -62,14 +62,6 @@ def _equal_texts(corpus: Dataset) -> np.ndarray:
     _, at, inverse = np.unique(codes.drop_null().to_numpy(), return_index=True, return_inverse=True)
     first[has_text] = np.flatnonzero(has_text)[at][inverse]
     return first
-
-
-def _lacks(corpus: Dataset, name: str) -> np.ndarray:
-    """Which documents have no such part."""
-    if name == "text":
-        return column(corpus, name).is_null().to_numpy(zero_copy_only=False)
-    files = EncodedImages(corpus, name)
-    return np.array([length < 0 and not files.path(row) for row, length in enumerate(files.lengths.tolist())])
 
 
 def _equal_files(corpus: Dataset, name: str) -> np.ndarray:
@@ -148,7 +140,7 @@ def document_digests(corpus: Dataset, documents: DocumentKind, rows: Sequence[in
     """
     names = document_columns(corpus, documents)
     files = {name: EncodedImages(corpus, name) for name in names if name != "text"}
-    lacks = {name: _lacks(corpus, name) for name in files} if documents == MIXED else {}
+    lacks = {name: lacks_part(corpus, name) for name in files} if documents == MIXED else {}
     texts = column(corpus, "text") if "text" in names else None
     digests = []
     for row in rows:

@@ -89,7 +89,7 @@ class RetrievalEvaluator(CorpusEvaluator):
             metrics |= evaluator._score(embedder, encoded, output_path, epoch, steps)
             per_query |= evaluator.per_query
         self.per_query = per_query
-        return metrics
+        return metrics | self.measure_kinds(model)
 
     def encode(self, model: SentenceTransformer) -> EncodedDataset:
         """Queries and documents at full size, each preprocessed once."""

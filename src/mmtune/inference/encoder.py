@@ -22,8 +22,9 @@ from mmtune.data.relevance import Direction
 from mmtune.errors import ConfigError, DatasetError
 from mmtune.host import let_read_typed_texts
 from mmtune.inference.preprocessing import count_reading_threads, prepare_pages, reading_pages
+from mmtune.inference.recordings import count_cut
 from mmtune.inference.store import Embeddings, EmbeddingStore, Pair
-from mmtune.models.loading import check_documents
+from mmtune.models.loading import check_documents, takes_mixed
 from mmtune.models.routes import find_router
 
 logger = logging.getLogger(__name__)
@@ -182,12 +183,6 @@ def encode(
             yield embeddings
 
 
-def takes_mixed(model: object) -> bool:
-    """Whether a model reads texts, images, sounds and clips in one batch: as messages, and not by encoder or route."""
-    is_routed = isinstance(model, get_args(Retriever)) and find_router(model) is not None
-    return not is_routed and "message" in getattr(model, "modalities", ("message",))
-
-
 def _embed_by_kind(
     model: object, embed: Callable[..., Any], inputs: Sequence[Any], options: Mapping[str, Any]
 ) -> Embeddings:
@@ -195,7 +190,7 @@ def _embed_by_kind(
     rows_by_kind: dict[Any, list[int]] = {}
     for row, item in enumerate(inputs):
         rows_by_kind.setdefault(tuple(item) if isinstance(item, dict) else None, []).append(row)
-    if len(rows_by_kind) == 1 or takes_mixed(model):
+    if len(rows_by_kind) == 1 or not isinstance(model, get_args(Retriever)) or takes_mixed(model):
         return embed(inputs, **options)
     parts = [embed([inputs[row] for row in rows], **options) for rows in rows_by_kind.values()]
     found: dict[int, Any] = {}
@@ -285,6 +280,18 @@ def warn_of_cut_texts(model: Retriever, reader: DatasetReader) -> None:
                 what,
                 _text_encoder(model, task).max_seq_length,
             )
+
+
+def warn_of_cut_recordings(model: Retriever, reader: DatasetReader) -> None:
+    """Log a warning where sounds or clips are longer than what a model reads of them."""
+    for kind, number in count_cut(model, reader.corpus, reader.kind).items():
+        what = "sounds are read" if kind == "audio" else "clips are read"
+        logger.warning(
+            "%d %s in part: the model takes no more seconds or frames of one. load_model says what it takes, in "
+            "max_seconds, fps and max_frames.",
+            number,
+            what,
+        )
 
 
 def encode_shards(

@@ -3,9 +3,12 @@
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
+from datasets import Dataset
 from sentence_transformers.base.modules import Transformer
+from torch import nn
 
-from mmtune.arguments import MediaLimits
+from mmtune.arguments import ALL_OF_IT, MediaLimits
+from mmtune.data.documents import recordings_of
 from mmtune.data.media import Recording
 from mmtune.models.adapters import encoders_of
 from mmtune.models.recordings import frame_options, media_limits_of
@@ -36,6 +39,24 @@ def decode_ahead(model: Any, inputs: Inputs) -> Inputs:
         if len(of_kind) == 1 and _holds_recordings(inputs, kind):
             inputs = _replace(inputs, media_limits_of(of_kind[0]), {}, kind)
     return inputs
+
+
+def count_cut(model: Any, corpus: Dataset, documents: str, limits: MediaLimits = ALL_OF_IT) -> dict[str, int]:
+    """How many sounds and clips of a corpus a model reads a part of, by their kind; from their headers alone.
+
+    Args:
+        model: A host model.
+        corpus: The documents.
+        documents: What a document is made of.
+        limits: How much is read of each, whoever reads it.
+    """
+    if not isinstance(model, nn.Module):
+        return {}
+    encoders = encoders_of(model)
+    by_kind = {kind: [each for each in encoders if kind in each.modalities] for kind in ("audio", "video")}
+    read = {kind: media_limits_of(found[0]) for kind, found in by_kind.items() if found}
+    cut = [each.kind for each in recordings_of(corpus, documents, limits) if each.is_cut(read.get(each.kind, limits))]
+    return {kind: cut.count(kind) for kind in sorted({*cut})}
 
 
 def options_for(encoder: Transformer, inputs: Any, given: Any) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """Loading a model for training on pages: what fits the hardware, checked before the weights are read."""
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,13 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from mmtune.arguments import MIXED, MediaLimits, require_type
 from mmtune.errors import ConfigError
 from mmtune.host import attention_of
-from mmtune.models.checkpoints import read_encoders, require_modality
+from mmtune.models.checkpoints import lay_out, read_encoders, require_modality
 from mmtune.models.fitting import check_prompts, fit_padding, fit_pooling
 from mmtune.models.kinds import HostModel, SameModel, require_model
 from mmtune.models.opening import LoadOptions, build, check_host_kwargs, check_limits, open_checkpoint
 from mmtune.models.pixels import apply_pixel_limits, effective_pixel_limits
 from mmtune.models.recordings import apply_media_limits, read_all_frames
-from mmtune.models.routes import unify_dtypes
+from mmtune.models.routes import find_router, unify_dtypes
 
 
 def load_model(
@@ -130,7 +131,7 @@ def load_host_model(
 
 
 def check_checkpoint(
-    name_or_path: str | Path,
+    name_or_path: str | os.PathLike[str],
     *,
     model_class: type[HostModel] = SentenceTransformer,
     modalities: Sequence[str] = ("image", "text"),
@@ -146,7 +147,7 @@ def check_checkpoint(
         ConfigError: There is none, it does not embed these, or it can't be read.
         MissingExtraError: A package that it needs is not installed.
     """
-    files = open_checkpoint(name_or_path)
+    files = open_checkpoint(os.fspath(name_or_path))
     encoders = read_encoders(files, modalities[0], model_class=model_class)
     for modality in modalities[1:]:
         require_modality(files, encoders, modality)
@@ -168,6 +169,35 @@ def check_documents(model: HostModel, documents: str = "image") -> None:
     parts = sorted(documents.split("+")) if documents != MIXED else ["text"]
     _require(model, parts[0] if len(parts) == 1 else tuple(parts), f"documents={documents!r}")
     _require(model, "text", "queries, which are text")
+
+
+def takes_mixed(model: HostModel | str | os.PathLike[str]) -> bool:
+    """Whether a model reads texts, images, sounds and clips in one batch: as messages, and not by encoder or route.
+
+    Args:
+        model: A host model, or its checkpoint.
+
+    Raises:
+        ConfigError: There is no checkpoint, or it can't be read.
+    """
+    if not isinstance(model, (str, os.PathLike)):
+        return find_router(model) is None and "message" in model.modalities
+    files = open_checkpoint(os.fspath(model))
+    return not files.has_router and "message" in lay_out(files, SentenceTransformer).modalities
+
+
+def check_kinds(model: HostModel | str | os.PathLike[str], kinds: Iterable[str]) -> None:
+    """Make sure that a model embeds all kinds of documents of a mixed corpus, of a checkpoint as far as it says.
+
+    Raises:
+        ConfigError: It does not; the message names the first.
+    """
+    if not isinstance(model, (str, os.PathLike)):
+        for kind in kinds:
+            check_documents(model, kind)
+        return
+    for modality in dict.fromkeys(part for kind in kinds for part in kind.split("+")):
+        check_checkpoint(model, modalities=(modality,))
 
 
 def describe_model(model: HostModel) -> dict[str, Any]:

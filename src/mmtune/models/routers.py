@@ -205,8 +205,9 @@ def compose_router(
     for kind in (kind for side in others for kind in side.kinds):
         check_routes(model, kind)
     if frozen and not any(parameter.requires_grad for parameter in model.parameters()):
+        ends = "both encoders" if len(others) == 1 else "all encoders"
         raise ConfigError(
-            f"freeze={freeze!r} leaves nothing to train: {'both' if len(others) == 1 else 'all'} encoders end in {size} dimensions, so no projection was "
+            f"freeze={freeze!r} leaves nothing to train: {ends} end in {size} dimensions, so no projection was "
             f"added. Freeze one side, or pass another dimension to add projections."
         )
     return model

@@ -15,13 +15,14 @@ from transformers import TrainerCallback
 
 from mmtune.arguments import MIXED, nearest_name, require_one_of, require_whole, require_wholes, shown
 from mmtune.data.dataset import RetrievalDataset
-from mmtune.data.documents import DOCUMENT_KINDS, DocumentKind
+from mmtune.data.documents import DOCUMENT_KINDS, DocumentKind, kinds_of_documents
 from mmtune.errors import ConfigError
 from mmtune.evaluation.base import Retriever
 from mmtune.evaluation.mean import AnyEvaluator
 from mmtune.evaluation.retrieval import build_evaluator
+from mmtune.inference.recordings import count_cut
 from mmtune.models.late_interaction import is_late_interaction
-from mmtune.models.loading import check_checkpoint
+from mmtune.models.loading import check_checkpoint, check_kinds, takes_mixed
 from mmtune.models.lora import LoraChoice
 from mmtune.training.call import Finetuning
 from mmtune.training.checks import check_contrast, check_full_batch
@@ -278,13 +279,21 @@ class EmbeddingFinetuning(Finetuning):
     def read_rows(self, form: Form) -> TrainingSets:
         """A set for each dataset."""
         return training_sets(
-            self.train_dataset, num_negatives=self.num_negatives, documents=self.documents, seed=self.seed
+            self.train_dataset,
+            num_negatives=self.num_negatives,
+            documents=self.documents,
+            seed=self.seed,
+            by_kind=self.documents == MIXED and not takes_mixed(self.model),
         )
 
     def check_data(
         self, train: TrainingSets, evaluation: Mapping[str, RetrievalDataset], args: BaseTrainingArguments
     ) -> None:
         """Make sure that prompts are for columns that there are, and that a batch has something to contrast."""
+        if self.documents == MIXED:
+            corpora = [part.data.corpus for part in train.by_name.values()]
+            corpora += [data.corpus for data in evaluation.values()]
+            check_kinds(self.model, {kind: None for corpus in corpora for kind in kinds_of_documents(corpus, MIXED)})
         prompts_by_side(args.prompts or self.prompts, train)
         if args.prompts and self.prompts not in ("model", None, args.prompts):
             warnings.warn(f"prompts={self.prompts!r} is not used: args.prompts is {args.prompts!r}.", stacklevel=5)
@@ -366,7 +375,11 @@ class EmbeddingFinetuning(Finetuning):
             "similarity": str(model.similarity_fn_name),
             "prompts_of_model": own_prompts(model),
         }
-        return {"data": {}, "training": facts}
+        cut = {
+            name: count_cut(model, part.data.corpus, self.documents, part.view.source.reader.limits)
+            for name, part in train.by_name.items()
+        }
+        return {"data": {"read_in_part": cut.get("", cut)} if any(cut.values()) else {}, "training": facts}
 
     def _evaluated_dims(self, model: Retriever, loss: object) -> tuple[int, ...]:
         """The dimensions that the caller names, else those that the loss trains."""
