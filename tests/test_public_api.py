@@ -22,6 +22,7 @@ PUBLIC = [
     "DatasetError",
     "FinetuneResult",
     "ImageDecodeError",
+    "MediaDecodeError",
     "MissingDocumentError",
     "MissingExtraError",
     "MmtuneError",
@@ -52,8 +53,9 @@ PUBLIC = [
     "score_rows",
 ]
 TESTING = [
-    *("generated_pages", "generated_pdfs"),
-    *("tiny_clip", "tiny_llava", "tiny_qwen3_vl", "tiny_siglip", "tiny_text_encoder"),
+    *("generated_audio", "generated_clips", "generated_pages", "generated_pdfs"),
+    *("tiny_ast", "tiny_clap", "tiny_clip", "tiny_llava", "tiny_qwen3_vl", "tiny_siglip", "tiny_text_encoder"),
+    *("tiny_videomae", "tiny_whisper"),
 ]
 
 

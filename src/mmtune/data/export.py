@@ -28,6 +28,7 @@ from mmtune.data.images import EncodedImages
 from mmtune.data.label_changes import label_changes
 from mmtune.data.pdf_corpus import store_pages
 from mmtune.data.relevance import Relevance
+from mmtune.data.tables import is_blank
 from mmtune.errors import ConfigError, DatasetError
 
 ExportLayout = Literal["beir", "columns", "id_rows", "tevatron"]
@@ -433,6 +434,8 @@ def _require_images(relevance: Relevance, documents: np.ndarray, layout: str, mo
         )
     files = [EncodedImages(corpus, name) for name in media]
     lacking = [{int(row) for row in each.rows_elsewhere if not each.path(int(row))} for each in files]
+    if len(media) > 1 and "text" in corpus.column_names:  # of several kinds of documents some may be texts
+        lacking.append(set(np.flatnonzero(is_blank(column(corpus, "text"))).tolist()))
     empty = sorted(set.intersection(*lacking) & set(documents.tolist()))
     if empty:
         raise DatasetError(
