@@ -38,28 +38,24 @@ def learn_sounds(model: SentenceTransformer, folder: Path, *, steps: int, rate: 
     )
 
 
-def test_a_router_learns_to_find_sounds_it_has_not_heard(tmp_path, capsys):
+def test_a_router_learns_to_find_sounds_it_has_not_heard(tmp_path):
     model = compose_router(tiny_text_encoder(tmp_path / "text"), audio=tiny_ast(tmp_path / "ast"), device="cpu")
     result = learn_sounds(model, tmp_path, steps=128, rate=2e-3)
     before, after = (metrics[result.primary_metric] for metrics in (result.before, result.after))
-    with capsys.disabled():
-        print(f"\nsounds, Router with AST: nDCG@10 {before:.3f} to {after:.3f}")
     assert before < 0.2
     assert after >= 0.8
 
 
-def test_clap_learns_to_find_sounds_it_has_not_heard(tmp_path, capsys):
+def test_clap_learns_to_find_sounds_it_has_not_heard(tmp_path):
     result = learn_sounds(load_model(tiny_clap(tmp_path / "clap"), device="cpu"), tmp_path, steps=300, rate=1e-3)
     after = result.after[result.primary_metric]
-    with capsys.disabled():
-        print(f"\nsounds, CLAP: nDCG@10 {after:.3f}")
     assert after >= 0.7
     loaded = SentenceTransformer(str(result.output_dir / "final"), device="cpu")
     sound = {"audio": {"array": np.sin(np.arange(16_000) / 10).astype(np.float32), "sampling_rate": 16_000}}
     assert np.array_equal(loaded.encode_document([sound]), result.model.encode_document([sound]))
 
 
-def test_motion_is_learned_and_no_single_frame_tells_it(tmp_path, capsys):
+def test_motion_is_learned_and_no_single_frame_tells_it(tmp_path):
     rows = generated_clips(NUM_CLIPS + 4 * KINDS)
     model = compose_router(
         tiny_text_encoder(tmp_path / "text"), video=tiny_videomae(tmp_path / "videomae"), device="cpu"
@@ -83,8 +79,6 @@ def test_motion_is_learned_and_no_single_frame_tells_it(tmp_path, capsys):
         name: share_of_right_motions(model, given, unseen["query"][:])
         for name, given in {"as they are": clips, "shuffled": shuffled, "one frame": still}.items()
     }
-    with capsys.disabled():
-        print(f"\nclips, Router with VideoMAE: motion right {right}")
     assert right["as they are"] >= 0.8
     assert right["shuffled"] <= 0.45
     assert right["one frame"] <= 0.4
@@ -95,4 +89,6 @@ def share_of_right_motions(model: SentenceTransformer, clips: list[dict], querie
     texts = sorted(set(queries))
     found = model.encode_document([{"video": clip} for clip in clips], convert_to_tensor=True)
     nearest = torch.argmax(found @ model.encode_query(texts, convert_to_tensor=True).T, dim=1).tolist()
-    return float(np.mean([texts[at].split()[-1] == query.split()[-1] for at, query in zip(nearest, queries)]))
+    return float(
+        np.mean([texts[at].split()[-1] == query.split()[-1] for at, query in zip(nearest, queries, strict=True)])
+    )

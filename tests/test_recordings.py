@@ -2,8 +2,10 @@
 
 import io
 import json
+import re
 import time
 import wave
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +29,7 @@ from mmtune import (
     build_evaluator,
     compose_router,
     finetune,
+    finetune_reranker,
     load_model,
     mine_hard_negatives,
 )
@@ -445,6 +448,12 @@ def test_mining_finds_sounds(listener):
     assert [len(ids) for ids in mined.negatives["document_ids"][:]] == [2] * 12
 
 
+@pytest.mark.parametrize("documents", ["audio", "text+video", "mixed"])
+def test_rerankers_refuse_sounds_and_clips_before_anything_is_read(documents):
+    with pytest.raises(ConfigError, match=rf"documents='{re.escape(documents)}': rerankers read texts, pages"):
+        finetune_reranker("no-model-is-read", "no-data-are-read", documents=documents)
+
+
 # Mixed corpora
 
 
@@ -496,6 +505,7 @@ def test_a_gap_between_kinds_shows():
         """Embeds queries and texts at one end and all else at the other."""
 
         similarity_fn_name = "cosine"
+        model_card_data = SimpleNamespace(set_evaluation_metrics=lambda *args, **options: None)
 
         def get_embedding_dimension(self):
             return 2

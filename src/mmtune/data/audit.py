@@ -205,7 +205,7 @@ class _Examiner:
         if "text" in corpus.column_names:
             no_text = is_blank(column(corpus, "text"))
         if media:
-            no_image = lacking.all(axis=0)
+            no_image = np.logical_and.reduce(lacking)
         if len(media) > 1 and "text" in corpus.column_names:  # of several kinds of documents some may be texts
             no_image &= no_text
         return {

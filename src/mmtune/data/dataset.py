@@ -514,7 +514,7 @@ class RetrievalDataset:
             num_negatives: Pairs of label 0 to each pair of label 1.
             direction: ``"text_to_image"`` asks with a text for pages. ``"image_to_text"`` asks with a page for query
                 texts: its negatives are first the texts that list the page as a negative.
-            documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
+            documents: What a document is made of, such as ``"image"``, ``"text+image"``, ``"audio"`` or ``"mixed"``.
             seed: Of the filling.
 
         Raises:
@@ -542,7 +542,7 @@ class RetrievalDataset:
         Args:
             num_negatives: Negatives in a list.
             direction: As in ``labeled_pairs``.
-            documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
+            documents: What a document is made of, such as ``"image"``, ``"text+image"``, ``"audio"`` or ``"mixed"``.
             seed: Of the filling.
 
         Raises:

@@ -199,6 +199,20 @@ def kinds_of_documents(corpus: Dataset, documents: DocumentKind) -> list[str]:
     return ["+".join(name for name, missing in zip(names, row, strict=True) if not missing) for row in lacks.tolist()]
 
 
+def require_pairs_of(documents: DocumentKind) -> None:
+    """Make sure that documents are of a kind that rerankers read.
+
+    Raises:
+        ConfigError: They are not: the host takes no sounds and clips in pairs (sentence-transformers 6.2).
+    """
+    require_one_of("documents", documents, DOCUMENT_KINDS)
+    if documents == MIXED or not _RECORDINGS.keys().isdisjoint(documents.split("+")):
+        raise ConfigError(
+            f"documents={documents!r}: rerankers read texts, pages, and both together. Rank sounds and clips by an "
+            'embedding model, or pass documents="text" to rerank what is written about them.'
+        )
+
+
 def check_texts(corpus: Dataset, documents: DocumentKind) -> None:
     """Make sure that every document of a corpus has a text, where texts are read.
 

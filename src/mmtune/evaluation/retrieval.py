@@ -147,7 +147,7 @@ def build_evaluator(
             model, ``truncate_dims`` are checked now rather than at the first call.
         name: Prefix of the metric keys.
         truncate_dims: Matryoshka dimensions to score besides the full one, from the same encoding.
-        documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
+        documents: What a document is made of, such as ``"image"``, ``"text+image"``, ``"audio"`` or ``"mixed"``.
         ndcg_at_k: Depths of nDCG.
         batch_size: Documents or queries a forward pass.
         show_progress_bar: Whether to show a bar over the documents.

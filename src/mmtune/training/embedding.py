@@ -98,7 +98,8 @@ def finetune(
         prompts: ``"model"`` trains with the prompts that ``encode_query`` and ``encode_document`` will use. A text,
             or texts by column, become the model's own, so that measuring, saving and using agree: that of ``query`` and
             that of the documents; a column without one keeps the model's. ``None`` takes the model's prompts away.
-        documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
+        documents: What a document is made of: ``"image"``, ``"text"``, ``"audio"``, ``"video"``, several joined as in
+            ``"text+image"``, or ``"mixed"``, where each is what it has.
         lora: ``True`` trains adapters on the language model in place of all weights; or a config of peft.
         freeze: Parts of the model that stay as they are, e.g. ``("vision",)``; an unknown one is an error that lists
             those that the model has.

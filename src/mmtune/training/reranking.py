@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from mmtune.arguments import listed, require_whole, shown
 from mmtune.data.dataset import RetrievalDataset
-from mmtune.data.documents import DocumentKind
+from mmtune.data.documents import DocumentKind, require_pairs_of
 from mmtune.data.judgements import Judgements
 from mmtune.data.relevance import Direction
 from mmtune.errors import ConfigError
@@ -154,6 +154,7 @@ def finetune_reranker(
 
 def _require_reranker(model: object, documents: str) -> None:
     """Make sure that there is a reranker, or a checkpoint to build one from, before the data are read."""
+    require_pairs_of(documents)
     if isinstance(model, (str, os.PathLike)):  # a checkpoint for texts alone does for documents="text"
         modality = "image" if "image" in str(documents) else "text"
         check_checkpoint(os.fspath(model), model_class=CrossEncoder, modalities=(modality,))
