@@ -80,7 +80,7 @@ def test_motion_is_learned_and_no_single_frame_tells_it(tmp_path):
         for name, given in {"as they are": clips, "shuffled": shuffled, "one frame": still}.items()
     }
     assert right["as they are"] >= 0.8
-    assert right["shuffled"] <= 0.45
+    assert right["shuffled"] <= 0.4
     assert right["one frame"] <= 0.4
 
 
@@ -89,6 +89,5 @@ def share_of_right_motions(model: SentenceTransformer, clips: list[dict], querie
     texts = sorted(set(queries))
     found = model.encode_document([{"video": clip} for clip in clips], convert_to_tensor=True)
     nearest = torch.argmax(found @ model.encode_query(texts, convert_to_tensor=True).T, dim=1).tolist()
-    return float(
-        np.mean([texts[at].split()[-1] == query.split()[-1] for at, query in zip(nearest, queries, strict=True)])
-    )
+    pairs = zip((texts[at] for at in nearest), queries, strict=True)
+    return float(np.mean([said.split()[-2:] == query.split()[-2:] for said, query in pairs]))

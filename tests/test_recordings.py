@@ -17,6 +17,7 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
+from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 
 from comparing import assert_same_weights, weights, without_weights
@@ -27,6 +28,8 @@ from mmtune import (
     MediaDecodeError,
     RetrievalDataset,
     build_evaluator,
+    build_reranker,
+    build_reranking_evaluator,
     compose_router,
     finetune,
     finetune_reranker,
@@ -38,6 +41,7 @@ from mmtune.data.arrow import with_encoded_images
 from mmtune.data.clips import Clip
 from mmtune.data.rows import view_of
 from mmtune.data.sounds import Sound
+from mmtune.inference.preprocessing import reading_pages
 from mmtune.models.recordings import media_limits_of
 from mmtune.testing import (
     generated_audio,
@@ -138,13 +142,10 @@ def test_the_frames_of_a_clip_are_those_that_were_drawn():
     frames = of(content, kind=Clip).decode()["array"]
     assert frames.shape == (8, 64, 64, 3)
     assert frames.dtype == np.uint8
-    moving = [np.roll(frames[0], 8 * at * sign, axis=axis) for at in range(8) for axis, sign in [step_of(kind[-1])]]
+    step = {"creeps": 8, "leaps": 24}[kind[-2]] * {"left": -1, "right": 1}[kind[-1]]
+    moving = [np.roll(frames[0], step * at, axis=1) for at in range(8)]
     assert all(np.array_equal(one, other) for one, other in zip(frames, moving, strict=True))
     assert not np.array_equal(frames, of(other, kind=Clip).decode()["array"])
-
-
-def step_of(word: str) -> tuple[int, int]:
-    return {"left": (1, -1), "right": (1, 1), "up": (0, -1), "down": (0, 1)}[word]
 
 
 @pytest.mark.parametrize(
@@ -452,6 +453,27 @@ def test_mining_finds_sounds(listener):
 def test_rerankers_refuse_sounds_and_clips_before_anything_is_read(documents):
     with pytest.raises(ConfigError, match=rf"documents='{re.escape(documents)}': rerankers read texts, pages"):
         finetune_reranker("no-model-is-read", "no-data-are-read", documents=documents)
+
+
+@pytest.mark.usefixtures("qwen3_vl_path")
+def test_a_reranker_is_given_each_clip_with_its_own_frames_and_times(qwen3_vl_path):
+    reranker = build_reranker(qwen3_vl_path, device="cpu")
+    data = own_rows(generated_clips(4), "video")
+    encoder = next(module for module in reranker.modules() if isinstance(module, Transformer))
+    evaluators = {
+        direction: build_reranking_evaluator(
+            data, direction=direction, documents="video", num_candidates=2, show_progress_bar=False
+        )
+        for direction in ("text_to_image", "image_to_text")
+    }
+    for direction, evaluator in evaluators.items():
+        assert 0 < evaluator(reranker)["vdr-rerank_ndcg@10"] <= 1, direction
+    made = encoder.preprocess
+    clip = Clip(data.corpus[0]["video"], "d").decode()
+    with reading_pages(reranker):
+        both = encoder.preprocess([["a text", {"video": clip}], [{"video": clip}, "a text"]])
+    assert both["video_grid_thw"].tolist() == [[4, 4, 4]] * 2
+    assert made == encoder.preprocess
 
 
 # Mixed corpora

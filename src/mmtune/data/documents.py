@@ -203,12 +203,13 @@ def require_pairs_of(documents: DocumentKind) -> None:
     """Make sure that documents are of a kind that rerankers read.
 
     Raises:
-        ConfigError: They are not: the host takes no sounds and clips in pairs (sentence-transformers 6.2).
+        ConfigError: They are not: the host takes no sounds in pairs, and nothing beside a clip
+            (sentence-transformers 6.2).
     """
     require_one_of("documents", documents, DOCUMENT_KINDS)
-    if documents == MIXED or not _RECORDINGS.keys().isdisjoint(documents.split("+")):
+    if documents != "video" and (documents == MIXED or not _RECORDINGS.keys().isdisjoint(documents.split("+"))):
         raise ConfigError(
-            f"documents={documents!r}: rerankers read texts, pages, and both together. Rank sounds and clips by an "
+            f"documents={documents!r}: rerankers read texts, pages, both together, and clips alone. Rank others by an "
             'embedding model, or pass documents="text" to rerank what is written about them.'
         )
 

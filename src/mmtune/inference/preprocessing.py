@@ -35,7 +35,7 @@ from transformers import BatchFeature
 from mmtune.data.images import DECODING, Enough, enough_for
 from mmtune.data.pages import Page
 from mmtune.inference.page_store import PageStore
-from mmtune.inference.recordings import decode_ahead, decode_recordings, options_for, reads_recordings
+from mmtune.inference.recordings import bare_pairs, decode_ahead, decode_recordings, options_for, reads_recordings
 from mmtune.models.adapters import encoders_of
 from mmtune.models.pixels import image_processor_of, input_size_of
 
@@ -237,8 +237,9 @@ class Preprocessing:
         """As ``Transformer.preprocess``."""
         if reads_recordings(self.encoder):
             inputs = decode_recordings(self.encoder, args[0] if args else kwargs.pop("inputs"))
+            inputs, taken = bare_pairs(inputs)
             args = (inputs, *args[1:])
-            if len(args) < _AT_OPTIONS and (options := options_for(self.encoder, inputs, kwargs.get(_OPTIONS))):
+            if len(args) < _AT_OPTIONS and (options := options_for(self.encoder, inputs, kwargs.get(_OPTIONS), taken)):
                 kwargs[_OPTIONS] = options
         if self.processing is None:
             return type(self.encoder).preprocess(self.encoder, *args, **kwargs)

@@ -1,6 +1,6 @@
 """Sounds and clips on their way into a model: decoded for the encoder that reads them, at its rate and length."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 from datasets import Dataset
@@ -59,13 +59,38 @@ def count_cut(model: Any, corpus: Dataset, documents: str, limits: MediaLimits =
     return {kind: cut.count(kind) for kind in sorted({*cut})}
 
 
-def options_for(encoder: Transformer, inputs: Any, given: Any) -> dict[str, Any] | None:
-    """The ``processing_kwargs`` of one call: frames are chosen already, and the host chooses none of them again."""
-    if "video" not in encoder.modalities or not any(isinstance(each, dict) and "video" in each for each in inputs):
+def options_for(encoder: Transformer, inputs: Any, given: Any, taken: Sequence[Any] = ()) -> dict[str, Any] | None:
+    """The ``processing_kwargs`` of one call: frames are chosen already, and the host chooses none of them again.
+
+    Args:
+        encoder: What reads the inputs.
+        inputs: As the host takes them.
+        given: The ``processing_kwargs`` of the caller.
+        taken: When the frames of pairs were taken, as ``bare_pairs`` gives it.
+    """
+    has_clips = taken or any(isinstance(each, dict) and "video" in each for each in inputs)
+    if "video" not in encoder.modalities or not has_clips:
         return given
     options = given or {}
     chosen = {**frame_options(encoder), **encoder.processing_kwargs.get("video", {}), **options.get("video", {})}
-    return {**options, "video": chosen}
+    return {**options, "video": chosen | ({"video_metadata": list(taken)} if taken else {})}
+
+
+def bare_pairs(inputs: Any) -> tuple[Any, list[Any]]:
+    """Pairs with bare frames in place of clips, and when these were taken, in their order; all else as it is.
+
+    The host takes no dictionaries in pairs, and of bare frames it does not know the time (sentence-transformers 6.2).
+    """
+    taken: list[Any] = []
+
+    def bare(part: Any) -> Any:
+        if not (isinstance(part, dict) and part.keys() == {"video"}):
+            return part
+        taken.append(part["video"]["video_metadata"])
+        return part["video"]["array"]
+
+    found = [[*map(bare, each)] if isinstance(each, (list, tuple)) else each for each in inputs]
+    return (found, taken) if taken else (inputs, [])
 
 
 def _holds_recordings(inputs: Any, kind: str | None = None) -> bool:

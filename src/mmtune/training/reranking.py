@@ -156,7 +156,7 @@ def _require_reranker(model: object, documents: str) -> None:
     """Make sure that there is a reranker, or a checkpoint to build one from, before the data are read."""
     require_pairs_of(documents)
     if isinstance(model, (str, os.PathLike)):  # a checkpoint for texts alone does for documents="text"
-        modality = "image" if "image" in str(documents) else "text"
+        modality = next((name for name in ("image", "video") if name in documents), "text")
         check_checkpoint(os.fspath(model), model_class=CrossEncoder, modalities=(modality,))
     elif not isinstance(model, CrossEncoder):
         raise ConfigError(
