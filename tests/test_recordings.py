@@ -403,8 +403,16 @@ def test_what_is_cut_is_counted_and_said(listener, tmp_path, caplog):
     assert "2 sounds are read in part" in caplog.text
 
 
-def test_weights_equal_those_of_a_plain_host_script_on_sounds(tmp_path):
-    data = own_rows(generated_audio(16), "audio")
+@pytest.mark.usefixtures("qwen3_vl_path")  # which skips where torchvision is missing
+@pytest.mark.parametrize(
+    ("kind", "rows", "maker", "limits"),
+    [
+        ("audio", generated_audio, tiny_ast, {"sampling_rate": 16_000, "max_seconds": 1.055}),
+        ("video", generated_clips, tiny_videomae, {}),
+    ],
+)
+def test_weights_equal_those_of_a_plain_host_script(kind, rows, maker, limits, tmp_path):
+    data = own_rows(rows(16), kind)
 
     def args(folder: str) -> SentenceTransformerTrainingArguments:
         return SentenceTransformerTrainingArguments(
@@ -420,16 +428,15 @@ def test_weights_equal_those_of_a_plain_host_script_on_sounds(tmp_path):
             dataloader_pin_memory=False,
         )
 
-    text, ast = tiny_text_encoder(tmp_path / "text"), tiny_ast(tmp_path / "ast")
-    ours = finetune(
-        compose_router(text, audio=ast, device="cpu"), data, documents="audio", args=args("ours"), matryoshka_dims=None
-    )
-    model = compose_router(text, audio=ast, device="cpu")
+    text, other = tiny_text_encoder(tmp_path / "text"), maker(tmp_path / "other")
+    made = compose_router(text, device="cpu", **{kind: other})
+    ours = finetune(made, data, documents=kind, args=args("ours"), matryoshka_dims=None)
+    model = compose_router(text, device="cpu", **{kind: other})
     model.model_card_data.generate_widget_examples = False
     trainer = SentenceTransformerTrainer(
         model=model,
         args=args("theirs"),
-        train_dataset=data.training_rows(0, documents="audio", sampling_rate=16_000, max_seconds=1.055),
+        train_dataset=data.training_rows(0, documents=kind, **limits),
         loss=CachedMultipleNegativesRankingLoss(model, mini_batch_size=8),
     )
     trainer.train()
