@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import sys
 import time
 import wave
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from mmtune import (
     ConflictFreeBatchSampler,
     DatasetError,
     MediaDecodeError,
+    MissingExtraError,
     RetrievalDataset,
     build_evaluator,
     build_reranker,
@@ -39,6 +41,7 @@ from mmtune import (
 from mmtune.arguments import MediaLimits
 from mmtune.data.arrow import with_encoded_images
 from mmtune.data.clips import Clip
+from mmtune.data.media import load_decoder
 from mmtune.data.rows import view_of
 from mmtune.data.sounds import Sound
 from mmtune.inference.preprocessing import reading_pages
@@ -249,6 +252,18 @@ def test_a_table_from_elsewhere_names_no_sounds_outside_its_folder(tmp_path):
 def test_columns_of_other_types_are_named(column, values):
     with pytest.raises(DatasetError, match=rf"Column '{column}' holds .*Expected datasets\.{column.title()}"):
         dataset(column, values)
+
+
+@pytest.mark.parametrize(("package", "kind"), [("soundfile", Sound), ("soxr", Sound), ("av", Clip)])
+def test_a_package_that_is_not_installed_is_named_with_its_install_line(package, kind, monkeypatch):
+    content = tone() if kind is Sound else generated_clips(1)[0]["video"]["bytes"]
+    monkeypatch.setitem(sys.modules, package, None)
+    load_decoder.cache_clear()
+    with pytest.raises(
+        MissingExtraError, match=rf"need {package}, which is not installed. Run: pip install {package} "
+    ):
+        of(content, kind=kind).decode(MediaLimits(sampling_rate=8_000))
+    load_decoder.cache_clear()
 
 
 # Tables

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from mmtune.arguments import ALL_OF_IT, MediaLimits
-from mmtune.data.media import Recording, decoder
+from mmtune.data.media import Recording, load_decoder
 from mmtune.errors import MediaDecodeError
 
 MAX_FRAMES = 768
@@ -30,7 +30,7 @@ class Clip(Recording):
             MissingExtraError: PyAV is not installed.
         """
         bounds = self.limits.within(limits)
-        with self.opened() as source, decoder("av", "Clips", "video").open(source) as container:
+        with self.opened() as source, load_decoder("av", "Clips", "video").open(source) as container:
             stream = self._stream(container)
             rate = float(stream.average_rate or stream.guessed_rate or 24)
             total = max(1, round(self._seconds_of(container, stream) * rate)) if not stream.frames else stream.frames
@@ -51,7 +51,7 @@ class Clip(Recording):
     def is_cut(self, limits: MediaLimits) -> bool:
         """Whether some of its frames are left out."""
         try:
-            with self.opened() as source, decoder("av", "Clips", "video").open(source) as container:
+            with self.opened() as source, load_decoder("av", "Clips", "video").open(source) as container:
                 stream = self._stream(container)
                 rate = float(stream.average_rate or stream.guessed_rate or 24)
                 total = stream.frames or round(self._seconds_of(container, stream) * rate)

@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -68,7 +69,8 @@ class Recording(ABC):
             raise
         except Exception as error:  # a damaged file can raise nearly anything from inside a codec
             found = f"file {path!r}" if content is None else f"{len(content)} bytes, starting {content[:8]!r}"
-            raise self.error(f"can't be decoded as {WHAT[self.kind]} ({found}): {error}") from error
+            reason = re.sub(r"<_io\.BytesIO object at \w+>", "the bytes", str(error))
+            raise self.error(f"can't be decoded as {WHAT[self.kind]} ({found}): {reason}") from error
 
     def error(self, problem: str) -> MediaDecodeError:
         """An error of this document."""
@@ -78,7 +80,7 @@ class Recording(ABC):
 
 
 @cache
-def decoder(package: str, what: str, extra: str) -> Any:
+def load_decoder(package: str, what: str, extra: str) -> Any:
     """A package that decodes, which is an extra.
 
     Raises:

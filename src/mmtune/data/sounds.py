@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from mmtune.arguments import ALL_OF_IT, MediaLimits
-from mmtune.data.media import Recording, decoder
+from mmtune.data.media import Recording, load_decoder
 from mmtune.errors import MediaDecodeError
 
 SHORTEST_S = 0.025
@@ -27,7 +27,7 @@ class Sound(Recording):
             MissingExtraError: soundfile or soxr is not installed.
         """
         bounds = self.limits.within(limits)
-        with self.opened() as source, decoder("soundfile", "Sounds", "audio").SoundFile(source) as file:
+        with self.opened() as source, load_decoder("soundfile", "Sounds", "audio").SoundFile(source) as file:
             rate = file.samplerate
             wanted = -1 if bounds.max_seconds is None else max(1, round(bounds.max_seconds * rate))
             channels = file.read(wanted, dtype="float32", always_2d=True)
@@ -40,7 +40,9 @@ class Sound(Recording):
         if not np.isfinite(samples).all():
             raise self.error("holds samples that are not finite")
         if bounds.sampling_rate not in (None, rate):
-            samples = decoder("soxr", "Sounds of another rate", "audio").resample(samples, rate, bounds.sampling_rate)
+            samples = load_decoder("soxr", "Sounds of another rate", "audio").resample(
+                samples, rate, bounds.sampling_rate
+            )
         rate = bounds.sampling_rate or rate
         if bounds.max_seconds is not None:  # resampling rounds up
             samples = samples[: round(bounds.max_seconds * rate)]
@@ -58,7 +60,7 @@ class Sound(Recording):
             MissingExtraError: soundfile is not installed.
         """
         try:
-            with self.opened() as source, decoder("soundfile", "Sounds", "audio").SoundFile(source) as file:
+            with self.opened() as source, load_decoder("soundfile", "Sounds", "audio").SoundFile(source) as file:
                 return file.frames / file.samplerate
         except MediaDecodeError:
             return 0.0

@@ -272,5 +272,5 @@ def _require(model: HostModel, modality: Any, what: str) -> None:
     raise ConfigError(
         f"The model can't embed {what}. Its modalities are {', '.join(map(_plus, model.modalities))}{reason}. Pass a "
         f"model that also embeds {_plus(modality)}, or join it with an encoder that does by compose_router(text, "
-        "image)."
+        f"{f'{modality}=...' if modality in ('audio', 'video') else 'image'})."
     )

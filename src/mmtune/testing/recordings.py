@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from mmtune.arguments import require_seed, require_whole
 from mmtune.data.arrow import with_encoded_images
-from mmtune.data.media import decoder
+from mmtune.data.media import load_decoder
 
 SAMPLING_RATE = 16_000
 _CONTOURS = ("rising", "falling", "steady", "arching", "dipping")
@@ -157,7 +157,7 @@ def _draw(colour: str, step: str, random: Random) -> np.ndarray:
 
 
 def _to_mp4(frames: np.ndarray) -> bytes:
-    av, buffer = decoder("av", "Clips", "video"), io.BytesIO()
+    av, buffer = load_decoder("av", "Clips", "video"), io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         # in colours as they are, and of no loss
         options = {"qp": "0", "threads": "1"}
