@@ -478,7 +478,7 @@ def test_rerankers_refuse_sounds_and_clips_before_anything_is_read(documents):
 
 
 @pytest.mark.usefixtures("qwen3_vl_path")
-def test_a_reranker_is_given_each_clip_with_its_own_frames_and_times(qwen3_vl_path):
+def test_a_reranker_is_given_each_clip_with_its_own_frames_and_times(qwen3_vl_path, tmp_path):
     reranker = build_reranker(qwen3_vl_path, device="cpu")
     data = own_rows(generated_clips(4), "video")
     encoder = next(module for module in reranker.modules() if isinstance(module, Transformer))
@@ -490,6 +490,8 @@ def test_a_reranker_is_given_each_clip_with_its_own_frames_and_times(qwen3_vl_pa
     }
     for direction, evaluator in evaluators.items():
         assert 0 < evaluator(reranker)["vdr-rerank_ndcg@10"] <= 1, direction
+    one_step = {"max_steps": 1, "per_device_train_batch_size": 4, "num_negatives": 1}
+    finetune_reranker(qwen3_vl_path, data, documents="video", output_dir=tmp_path / "run", **one_step)
     made = encoder.preprocess
     clip = Clip(data.corpus[0]["video"], "d").decode()
     with reading_pages(reranker):

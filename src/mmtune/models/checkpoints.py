@@ -384,6 +384,7 @@ def _fresh_encoder(files: CheckpointFiles, model_class: type[HostModel]) -> Enco
     is_image_processor = isinstance(processor, ImageProcessingMixin)
     takes_images = is_image_processor or hasattr(processor, "image_processor")
     modalities = (["image"] if takes_images else []) + ([] if is_image_processor else ["text"])
+    modalities += ["video"] if hasattr(processor, "video_processor") else []
     return Encoder(frozenset(modalities), config, processor)
 
 

@@ -170,8 +170,8 @@ def compose_router(
     sources: dict[str, Side] = {name: source for name, source in given.items() if source is not None}
     if not sources:
         raise ConfigError(
-            "image=None is no encoder, and a Router needs one beside that of texts. Pass image=, audio= or video=, or use "
-            "load_model."
+            "image=None is no encoder, and a Router needs one beside that of texts. Pass image=, audio= or video=, or "
+            "use load_model."
         )
     sides = ["text", *sources]
     frozen = (freeze,) if isinstance(freeze, str) else part_names(freeze)
