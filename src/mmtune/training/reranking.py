@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from mmtune.arguments import listed, require_whole, shown
 from mmtune.data.dataset import RetrievalDataset
-from mmtune.data.documents import DocumentKind
+from mmtune.data.documents import DocumentKind, require_pairs_of
 from mmtune.data.judgements import Judgements
 from mmtune.data.query_kinds import QueryKind
 from mmtune.data.relevance import Direction
@@ -166,8 +166,9 @@ def finetune_reranker(
 
 def _require_reranker(model: object, documents: str) -> None:
     """Make sure that there is a reranker, or a checkpoint to build one from, before the data are read."""
+    require_pairs_of(documents)
     if isinstance(model, (str, os.PathLike)):  # a checkpoint for texts alone does for documents="text"
-        modality = "image" if "image" in str(documents) else "text"
+        modality = next((name for name in ("image", "video") if name in documents), "text")
         check_checkpoint(os.fspath(model), model_class=CrossEncoder, modalities=(modality,))
     elif not isinstance(model, CrossEncoder):
         raise ConfigError(
