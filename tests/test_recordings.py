@@ -29,10 +29,12 @@ from mmtune import (
     MediaDecodeError,
     MissingExtraError,
     RetrievalDataset,
+    as_mteb_task,
     build_evaluator,
     build_reranker,
     build_reranking_evaluator,
     compose_router,
+    evaluate_pipeline,
     finetune,
     finetune_reranker,
     load_model,
@@ -41,6 +43,7 @@ from mmtune import (
 from mmtune.arguments import MediaLimits
 from mmtune.data.arrow import with_encoded_images
 from mmtune.data.clips import Clip
+from mmtune.data.documents import kinds_of_documents
 from mmtune.data.media import load_decoder
 from mmtune.data.rows import view_of
 from mmtune.data.sounds import Sound
@@ -593,3 +596,83 @@ def test_a_clip_encoder_gets_as_many_frames_as_it_takes(tmp_path):
     data = own_rows(generated_clips(3), "video")
     evaluator = build_evaluator(data, documents="video", show_progress_bar=False)
     assert evaluator.encode(model).corpus.shape == (3, 64)
+
+
+# Queries that are images, and what is written of a run
+
+
+@pytest.fixture(scope="module")
+def router(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("router")
+    sides = tiny_text_encoder(folder / "text"), tiny_siglip(folder / "siglip")
+    return compose_router(*sides, audio=tiny_ast(folder / "ast"))
+
+
+def photos_that_ask(n: int) -> RetrievalDataset:
+    ids, sounds = [f"d{at}" for at in range(n)], generated_audio(n)
+    photos = with_encoded_images(generated_pages(n).select(range(n)), "image")
+    return RetrievalDataset(
+        Dataset.from_dict({"document_id": ids, "audio": [each["bytes"] for each in sounds["audio"]]}),
+        Dataset.from_dict({"query_id": ids, "image": [each["bytes"] for each in photos["image"]]}),
+        Dataset.from_dict({"query_id": ids, "document_id": ids, "score": [1] * n}),
+    )
+
+
+@pytest.mark.filterwarnings("ignore:layout='columns' has no place")
+@pytest.mark.parametrize("layout", ["beir", "id_rows", "columns", "tevatron"])
+def test_photos_that_ask_for_sounds_are_exported(tmp_path, layout):
+    photos_that_ask(3).export(tmp_path / "out", layout=layout)
+    found = RetrievalDataset.load(tmp_path / "out")
+    assert (found.corpus.features["audio"].decode, found.queries.features["image"].decode) == (False, False)
+    assert found.queries[0]["image"]["bytes"] == photos_that_ask(3).queries[0]["image"]["bytes"]
+    assert found.corpus[0]["audio"]["bytes"] == photos_that_ask(3).corpus[0]["audio"]["bytes"]
+
+
+def test_a_photo_finds_the_sound(router, tmp_path):
+    data = photos_that_ask(4)
+    row = data.training_rows(documents="audio", queries="image")[0]
+    assert isinstance(row["query"], Image.Image)
+    assert row["image"].keys() == {"audio"}
+    choice = {"documents": "audio", "queries": "image", "num_negatives": 0, "allow_overlap": True, "max_steps": 1}
+    result = finetune(router, data, data, output_dir=tmp_path, **choice)
+    assert result.settings["data"]["queries"] == "image"
+    assert "vdr_cosine_ndcg@10" in result.after
+    assert result.settings["evaluation"]["largest_change_by_batch_size"] < 1e-5
+
+
+@pytest.mark.parametrize("queries", ["audio", "video", "mixed"])
+def test_sounds_clips_and_mixed_queries_are_refused_by_name(queries):
+    with pytest.raises(ConfigError, match=rf"queries='{queries}' is unknown\. Expected one of 'text', 'image'"):
+        photos_that_ask(2).training_rows(documents="audio", queries=queries)
+
+
+def test_mixed_sets_of_other_kinds_have_a_mean_of_what_both_have(router):
+    mixed, sounds = RetrievalDataset.from_id_rows(mixed_rows(3)), own_rows(generated_audio(3, seed=5), "audio")
+    found = build_evaluator({"mixed": mixed, "sounds": sounds}, model=router, documents="mixed")(router)
+    means = {key for key in found if key.startswith("vdr-mean_")}
+    assert {"vdr-mean_cosine_ndcg@10", "vdr-mean_cosine_ndcg@10_audio"} <= means
+    assert "vdr-mean_cosine_ndcg@10_image" not in means
+    parts = [found[f"vdr-{name}_cosine_ndcg@10_audio"] for name in ("mixed", "sounds")]
+    assert found["vdr-mean_cosine_ndcg@10_audio"] == pytest.approx(np.mean(parts))
+
+
+def test_of_mixed_documents_the_report_shows_what_can_be_shown():
+    gallery = pytest.importorskip("mmtune.report.gallery")
+    data = RetrievalDataset.from_id_rows(mixed_rows(2))
+    shown = gallery.Gallery({"": data}, "mixed", "text_to_image", thumbnails=True)
+    ids, first = data.corpus["document_id"][:], {}
+    for each, kind in zip(shown.show_documents(ids), kinds_of_documents(data.corpus, "mixed"), strict=True):
+        first.setdefault(kind, each)
+    page, sound, passage = first["image"], first["audio"], first["text"]
+    assert page.picture is not None
+    assert (sound.picture, sound.text) == (None, "")
+    assert passage.text == "0 is a number"
+
+
+def test_what_takes_no_sounds_says_so():
+    sounds = own_rows(generated_audio(3), "audio")
+    pytest.importorskip("mteb")
+    with pytest.raises(ConfigError, match=r"documents='audio' is unknown\. Expected one of 'image', 'text'"):
+        as_mteb_task(sounds, name="sounds", documents="audio")
+    with pytest.raises(ConfigError, match="documents='audio': rerankers read texts"):
+        evaluate_pipeline("no-retriever", "no-reranker", sounds, documents="audio")

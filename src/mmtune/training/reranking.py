@@ -88,7 +88,7 @@ def finetune_reranker(
         loss: A host loss in place of binary cross-entropy, built, as a class, or as a callable that takes the model.
             Listwise losses get a list a query, graded; contrastive ones conflict-free batches.
         args: The host's training arguments, passed on as they are; only empty ``prompts`` are filled, on a copy.
-        documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
+        documents: What a document is made of: ``"image"``, ``"text"``, ``"text+image"`` or ``"video"``.
         num_candidates: The length of the lists that are ranked to measure, one relevant candidate included. A list is
             longer where more is relevant, as in ``build_reranking_evaluator``, and shorter where a small set has no
             more.
