@@ -25,6 +25,7 @@ PUBLIC = [
     "Frontier",
     "FrontierRow",
     "ImageDecodeError",
+    "MediaDecodeError",
     "MissingDocumentError",
     "MissingExtraError",
     "MmtuneError",
@@ -64,8 +65,9 @@ PUBLIC = [
     "size_frontier",
 ]
 TESTING = [
-    *("generated_pages", "generated_pdfs"),
-    *("tiny_clip", "tiny_llava", "tiny_qwen3_vl", "tiny_siglip", "tiny_text_encoder"),
+    *("generated_audio", "generated_clips", "generated_pages", "generated_pdfs"),
+    *("tiny_ast", "tiny_clap", "tiny_clip", "tiny_llava", "tiny_qwen3_vl", "tiny_siglip", "tiny_text_encoder"),
+    *("tiny_videomae", "tiny_whisper"),
 ]
 
 
@@ -166,7 +168,7 @@ class Promised:
     ): ...
 
     @staticmethod
-    def compose_router(text, image, *, dimension=None, freeze=(), device=None): ...
+    def compose_router(text, image=None, *, dimension=None, freeze=(), device=None): ...
 
     @staticmethod
     def router_preset(name, **overrides): ...
@@ -270,9 +272,16 @@ class Promised:
     def generated_pdfs(folder, *, seed=0): ...
 
     @staticmethod
+    def generated_audio(n, *, seed=0): ...
+
+    @staticmethod
+    def generated_clips(n, *, seed=0): ...
+
+    @staticmethod
     def tiny_clip(folder): ...
 
     tiny_siglip = tiny_text_encoder = tiny_qwen3_vl = tiny_llava = tiny_clip
+    tiny_clap = tiny_ast = tiny_whisper = tiny_videomae = tiny_clip
 
 
 METHODS = [

@@ -14,14 +14,23 @@ from sentence_transformers.base import BaseModel
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from tqdm.auto import tqdm
 
-from mmtune.arguments import shown
+from mmtune.arguments import MIXED, shown
 from mmtune.data.clusters import connected_queries
 from mmtune.data.dataset import RetrievalDataset
-from mmtune.data.documents import DocumentKind
+from mmtune.data.documents import DocumentKind, kinds_of_documents
 from mmtune.data.query_kinds import QueryKind
 from mmtune.errors import ConfigError
 from mmtune.evaluation.metrics import ndcg
-from mmtune.inference.encoder import DatasetReader, Retriever, Task, as_float32, encode, join, warn_of_cut_texts
+from mmtune.inference.encoder import (
+    DatasetReader,
+    Retriever,
+    Task,
+    as_float32,
+    encode,
+    join,
+    warn_of_cut_recordings,
+    warn_of_cut_texts,
+)
 from mmtune.inference.search import not_finite
 from mmtune.inference.shards import StoredDocuments
 from mmtune.inference.store import Embeddings
@@ -138,6 +147,10 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
         self._has_looked_for_cut_texts = False
         self.stored: StoredDocuments | None = None  # what the documents are read from rather than encoded
         self._id_by_order = [document_ids[at] for at in np.argsort(order).tolist()]
+        self._kind_by_document_id = {}
+        if documents == MIXED:
+            kinds = kinds_of_documents(data.corpus, documents)
+            self._kind_by_document_id = dict(zip(document_ids, kinds, strict=True))
 
     @property
     def groups(self) -> dict[str, str]:
@@ -193,6 +206,7 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
         """The embeddings of all queries, in the order of ``queries_ids``; the first call warns of texts too long."""
         if not self._has_looked_for_cut_texts:
             warn_of_cut_texts(model, self._reader)
+            warn_of_cut_recordings(model, self._reader)
             self._has_looked_for_cut_texts = True
         ids, started = self.queries_ids, time.perf_counter()
         # texts go to the host at once, which sorts them by length; images are read a batch at a time
@@ -217,6 +231,30 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
                 self.cost = replace(self.cost, documents_s=seconds, dimension=size, num_numbers=num_numbers)
                 yield portion
                 started = time.perf_counter()
+
+    def measure_kinds(self, model: Retriever) -> dict[str, float]:
+        """Of a mixed corpus nDCG by the kind of the answer, and how often the best documents are of one kind alone.
+
+        A gap between modalities shows in both: what is of another kind than most stands behind, whatever it says.
+
+        Args:
+            model: That of the last call.
+
+        Returns:
+            ``vdr_cosine_ndcg@10_image`` and the like, over the queries with an answer of that kind, and
+            ``vdr_cosine_one-kind@10``, the share of queries; empty where all documents are of one kind.
+        """
+        if not self._kind_by_document_id:
+            return {}
+        key, depth = self.metric_name(model), max(self.ndcg_at_k)
+        values_by_kind: dict[str, list[float]] = {}
+        for query_id, scores in self.score_by_document_id.items():
+            for kind in sorted({self._kind_by_document_id[document_id] for document_id in scores}):
+                values_by_kind.setdefault(kind, []).append(self.per_query[key][query_id])
+        found = {f"{key}_{kind}": float(np.mean(values)) for kind, values in sorted(values_by_kind.items())}
+        top_kinds = [{self._kind_by_document_id[each] for each in ids[:depth]} for ids in self.top_ids.values()]
+        share = float(np.mean([len(kinds) == 1 for kinds in top_kinds]))
+        return {**found, f"{self.name}_{model.similarity_fn_name}_one-kind@{depth}": share}
 
     def compute_metrics(self, queries_result_list: list[Any]) -> dict[str, Any]:
         """The host's metrics, with nDCG graded, and ``per_query`` and ``top_ids`` filled.

@@ -223,7 +223,7 @@ def compare_models(
         store: A folder where measurements are kept as they are made, by the content of the checkpoint's files, or of
             the weights of a model in memory, and by the data, the settings and the device. ``None`` keeps nothing.
             Times are those of the first measurement. Of a class of your own the name counts, and not its code.
-        documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
+        documents: What a document is made of, such as ``"image"``, ``"text+image"``, ``"audio"`` or ``"mixed"``.
         queries: What a query is made of, likewise.
         depth: How many documents a reranker sorts again for a query, 100 at most; all of a smaller corpus.
         batch_size: Texts, documents or pairs a forward pass.

@@ -201,7 +201,7 @@ def size_frontier(
         tolerance: How much nDCG@10 may be lost, from 0 to below 1.
         pool_factors: For late interaction, by what to divide the vectors of a document, with the host's
             ``HierarchicalTokenPooling``; 1 pools nothing. ``None`` is 1, 2 and 4.
-        documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
+        documents: What a document is made of, such as ``"image"``, ``"text+image"``, ``"audio"`` or ``"mixed"``.
         queries: What a query is made of, likewise.
         batch_size: Documents or queries a forward pass.
         show_progress_bar: Whether to show bars.

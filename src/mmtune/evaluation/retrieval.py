@@ -92,7 +92,7 @@ class RetrievalEvaluator(CorpusEvaluator):
             metrics |= evaluator._score(embedder, encoded, output_path, epoch, steps)
             per_query |= evaluator.per_query
         self.per_query = per_query
-        return metrics
+        return metrics | self.measure_kinds(model)
 
     def encode(self, model: SentenceTransformer) -> EncodedDataset:
         """Queries and documents at full size, each preprocessed once."""
@@ -151,7 +151,7 @@ def build_evaluator(
             model, ``truncate_dims`` are checked now rather than at the first call.
         name: Prefix of the metric keys.
         truncate_dims: Matryoshka dimensions to score besides the full one, from the same encoding.
-        documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
+        documents: What a document is made of, such as ``"image"``, ``"text+image"``, ``"audio"`` or ``"mixed"``.
         ndcg_at_k: Depths of nDCG.
         batch_size: Documents or queries a forward pass.
         show_progress_bar: Whether to show a bar over the documents.

@@ -227,7 +227,7 @@ def mine_hard_negatives(
             margins encodes nothing, one that was killed goes on, and a changed model, page or text is encoded anew.
             Each file is written by the process that made it.
         show_progress_bar: Whether to show bars.
-        documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
+        documents: What a document is made of, such as ``"image"``, ``"text+image"``, ``"audio"`` or ``"mixed"``.
         neighbors: How many pages on either side of a relevant one, in the same ``source`` by ``page_number``, are never
             its negatives, nor other documents on that page itself; 0 lets them be. It says nothing where the corpus has
             no such columns.

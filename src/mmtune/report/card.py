@@ -17,6 +17,17 @@ _DOCUMENTS = {
         '{"text": "Annual report", "image": Image.open("page-1.png")}',
         '{"text": "Price list", "image": Image.open("page-2.png")}',
     ],
+    "audio": ['{"audio": {"array": samples, "sampling_rate": 16_000}}'],
+    "video": ['{"video": {"array": frames, "video_metadata": metadata}}'],
+}
+_SAMPLES = {
+    "audio": ["import numpy as np", "", "samples = np.zeros(16_000, dtype=np.float32)  # in one channel"],
+    "video": [
+        "import numpy as np",
+        "",
+        "frames = np.zeros((8, 64, 64, 3), dtype=np.uint8)",
+        'metadata = {"fps": 8.0, "total_num_frames": 8, "frames_indices": list(range(8)), "duration": 1.0}',
+    ],
 }
 _UNKNOWN_BASE = re.compile(r"<!-- - \*\*Base model:\*\* \[Unknown\]\(https://huggingface\.co/unknown\) -->")
 _USAGE = re.compile(r"(## Usage\n.*?)```python\n.*?```", re.DOTALL)
@@ -119,7 +130,9 @@ def _usage(card: str, documents: str, name: str, settings: Mapping[str, Mapping[
     model_class = found[1] if found else "SentenceTransformer"
     training = settings["training"]
     lines = [f"from sentence_transformers import {model_class}", "", f"model = {model_class}({name!r})"]
-    if "image" in documents:
+    if documents in _SAMPLES:
+        lines = [*_SAMPLES[documents], *lines]
+    elif "image" in documents or documents not in _DOCUMENTS:
         lines.insert(0, "from PIL import Image")
     smaller = [dim for dim in training.get("evaluated_dims", ()) if dim != settings["model"].get("full_dimension")]
     if smaller:
