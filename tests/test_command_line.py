@@ -187,7 +187,7 @@ def test_a_comparison_is_a_regression_where_the_first_is_the_best(order, code):
         (["finetune", "m"], "--train-dataset"),
         (["finetune", "m", "t", "e", "more"], "more"),
         (["finetune", "m", "t", "--num-negatives", "many"], "'many' is not a whole number"),
-        (["finetune", "m", "t", "--documents", "pictures"], "'pictures' is not image or text or text+image"),
+        (["finetune", "m", "t", "--keep", "first"], "'first' is not best or last"),
         (["finetune", "m", "t", "--learning-rate", "fast"], "'fast' is not"),
         (["finetune", "m", "t", "--matryoshka-dims", "64", "half"], "'64 half' is not auto or none or a list"),
         (["finetune", "m", "t", "--config", "nowhere.toml"], "there is no such file"),

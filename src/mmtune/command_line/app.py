@@ -92,7 +92,8 @@ def _run(command: Command, words: list[str]) -> int:
         return _refuse(str(error), usage)
     shell = {name: bound.arguments.pop(name) for name in ("config", "json") if name in bound.arguments}
     defaults = {name: flag.default for name, flag in flags.items() if path is not None and flag.is_given}
-    return _call(command, flags, {**defaults, **bound.arguments}, as_json=shell.get("json", False))
+    typed = {name: flags[name].value_of(value) for name, value in bound.arguments.items()}
+    return _call(command, flags, {**defaults, **typed}, as_json=shell.get("json", False))
 
 
 def _call(command: Command, flags: Mapping[str, "Flag"], arguments: dict[str, Any], *, as_json: bool) -> int:

@@ -17,7 +17,7 @@ from mmtune.command_line.commands import Command, load
 from mmtune.command_line.spelling import Spelling, spell
 
 _OF_SHELL = Group("For the shell", sort_key=2)
-_HIDDEN = Group("Training arguments of the host", show=False)
+_HIDDEN = Group("Training arguments of Sentence Transformers", show=False)
 _END_OF_SENTENCE = re.compile(r"(?<!e\.g)(?<!i\.e)\.\s+(?=[A-Z`])|;\s")
 _LITERAL: Any = Literal  # its members are known only here
 _UNSET = inspect.Parameter.empty
@@ -57,25 +57,38 @@ class Flag:
     def as_parameter(self) -> inspect.Parameter:
         """For the signature that cyclopts reads: plain types, the texts read by ``spelling``."""
         how: dict[str, Any] = {"name": self.option, "help": self.help, "required": self.default is _UNSET}
-        hint: Any = str
+        # texts, which ``value_of`` reads: where pydantic is loaded, cyclopts holds values against the types
+        hint: Any = str | None
         if self.spelling.is_flag:
-            hint = bool | _LITERAL[self.spelling.choices] if self.spelling.choices else bool
+            hint = bool | _LITERAL[self.spelling.choices] | None if self.spelling.choices else bool | None
         else:
             if self.spelling.elements is not None:
-                hint = list[str]
+                hint = list[str] | None
                 how |= {"consume_multiple": True, "negative_iterable": ""}
             # a method would be called without the type
-            how |= {"converter": lambda _, tokens: self.spelling.read([token.value for token in tokens])}
+            how |= {"converter": lambda _, tokens: self._checked([token.value for token in tokens])}
             how |= {} if self.is_positional else {"metavar": self.spelling.metavar}
         if not self.is_shown:
             how["group"] = _HIDDEN
         kinds = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
         shown = None if self.default is _UNSET else self.default
-        if isinstance(shown, (tuple, list, dict)):
-            how["show_default"] = (lambda _: " ".join(spell(shown))) if shown else False
+        if not self.spelling.is_flag:
+            has_default = shown is not None and shown not in ((), [], {}, "")
+            how["show_default"] = (lambda _: " ".join(spell(self.default))) if has_default else False
+            shown = None
         return inspect.Parameter(
             self.name, kinds[self.is_positional], default=shown, annotation=Annotated[hint, Parameter(**how)]
         )
+
+    def _checked(self, texts: list[str]) -> str | list[str]:
+        self.spelling.read(texts)
+        return texts[0] if self.spelling.elements is None else texts
+
+    def value_of(self, typed: Any) -> Any:
+        """What was typed, as cyclopts gives it, for Python."""
+        if self.spelling.is_flag or typed is None:
+            return typed
+        return self.spelling.read([typed] if isinstance(typed, str) else typed)
 
 
 def flags_of(command: Command) -> dict[str, Flag]:
@@ -173,7 +186,7 @@ def make_target(command: Command, flags: Mapping[str, Flag]) -> Callable[..., No
         for name, hint, default, how in (
             (
                 "config",
-                str,
+                str | None,
                 None,
                 Parameter(
                     help="A TOML file of arguments, or the metrics.json of an earlier run. Flags go over it.",

@@ -54,6 +54,6 @@ def _read_run(file: Path, metrics: Any, command: str, flags: Iterable[str], give
     if in_memory:
         raise UsageError(
             f"--config {file}: that run had {listed(in_memory)} as objects in Python, which no file holds. Give what a "
-            "shell can, by its flag; a loss, callbacks or arguments of the host need Python."
+            "shell can, by its flag; a loss, callbacks or built training arguments need Python."
         )
     return arguments

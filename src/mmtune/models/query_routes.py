@@ -46,7 +46,9 @@ def route_queries(teacher: SentenceTransformer, text_encoder: Side) -> QueryRout
         ConfigError: The encoder can't embed texts, or the teacher can't be a route.
     """
     if has_lora(teacher):
-        raise ConfigError("The model has adapters, which the host can't save inside a Router. Call merge_lora(model).")
+        raise ConfigError(
+            "The model has adapters, which Sentence Transformers can't save inside a Router. Call merge_lora(model)."
+        )
     size = full_dimension(teacher)
     if size is None:
         raise ConfigError("The model does not say how large its embeddings are. Expected a model that embeds pages.")

@@ -15,6 +15,8 @@ from torch import nn
 from mmtune.data.documents import as_host_input
 from mmtune.errors import ConfigError
 from mmtune.host import adapter_layers, let_read_typed_texts
+from mmtune.inference.preprocessing import reading_pages
+from mmtune.inference.recordings import decode_ahead
 from mmtune.models.adapters import ADAPTER_FILE, encoders_of, has_adapters, has_lora, is_quantized
 from mmtune.models.checkpoints import first_line
 from mmtune.models.fresh import seeded
@@ -23,6 +25,7 @@ from mmtune.models.memory import free_bytes
 from mmtune.models.precision import HALF_TYPES, score_in_float32
 from mmtune.serving.plain import PlainEncoder
 from mmtune.serving.requests import prompt_of
+from mmtune.serving.vllm import FAMILIES
 
 NUM_ROWS = 16
 NUM_PLAIN = 8
@@ -75,7 +78,7 @@ def check_saved(
     limit = LARGEST_GAP_IN_HALF if types & set(HALF_TYPES) else LARGEST_GAP
     if not gap <= limit:
         raise ConfigError(
-            f"{_name_file(model, loaded, folder)}: the model that the host loads from this folder computes something "
+            f"{_name_file(model, loaded, folder)}: the model that Sentence Transformers loads from this folder computes something "
             f"else than the trained one, {gap:.2g} apart in cosine on {samples}. Expected {limit:g} at most. The "
             "trained weights are in the last checkpoint-*; save them anew, and report this."
         )
@@ -89,7 +92,7 @@ def _load(model: HostModel, folder: Path) -> HostModel:
         loaded = type(model)(str(folder), device=str(model.device), trust_remote_code=model.trust_remote_code)
     except Exception as error:  # transformers and the host refuse in every way
         raise ConfigError(
-            f"{folder}: the host can't load what was saved there: {type(error).__name__}: {first_line(error)} Expected "
+            f"{folder}: Sentence Transformers can't load what was saved there: {type(error).__name__}: {first_line(error)} Expected "
             "a model as it was trained. The trained weights are in the last checkpoint-*; report this."
         ) from error
     let_read_typed_texts(loaded)
@@ -119,12 +122,15 @@ def _check_plain(
     if loaded.truncate_dim:
         own = [vectors[:, : loaded.truncate_dim] for vectors in own]
     gap = largest_gap(own, [vectors[:NUM_PLAIN] for vectors in expected])
+    family = loaded[0].model.config.model_type
+    if not gap <= limit and family not in FAMILIES:
+        return f"not passed: {gap:.1e} apart on {few}; how servers read {family!r} is not known, so it is no error"
     if not gap <= limit:
         files = ", ".join(name for name, _ in encoder.modules)
         raise ConfigError(
             f"{folder / 'modules.json'} and the files that it names ({files}) state another computation than the "
             f"trained one: by AutoModel alone the embeddings are {gap:.2g} apart in cosine on {few}. Expected "
-            f"{limit:g} at most, since servers compute from these files. Serve it from the host, and report this."
+            f"{limit:g} at most, since servers compute from these files. Serve it from Sentence Transformers, and report this."
         )
     return f"passed: {gap:.1e} apart on {few}"
 
@@ -146,14 +152,16 @@ class Samples:
         typed = not isinstance(model, CrossEncoder) or model.supports("message")
         read_as = as_host_input if typed else lambda item: item
         queries, documents = zip(*pairs, strict=True)
-        return cls([read_as(_decoded(each)) for each in queries], [read_as(_decoded(each)) for each in documents])
+        sides = ([read_as(_decoded(each)) for each in side] for side in (queries, documents))
+        return cls(*(decode_ahead(model, side) for side in sides))
 
     def compute(self, model: HostModel) -> list[torch.Tensor]:
         """Embeddings of queries and documents, or the score of each pair, float32 on the CPU."""
         options: dict[str, Any] = {"batch_size": NUM_ROWS, "show_progress_bar": False}
         if isinstance(model, CrossEncoder):
             pairs: list[Any] = [list(pair) for pair in zip(self.queries, self.documents, strict=True)]
-            scores = model.predict(pairs, activation_fn=nn.Identity(), convert_to_tensor=True, **options)
+            with reading_pages(model):  # in pairs the host takes no clips as they are decoded
+                scores = model.predict(pairs, activation_fn=nn.Identity(), convert_to_tensor=True, **options)
             return [torch.as_tensor(scores).float().cpu()]
         given: list[Any] = [
             model.encode_query(self.queries, **options),

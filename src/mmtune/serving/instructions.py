@@ -31,7 +31,9 @@ def describe_serving(model: HostModel, family: Family) -> dict[str, Any]:
     ]
     if is_reranker:
         promises |= RERANKER_PROMISES
-        limits.append("This folder is for servers only: transformers has no class for it, so the host can't load it.")
+        limits.append(
+            "This folder is for servers only: transformers has no class for it, so Sentence Transformers can't load it."
+        )
     elif not any(isinstance(module, Normalize) for module in model):
         limits.append("Vectors may come with length 1 although the model's have lengths of their own.")
     if not is_reranker and not speaks_in_messages(model):

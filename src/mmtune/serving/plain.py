@@ -42,7 +42,7 @@ class PlainEncoder:
         names = [entry["type"].rpartition(".")[2] for entry in json.loads(path.read_text("utf-8"))]
         other = [name for name in names if name not in KNOWN]
         if names[:1] != ["Transformer"] or other:
-            return f"it has {' and '.join(other or names[:1])}, which only the host computes"
+            return f"it has {' and '.join(other or names[:1])}, which only Sentence Transformers computes"
         read: Any = json.loads((folder / "config_sentence_transformers.json").read_text("utf-8"))
         if read.get("model_type", "SentenceTransformer") != "SentenceTransformer":
             return f"it is a {read['model_type']}"
@@ -52,7 +52,7 @@ class PlainEncoder:
         for pooling in folder.glob("*_Pooling/config.json"):
             found = json.loads(pooling.read_text("utf-8"))
             if found.get("pooling_mode") not in POOLED or not found.get("include_prompt", True):
-                return f"{pooling.parent.name} pools in a way of the host's own"
+                return f"{pooling.parent.name} pools in a way of Sentence Transformers' own"
         return None
 
     def encode(self, items: Sequence[Any], prompt: str) -> torch.Tensor:

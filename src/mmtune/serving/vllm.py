@@ -80,7 +80,7 @@ def family_of(model: HostModel) -> Family:
     if family is None:
         raise ConfigError(
             f"How vLLM reads checkpoints of the type {model_type!r} is not known here; known are "
-            f"{listed(list(FAMILIES))}. Serve it from the host, or try its folder in vLLM and look with check_serving."
+            f"{listed(list(FAMILIES))}. Serve it from Sentence Transformers, or try its folder in vLLM and look with check_serving."
         )
     if isinstance(model, CrossEncoder):
         if not family.scores:
@@ -129,5 +129,5 @@ def _require_plain_mask(model: MultiVectorEncoder) -> None:
     if given:
         raise ConfigError(
             f"{', '.join(given)} leaves tokens out or adds some, and vLLM knows nothing of it: it returns a vector for "
-            "each token. Train without, or serve from the host."
+            "each token. Train without, or serve from Sentence Transformers."
         )
