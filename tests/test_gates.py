@@ -89,7 +89,9 @@ def test_a_damaged_file_is_named(model: SentenceTransformer, saved: Path, rows: 
     folder = tmp_path / "final"
     shutil.copytree(saved, folder)
     DAMAGE[name](folder / name)
-    with pytest.raises(ConfigError, match=rf"final/{name}: the model that the host loads .* computes something else"):
+    with pytest.raises(
+        ConfigError, match=rf"final/{name}: the model that Sentence Transformers loads .* computes something else"
+    ):
         check_saved(model, folder, rows, may_be_base=False)
 
 
@@ -127,7 +129,9 @@ def test_a_folder_that_does_not_load_and_a_processor_of_another_kind(
 ) -> None:
     shutil.copytree(saved, tmp_path / "final")
     (tmp_path / "final" / "1_Pooling" / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="final: the host can't load what was saved there: JSONDecodeError"):
+    with pytest.raises(
+        ConfigError, match="final: Sentence Transformers can't load what was saved there: JSONDecodeError"
+    ):
         check_saved(model, tmp_path / "final", rows, may_be_base=False)
     monkeypatch.setattr(PlainEncoder, "encode", lambda self, items, prompt: items["no such key"])
     found = check_saved(model, saved, rows, may_be_base=False)
@@ -145,7 +149,9 @@ def test_adapters_that_add_nothing(clip_path: str, rows: Any, tmp_path: Path) ->
     for name, weight in model.named_parameters():
         if "lora_B" in name and "text_model" in name:
             nn.init.normal_(weight)
-    with pytest.raises(ConfigError, match=r"final/adapter_model.safetensors: the model that the host loads"):
+    with pytest.raises(
+        ConfigError, match=r"final/adapter_model.safetensors: the model that Sentence Transformers loads"
+    ):
         check_saved(model, tmp_path / "final", rows, may_be_base=False)
 
 
@@ -172,7 +178,7 @@ def test_a_run_whose_model_was_saved_wrong_does_not_end(
         return merged
 
     monkeypatch.setattr(runs, "save_model", save_otherwise)
-    with pytest.raises(ConfigError, match=r"final/model.safetensors: the model that the host loads"):
+    with pytest.raises(ConfigError, match=r"final/model.safetensors: the model that Sentence Transformers loads"):
         finetune(clip_path, dataset, output_dir=tmp_path, max_steps=2, per_device_train_batch_size=4)
     assert not (tmp_path / "metrics.json").exists()
     assert list(tmp_path.glob("checkpoint-*"))

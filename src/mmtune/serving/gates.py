@@ -78,8 +78,8 @@ def check_saved(
     limit = LARGEST_GAP_IN_HALF if types & set(HALF_TYPES) else LARGEST_GAP
     if not gap <= limit:
         raise ConfigError(
-            f"{_name_file(model, loaded, folder)}: the model that Sentence Transformers loads from this folder computes something "
-            f"else than the trained one, {gap:.2g} apart in cosine on {samples}. Expected {limit:g} at most. The "
+            f"{_name_file(model, loaded, folder)}: the model that Sentence Transformers loads from this folder computes "
+            f"something else than the trained one, {gap:.2g} apart in cosine on {samples}. Expected {limit:g} at most. The "
             "trained weights are in the last checkpoint-*; save them anew, and report this."
         )
     found["host"] = f"passed: {gap:.1e} apart on {samples}"
@@ -92,8 +92,8 @@ def _load(model: HostModel, folder: Path) -> HostModel:
         loaded = type(model)(str(folder), device=str(model.device), trust_remote_code=model.trust_remote_code)
     except Exception as error:  # transformers and the host refuse in every way
         raise ConfigError(
-            f"{folder}: Sentence Transformers can't load what was saved there: {type(error).__name__}: {first_line(error)} Expected "
-            "a model as it was trained. The trained weights are in the last checkpoint-*; report this."
+            f"{folder}: Sentence Transformers can't load what was saved there: {type(error).__name__}: {first_line(error)} "
+            "Expected a model as it was trained. The trained weights are in the last checkpoint-*; report this."
         ) from error
     let_read_typed_texts(loaded)
     if isinstance(loaded, CrossEncoder):
@@ -122,7 +122,8 @@ def _check_plain(
     if loaded.truncate_dim:
         own = [vectors[:, : loaded.truncate_dim] for vectors in own]
     gap = largest_gap(own, [vectors[:NUM_PLAIN] for vectors in expected])
-    family = loaded[0].model.config.model_type
+    encoder_of_folder: Any = loaded[0]
+    family = encoder_of_folder.model.config.model_type
     if not gap <= limit and family not in FAMILIES:
         return f"not passed: {gap:.1e} apart on {few}; how servers read {family!r} is not known, so it is no error"
     if not gap <= limit:
@@ -130,7 +131,8 @@ def _check_plain(
         raise ConfigError(
             f"{folder / 'modules.json'} and the files that it names ({files}) state another computation than the "
             f"trained one: by AutoModel alone the embeddings are {gap:.2g} apart in cosine on {few}. Expected "
-            f"{limit:g} at most, since servers compute from these files. Serve it from Sentence Transformers, and report this."
+            f"{limit:g} at most, since servers compute from these files. Serve it from Sentence Transformers, and "
+            "report this."
         )
     return f"passed: {gap:.1e} apart on {few}"
 

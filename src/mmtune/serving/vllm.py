@@ -80,7 +80,8 @@ def family_of(model: HostModel) -> Family:
     if family is None:
         raise ConfigError(
             f"How vLLM reads checkpoints of the type {model_type!r} is not known here; known are "
-            f"{listed(list(FAMILIES))}. Serve it from Sentence Transformers, or try its folder in vLLM and look with check_serving."
+            f"{listed(list(FAMILIES))}. Serve it from Sentence Transformers, or try its folder in vLLM and look with "
+            "check_serving."
         )
     if isinstance(model, CrossEncoder):
         if not family.scores:
