@@ -78,9 +78,9 @@ def check_saved(
     limit = LARGEST_GAP_IN_HALF if types & set(HALF_TYPES) else LARGEST_GAP
     if not gap <= limit:
         raise ConfigError(
-            f"{_name_file(model, loaded, folder)}: the model that Sentence Transformers loads from this folder computes "
-            f"something else than the trained one, {gap:.2g} apart in cosine on {samples}. Expected {limit:g} at most. The "
-            "trained weights are in the last checkpoint-*; save them anew, and report this."
+            f"{_name_file(model, loaded, folder)}: the model that Sentence Transformers loads from this folder "
+            f"computes something else than the trained one, {gap:.2g} apart in cosine on {samples}. Expected "
+            f"{limit:g} at most. The trained weights are in the last checkpoint-*; save them anew, and report this."
         )
     found["host"] = f"passed: {gap:.1e} apart on {samples}"
     return {**found, "transformers": _check_plain(loaded, folder, samples, expected, limit)}
@@ -92,8 +92,9 @@ def _load(model: HostModel, folder: Path) -> HostModel:
         loaded = type(model)(str(folder), device=str(model.device), trust_remote_code=model.trust_remote_code)
     except Exception as error:  # transformers and the host refuse in every way
         raise ConfigError(
-            f"{folder}: Sentence Transformers can't load what was saved there: {type(error).__name__}: {first_line(error)} "
-            "Expected a model as it was trained. The trained weights are in the last checkpoint-*; report this."
+            f"{folder}: Sentence Transformers can't load what was saved there: {type(error).__name__}: "
+            f"{first_line(error)} Expected a model as it was trained. The trained weights are in the last "
+            "checkpoint-*; report this."
         ) from error
     let_read_typed_texts(loaded)
     if isinstance(loaded, CrossEncoder):
