@@ -73,7 +73,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED)
-	$(PIP_INSTALL) --editable '.[dev,lora,pdf,generate,report,mteb]'
+	$(PIP_INSTALL) --editable '.[dev,lora,pdf,generate,audio,video,report,mteb]'
 	$(PIP_INSTALL) --no-deps --upgrade --target $(TORCHVISION_FOR_TESTS) torchvision \
 		|| echo 'No torchvision wheel here: the tests that need one are skipped.'
 	@touch $@

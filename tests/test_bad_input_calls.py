@@ -73,7 +73,7 @@ OF_BOTH: list[tuple[Arguments, str]] = [
     *(({"evaluator": value}, "evaluator=") for value in (5, "vdr", [], RetrievalDataset)),
     *(({"freeze": value}, "freeze=") for value in ("vision", 5)),
     *(({"lora": value}, "lora=") for value in ("all", 5, {"r": 8})),
-    *(({"documents": value}, "documents=") for value in ("video", 5, None, ["image"])),
+    *(({"documents": value}, "documents=") for value in ("movie", 5, None, ["image"])),
     *(({"prompts": value}, "prompts") for value in (5, ["find"], {"qery": "find"})),
     *(({"args": value}, "args is a") for value in (5, {"seed": 1}, "args")),
     *(({"train_dataset": value}, ".") for value in (None, 5, {}, [], {"mean": "x"})),

@@ -128,7 +128,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     *[("evaluator", {"ndcg_at_k": [each]}, "ndcg_at_k holds") for each in WRONG_WHOLES],
     ("evaluator", {"ndcg_at_k": []}, "ndcg_at_k is empty"),
     *[("evaluator", {"batch_size": each}, WHOLE) for each in WRONG_WHOLES],
-    *[("evaluator", {"documents": each}, "documents=.* is unknown") for each in ("audio", None, 5, ["text"])],
+    *[("evaluator", {"documents": each}, "documents=.* is unknown") for each in ("sound", None, 5, ["text"])],
     ("evaluator", {"documents": "image"}, "needs a column 'image'"),
     *[("evaluator", {"model": each}, RETRIEVER) for each in ("clip", 5, torch.nn.Identity())],
     *[("evaluate", {"model": each}, "is no SentenceTransformer") for each in ("text", 5, None)],
@@ -156,7 +156,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     *[("pipeline", {"ndcg_at_k": each}, WHOLE) for each in (*WRONG_WHOLES, [10])],
     *[("pipeline", {"batch_size": each}, WHOLE) for each in WRONG_WHOLES],
     *[("pipeline", {"dataset": each}, NO_DATASET) for each in (None, 5, {})],
-    ("pipeline", {"documents": "audio"}, "documents='audio' is unknown"),
+    ("pipeline", {"documents": "sound"}, "documents='sound' is unknown"),
     *[("mine", {"model": each}, RETRIEVER) for each in (5, None, "clip")],
     *[("mine", {"reranker": each}, RERANKER) for each in (5, "reranker", Vectors())],
     *[

@@ -15,6 +15,7 @@ import pytest
 import torch
 from datasets import Dataset, Image
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize
 
 from mmtune import (
     Comparison,
@@ -387,6 +388,22 @@ def test_a_model_in_memory_is_known_by_its_weights(data, folder: Path, tmp_path:
     model = load_model(folder / "clip")
     next(model.parameters()).data += 1
     compare([model], data, store=tmp_path)
+    assert encoded.total() == 2 * len(data.corpus)
+    model.similarity_fn_name = "euclidean"
+    assert list(compare([model], data, store=tmp_path).rows[0].per_query) == ["vdr_euclidean_ndcg@10"]
+    assert encoded.total() == 3 * len(data.corpus)
+
+
+def test_folders_of_a_checkpoint_may_be_links(data, folder: Path, tmp_path: Path, encoded: Counter) -> None:
+    model = load_model(folder / "clip")
+    model.append(Normalize())
+    model.save_pretrained(str(tmp_path / "clip"))
+    part = next(path for path in (tmp_path / "clip").iterdir() if path.is_dir())
+    part.rename(tmp_path / "elsewhere")
+    part.symlink_to(tmp_path / "elsewhere")
+    compare([tmp_path / "clip"], data, store=tmp_path / "store")
+    (tmp_path / "elsewhere" / "more.json").write_text("{}")
+    compare([tmp_path / "clip"], data, store=tmp_path / "store")
     assert encoded.total() == 2 * len(data.corpus)
 
 

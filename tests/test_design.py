@@ -18,4 +18,4 @@ def test_every_module_stands_in_the_table_of_what_to_change_where() -> None:
 
 def test_the_table_is_short() -> None:
     table = DESIGN.read_text(encoding="utf-8").split("## Where to change what")[1]
-    assert len([line for line in table.splitlines() if line.startswith("| ")]) - 1 <= 24
+    assert len([line for line in table.splitlines() if line.startswith("| ")]) - 1 <= 28

@@ -197,7 +197,7 @@ def test_a_model_of_numbers_that_are_none_gets_no_score(pages: Dataset, clip_pat
         ({"truncate_dims": 64}, "truncate_dims=64: expected whole numbers"),
         ({"ndcg_at_k": ()}, "ndcg_at_k is empty"),
         ({"batch_size": 0}, "batch_size=0: expected a whole number"),
-        ({"documents": "audio"}, "documents='audio' is unknown"),
+        ({"documents": "sound"}, "documents='sound' is unknown"),
         ({"documents": "text"}, "needs a column 'text'"),
     ],
 )

@@ -513,7 +513,7 @@ def test_rows_by_columns_do_not_overlap_by_their_row_numbers() -> None:
         ({"matryoshka_dims": "all"}, "matryoshka_dims"),
         ({"mini_batch_size": 0}, "mini_batch_size=0"),
         ({"num_negatives": -1}, "num_negatives=-1"),
-        ({"documents": "video"}, "documents='video'"),
+        ({"documents": "movie"}, "documents='movie'"),
         ({"documents": "text"}, "needs a column 'text'"),
         ({"eval_strategy": "steps"}, "needs something to measure"),
         ({"overwrite": True, "resume": True}, "Set one of them"),

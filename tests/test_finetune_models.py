@@ -510,4 +510,4 @@ def test_a_document_without_a_text_is_found_before_weights_load(data, clip_path:
     corpus = data[0].corpus.add_column("text", texts)
     with_text = RetrievalDataset(corpus, data[0].queries, data[0].qrels, data[0].negatives)
     with pytest.raises(DatasetError, match="1 documents have no text"):
-        finetune(str(tmp_path / "clip"), with_text, documents="text+image", output_dir=tmp_path / "run")
+        finetune(str(tmp_path / "clip"), with_text, documents="text", output_dir=tmp_path / "run")

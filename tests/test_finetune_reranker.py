@@ -543,7 +543,7 @@ def test_small_steps_on_half_precision_weights_warn(text_reranker_path: str, tmp
         ({"num_candidates": 1}, "num_candidates=1: expected a whole number of 2 or more"),
         ({"num_negatives": -1}, "num_negatives=-1"),
         ({"num_negatives": 0}, "num_negatives=0: every pair would be relevant"),
-        ({"documents": "video"}, "documents='video'"),
+        ({"documents": "movie"}, "documents='movie'"),
         ({"documents": "text"}, "needs a column 'text'"),
         ({"eval_strategy": "steps"}, "needs something to measure"),
         ({"overwrite": True, "resume": True}, "Set one of them"),

@@ -256,6 +256,33 @@ def test_what_the_table_says(dense: SentenceTransformer, data: RetrievalDataset,
     assert "ranges" not in str(size_frontier(dense, data, dtypes=["binary"], **quiet))
 
 
+def test_a_calibration_that_knows_what_is_evaluated_says_so(
+    dense: SentenceTransformer, data: RetrievalDataset, calibration: RetrievalDataset, caplog: Any
+) -> None:
+    quiet: dict[str, Any] = {"documents": "text", "dims": [32], "show_progress_bar": False}
+    renamed = [{"document_id": f"copy {at}", "text": text} for at, text in enumerate(data.corpus["text"][:5])]
+    both = RetrievalDataset.concatenate(
+        [calibration, RetrievalDataset(Dataset.from_list(renamed), calibration.queries, calibration.qrels)]
+    )
+    found = size_frontier(dense, data, dtypes=["int8"], calibration=both, **quiet)
+    assert found.calibration.startswith("25 documents, which are few; 5 of them are evaluated, too")
+    assert not caplog.records
+    size_frontier(dense, data, dtypes=["binary"], calibration=both, **quiet)
+    assert "calibration is not used" in caplog.text
+
+
+def test_a_size_beyond_a_model_that_does_not_know_its_own_is_refused(
+    dense: SentenceTransformer, data: RetrievalDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense, "get_embedding_dimension", lambda: None)
+    quiet: dict[str, Any] = {"documents": "text", "show_progress_bar": False}
+    assert size_frontier(dense, data, dims=[64, 8], dtypes=["float32"], **quiet).rows[0].bytes_per_document == 256
+    with pytest.raises(ConfigError, match="512 is larger than the 64"):
+        size_frontier(dense, data, dims=[512, 8], **quiet)
+    with pytest.raises(ConfigError, match="512 is larger than the 64"):
+        build_evaluator(data, model=dense, truncate_dims=[512], **quiet)(dense)
+
+
 def rows_of(*values: np.ndarray) -> list[FrontierRow]:
     """Rows that halve in size."""
     return [
@@ -341,6 +368,9 @@ def test_the_picture(dense: SentenceTransformer, data: RetrievalDataset, tmp_pat
         found.plot(tmp_path / "sizes.doc")
     with pytest.raises(ConfigError, match="path=5"):
         found.plot(5)  # type: ignore[arg-type]
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="can't be written to"):
+        found.plot(tmp_path / "file" / "sizes.png")
     monkeypatch.setattr(frontier_module, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"matplotlib.*\[report\]"):
         found.plot(tmp_path / "sizes.png")
@@ -361,8 +391,9 @@ def test_the_picture(dense: SentenceTransformer, data: RetrievalDataset, tmp_pat
         ({"dtypes": []}, ConfigError, "dtypes is empty"),
         ({"dtypes": ["int4"]}, ConfigError, "'int4' is unknown"),
         ({"dtypes": [None]}, ConfigError, "None is unknown"),
-        ({"tolerance": -0.1}, ConfigError, "tolerance=-0.1: expected a number from 0 to 1"),
+        ({"tolerance": -0.1}, ConfigError, "tolerance=-0.1: expected a number from 0 to below 1"),
         ({"tolerance": 1}, ConfigError, "tolerance=1: expected"),
+        ({"show_progress_bar": "no"}, ConfigError, "show_progress_bar='no': expected True or False"),
         ({"tolerance": "small"}, ConfigError, "tolerance='small'"),
         ({"tolerance": float("nan")}, ConfigError, "tolerance=nan"),
         ({"pool_factors": [2]}, ConfigError, "nothing to pool"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import Dataset, Features
+from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 from sentence_transformers import (
@@ -194,6 +194,14 @@ def test_a_split_keeps_one_photo_on_one_side_and_leaks_are_found_by_bytes():
     assert leaks_between(one, other, "text").query_texts == ()
     leaked = one.audit(against=other, **QUIET)["leaked_queries"]
     assert [example.query_ids for example in leaked.examples] == [("q1", "b")]
+
+
+def test_texts_of_a_frame_are_found_among_others():
+    one = RetrievalDataset.from_id_rows(generated_pages(6, page_size_px=64))
+    of_frame = one.queries.cast_column("text", Value("large_string"))
+    other = RetrievalDataset(one.corpus, of_frame, one.qrels)
+    assert len(leaks_between(one, other).query_texts) == len(leaks_between(other, one).query_texts) == 6
+    assert one.audit(against=other, **QUIET)["leaked_queries"].count == 6
 
 
 def test_a_split_ties_what_it_is_told_to():

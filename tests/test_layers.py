@@ -1,6 +1,7 @@
 """Imports point one way, and what is private in other packages is touched in one module.
 
-errors, arguments, host < data, models < inference, report < evaluation < training < the door; nothing imports testing.
+errors, arguments, host < data, models < inference, report < evaluation < serving < training < command_line < the door;
+nothing imports testing.
 """
 
 import ast
@@ -23,7 +24,9 @@ LEVEL = {
     "inference": 3,
     "report": 3,
     "evaluation": 4,
-    "training": 5,
+    "serving": 5,
+    "training": 6,
+    "command_line": 7,
 }
 DOOR = ""
 """``mmtune/__init__.py``: above every layer."""

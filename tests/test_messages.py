@@ -803,7 +803,7 @@ def test_no_message_calls_sentence_transformers_the_host() -> None:
         found += [
             f"{path.name}:{node.lineno}"
             for node in texts
-            if id(node) not in plain and re.search(r"\bhost\b", node.value)
+            if id(node) not in plain and node.value != "host" and re.search(r"\bhost\b", node.value)
         ]
     assert found == []
 

@@ -572,6 +572,22 @@ def test_a_changed_model_has_another_fingerprint(clip_path, change):
     assert model_fingerprint(model) != model_fingerprint(other)
 
 
+@pytest.mark.parametrize("change", ["enable", "scale"])
+def test_adapters_that_are_set_otherwise_make_another_model(text_encoder_path, change):
+    peft = pytest.importorskip("peft")
+    model = SentenceTransformer(text_encoder_path)
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights=False))
+    before, embedding = model_fingerprint(model), model.encode(["a text"])
+    if change == "enable":
+        model.disable_adapters()
+    else:
+        for layer in model.modules():
+            if hasattr(layer, "set_scale"):
+                layer.set_scale("default", 3.0)
+    assert not np.allclose(model.encode(["a text"]), embedding)
+    assert model_fingerprint(model) != before
+
+
 def test_a_saved_model_has_the_same_fingerprint(clip_path, text_encoder_path, tmp_path):
     for kind, path in ((SentenceTransformer, clip_path), (MultiVectorEncoder, text_encoder_path)):
         model = kind(path)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, Image, Value
 from sentence_transformers import MultiVectorEncoder
 
 from mmtune import (
@@ -122,6 +122,12 @@ def test_data_that_cannot_be_asked_is_refused(graded: RetrievalDataset) -> None:
         as_mteb_task(nothing, name="private")
     with pytest.raises(DatasetError, match="is no dataset"):
         as_mteb_task(5, name="private")
+    images = RetrievalDataset.from_id_rows(generated_pages(4, page_size_px=64)).corpus["image"][:2]
+    queries = Dataset.from_dict({"query_id": ["q0", "q1"], "image": images}).cast_column("image", Image(decode=False))
+    corpus = graded.corpus.select(range(2))
+    judged = {"query_id": ["q0", "q1"], "document_id": corpus["document_id"][:], "score": [1, 1]}
+    with pytest.raises(DatasetError, match="'q0' has no text"):
+        as_mteb_task(RetrievalDataset(corpus, queries, Dataset.from_dict(judged)), name="private", documents="text")
 
 
 def test_without_mteb_the_install_line_is_named(graded: RetrievalDataset, monkeypatch: pytest.MonkeyPatch) -> None:

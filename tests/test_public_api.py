@@ -25,6 +25,7 @@ PUBLIC = [
     "Frontier",
     "FrontierRow",
     "ImageDecodeError",
+    "MediaDecodeError",
     "MissingDocumentError",
     "MissingExtraError",
     "MmtuneError",
@@ -33,6 +34,7 @@ PUBLIC = [
     "Plan",
     "RetrievalDataset",
     "RouterPreset",
+    "ServingReport",
     "TeacherScores",
     "Verdict",
     "as_mteb_task",
@@ -40,10 +42,14 @@ PUBLIC = [
     "build_late_interaction",
     "build_reranker",
     "build_reranking_evaluator",
+    "check_serving",
     "compare_models",
     "compare_per_query",
     "compose_router",
+    "distill_query_encoder",
+    "encode_corpus",
     "evaluate_pipeline",
+    "export_model",
     "extract_route",
     "find_false_negatives",
     "finetune",
@@ -53,13 +59,15 @@ PUBLIC = [
     "load_model",
     "merge_lora",
     "mine_hard_negatives",
+    "read_shards",
     "router_preset",
     "score_rows",
     "size_frontier",
 ]
 TESTING = [
-    *("generated_pages", "generated_pdfs"),
-    *("tiny_clip", "tiny_llava", "tiny_qwen3_vl", "tiny_siglip", "tiny_text_encoder"),
+    *("generated_audio", "generated_clips", "generated_pages", "generated_pdfs"),
+    *("tiny_ast", "tiny_clap", "tiny_clip", "tiny_llava", "tiny_qwen3_vl", "tiny_siglip", "tiny_text_encoder"),
+    *("tiny_videomae", "tiny_whisper"),
 ]
 
 
@@ -135,6 +143,9 @@ class Promised:
     ): ...
 
     @staticmethod
+    def encode_corpus(dataset, model, folder, *, dtype="float32", dim=None, engine="local"): ...
+
+    @staticmethod
     def load_model(
         name_or_path, *, max_pixels=None, min_pixels=None, dtype="auto", attention="auto", device=None, **host_kwargs
     ): ...
@@ -157,7 +168,7 @@ class Promised:
     ): ...
 
     @staticmethod
-    def compose_router(text, image, *, dimension=None, freeze=(), device=None): ...
+    def compose_router(text, image=None, *, dimension=None, freeze=(), device=None): ...
 
     @staticmethod
     def router_preset(name, **overrides): ...
@@ -247,6 +258,11 @@ class Promised:
     ): ...
 
     @staticmethod
+    def distill_query_encoder(
+        model, text_encoder, queries, eval_dataset=None, *, output_dir=None, **training_arguments
+    ): ...
+
+    @staticmethod
     def compare_models(models, dataset, *, truncate_dims=(), name="vdr", store=None): ...
 
     @staticmethod
@@ -256,9 +272,16 @@ class Promised:
     def generated_pdfs(folder, *, seed=0): ...
 
     @staticmethod
+    def generated_audio(n, *, seed=0): ...
+
+    @staticmethod
+    def generated_clips(n, *, seed=0): ...
+
+    @staticmethod
     def tiny_clip(folder): ...
 
     tiny_siglip = tiny_text_encoder = tiny_qwen3_vl = tiny_llava = tiny_clip
+    tiny_clap = tiny_ast = tiny_whisper = tiny_videomae = tiny_clip
 
 
 METHODS = [
@@ -270,7 +293,7 @@ FUNCTIONS = [
     *("build_evaluator", "build_reranking_evaluator", "build_reranker", "compare_per_query"),
     *("compare_models", "compose_router", "finetune"),
     *("finetune_reranker", "load_model", "mine_hard_negatives", "router_preset"),
-    *("find_false_negatives", "generate_queries", "judge_negatives"),
+    *("distill_query_encoder", "find_false_negatives", "generate_queries", "judge_negatives"),
 ]
 
 
@@ -405,6 +428,7 @@ def no_network(*args, **kwargs):
 socket.socket.connect = no_network
 before = state()
 import mmtune
+[getattr(mmtune, name) for name in mmtune.__all__]  # each is imported when it is first used
 after = state()
 print(json.dumps({key: [before[key], after[key]] for key in before if before[key] != after[key]}))
 """

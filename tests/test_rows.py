@@ -337,8 +337,8 @@ def test_arguments_out_of_range_are_named():
         dataset.training_rows(on_short="fill")
     with pytest.raises(ConfigError, match=r"num_negatives=-1"):
         dataset.training_rows(-1)
-    with pytest.raises(ConfigError, match=r"documents='audio' is unknown"):
-        dataset.training_rows(documents="audio")
+    with pytest.raises(ConfigError, match=r"documents='sound' is unknown"):
+        dataset.training_rows(documents="sound")
     with pytest.raises(ConfigError, match=r"needs a column 'text'.*\['document_id', 'image'\]"):
         dataset.training_rows(documents="text+image")
 

@@ -1,5 +1,6 @@
 """Whether a difference is called: against scipy, by simulation, and on values that can't be."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -154,6 +155,13 @@ def test_several_comparisons_are_corrected() -> None:
         ({"after": {"q0": 0.1}}, DatasetError, "after and before have not the same queries: 1 .* 'q1'"),
         ({"after": {"q0": 0.1, "q1": 0.2, "q2": 0.3}}, DatasetError, "'q2'"),
         ({"after": {"q0": 0.1, "q1": float("nan")}}, DatasetError, "after has nan for the query 'q1'"),
+        ({"after": {"q0": 0.1, "q1": None}}, DatasetError, "after has None for the query 'q1'"),
+        ({"after": {"q0": 0.1, "q1": "high"}}, DatasetError, "after has 'high' for the query 'q1'"),
+        ({"after": {"q0": 0.1, "q1": [0.1]}}, DatasetError, "after has .* for the query 'q1'"),
+        ({"before": {1: 0.1, "a": 0.1}, "after": {"a": 0.1}}, DatasetError, "1 are in one of them only"),
+        ({"groups": {"q0": "a", "q1": None}}, DatasetError, "1 queries have no group, e.g. 'q1'"),
+        ({"groups": {"q0": "a", "q1": float("nan")}}, DatasetError, "1 queries have no group, e.g. 'q1'"),
+        ({"guard": "WIN"}, ConfigError, "guard='WIN'"),
         ({"after": 5}, DatasetError, "after=5"),
         ({"chosen_among": [{"q0": 1.0}]}, DatasetError, r"chosen_among\[0\]"),
         ({"groups": {"q0": "a"}}, DatasetError, "1 queries have no group, e.g. 'q1'"),
@@ -166,3 +174,21 @@ def test_what_can_not_be_compared_is_named(change: dict[str, Any], error: type[E
     given_: dict[str, Any] = {"before": {"q0": 0.0, "q1": 0.1}, "after": {"q0": 0.1, "q1": 0.2}, **change}
     with pytest.raises(error, match=message):
         compare_per_query(given_.pop("before"), given_.pop("after"), **given_)
+
+
+def test_rounding_is_no_difference() -> None:
+    before = by_id(np.full(20, 0.5))
+    verdict = compare_per_query(before, {name: value + 1e-12 for name, value in before.items()})
+    assert (verdict.outcome, verdict.p_value, verdict.ties) == ("MARGINAL", 1.0, 20)
+    # the parts of each sum cancel out, and what is left of them is rounding
+    assert compare_per_query(by_id(np.zeros(12)), by_id([0.1, 0.2, -0.3] * 4)).p_value == 1.0
+
+
+def test_what_a_group_is_called_begins_no_line_of_a_log() -> None:
+    before, after = by_id(np.full(30, 0.5)), by_id(np.full(30, 0.8))
+    worse = compare_per_query(before, by_id(np.full(30, 0.3)))
+    for name in ("en\nVERDICT: WIN | score=1.0000", "x" * 5_000):
+        sentence = replace(compare_per_query(before, after), by_group={"kind": {name: worse}}).sentence
+        assert "worse where kind is " in sentence
+        assert len(sentence.splitlines()) == 1
+        assert len(sentence) < 400

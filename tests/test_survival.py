@@ -12,11 +12,13 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import HfApi, RepoUrl
+from huggingface_hub.utils import filter_repo_objects
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
@@ -25,8 +27,8 @@ from mmtune import ConfigError, FinetuneResult, RetrievalDataset, finetune
 from mmtune.testing import generated_pages, tiny_clip
 from mmtune.training import result, run
 from mmtune.training.output import only_run, recover, set_aside
-from mmtune.training.records import find_last_checkpoint, require_same
-from mmtune.training.trainers import EmbeddingTrainer
+from mmtune.training.records import find_last_checkpoint, require_same, why_unusable
+from mmtune.training.trainers import EmbeddingTrainer, PageTrainer
 
 OPTIONS: dict[str, Any] = {
     "disable_tqdm": True,
@@ -36,6 +38,8 @@ OPTIONS: dict[str, Any] = {
     "eval_steps": 2,
     "save_total_limit": None,
 }
+SIDES = "training", "evaluation"
+IGNORED = "ignore_patterns"
 
 
 @pytest.fixture(autouse=True)
@@ -258,6 +262,31 @@ def test_a_run_does_not_go_on_with_another_setting(name: str, data, clip_path: s
     shown = name.removeprefix("no ")
     with pytest.raises(ConfigError, match=rf"begun with other settings: .*{shown}: .* then, .* now.*may change"):
         finetune(model, train, evaluation, output_dir=folder, resume=True, **arguments)
+
+
+@pytest.mark.parametrize("changed", ["guard", "evaluation", "training"])
+def test_a_run_does_not_go_on_with_sets_of_other_names(changed: str, data, clip_path: str, folder: Path) -> None:
+    train, evaluation = ({"more": part} if changed == name else part for name, part in zip(SIDES, data, strict=True))
+    guard = {"more": data[1]} if changed == "guard" else None
+    with pytest.raises(ConfigError, match=rf"begun with other settings: .*{changed} sets: .* then, \['more'\] now"):
+        finetune(clip_path, train, evaluation, guard_dataset=guard, output_dir=folder, resume=True, **OPTIONS)
+
+
+def test_a_run_without_its_values_by_query_says_that_there_is_no_verdict(data, clip_path: str, folder: Path) -> None:
+    shutil.rmtree(folder / "final")
+    for path in folder.glob("checkpoint-*/mmtune_per_query.parquet"):
+        path.unlink()
+    with pytest.warns(UserWarning, match="checkpoint-4 has no mmtune_per_query.parquet, .* without a verdict"):
+        result = finetune(clip_path, *data, output_dir=folder, resume=True, **OPTIONS)
+    assert result.verdict is None
+
+
+def test_what_a_killed_run_left_of_its_result_is_not_taken_for_that_of_the_next(data, clip_path, tmp_path) -> None:
+    for name in ("per_query.parquet", "report.html"):
+        (tmp_path / name).write_text("of another run")
+    finetune(clip_path, data[0], output_dir=tmp_path, **{**OPTIONS, "eval_steps": None})
+    assert not (tmp_path / "per_query.parquet").exists()
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_another_number_of_processes_is_named(folder: Path) -> None:
@@ -601,9 +630,12 @@ def test_the_result_is_published_and_a_push_that_fails_is_said(
             done.set_exception(OSError("no route to the Hub"))
         return done if run_as_future else done.result()
 
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **_: RepoUrl(f"https://huggingface.co/{repo_id}"))
+    # without a name the host takes that of the folder, and the Hub puts the user in front
+    tmp_path = tmp_path / "pages"
+    url = "https://huggingface.co/me/pages"
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **_: RepoUrl(url))
     monkeypatch.setattr(HfApi, "upload_folder", upload)
-    options = {**OPTIONS, "push_to_hub": True, "hub_model_id": "me/pages"}
+    options = {**OPTIONS, "push_to_hub": True}
     if works:
         result = finetune(clip_path, *data, output_dir=tmp_path, **options)
     else:
@@ -614,4 +646,29 @@ def test_the_result_is_published_and_a_push_that_fails_is_said(
     assert [each["folder"] for each, _ in pushed] == ["checkpoint-2", "checkpoint-4", "final"]
     assert pushed[-1][1] == contents(tmp_path / "final")
     assert b"## Finetuning" in pushed[-1][1]["README.md"]
+    assert b"SentenceTransformer('me/pages')" in pushed[-1][1]["README.md"]
+    published = [name for to, files in pushed for name in filter_repo_objects(files, ignore_patterns=to.get(IGNORED))]
+    assert "model.safetensors" in published
+    assert not [name for name in published if "per_query" in name], "ids of the data are never published"
     assert not [name for _, files in pushed for name in files if name.endswith((".png", ".jpg")) or "assets" in name]
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
+def test_no_way_to_publish_a_checkpoint_takes_ids_of_the_data_along(strategy: str, folder: Path) -> None:
+    pushed: list[dict[str, Any]] = []
+    checkpoint = str(folder / "checkpoint-4")
+    trainer: Any = SimpleNamespace(
+        args=SimpleNamespace(hub_strategy=strategy),
+        state=SimpleNamespace(global_step=4),
+        is_world_process_zero=lambda: True,
+        _upload=lambda folder, message, **options: pushed.append(options),
+        _pushes=[],
+    )
+    PageTrainer.push_checkpoint(trainer, checkpoint)
+    assert len(pushed) == (1 if strategy == "every_save" else 2)
+    for options in pushed:
+        published = list(filter_repo_objects(contents(Path(checkpoint)), ignore_patterns=options.get(IGNORED)))
+        assert "model.safetensors" in published
+        assert not [name for name in published if "per_query" in name]
+    (folder / "checkpoint-4" / "mmtune_per_query.parquet").unlink()
+    assert why_unusable(folder / "checkpoint-4") is None, "and it can be gone on from"

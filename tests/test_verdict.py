@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ from mmtune.evaluation.history import BEGINNING, END, History
 from mmtune.evaluation.significance import Verdict
 from mmtune.evaluation.verdict import find_hubs, judge
 from mmtune.testing import generated_pages
+from mmtune.training.callbacks import ShortLogs
 from mmtune.training.evaluators import RunEvaluator
 
 QUIET = {"disable_tqdm": True, "per_device_train_batch_size": 8}
@@ -139,7 +141,7 @@ def test_the_best_of_many_measurements_has_to_be_better_by_more() -> None:
 
 def test_groups_and_sizes_have_verdicts_of_their_own() -> None:
     names = [f"q{n}" for n in range(40)]
-    language = ["en"] * 20 + ["de"] * 20
+    language = ["en"] * 20 + ["de"] * 19 + ["fi"]
     data = table({name: [f"d-{name}"] for name in names}, language=language, note=names)
     part = part_of("vdr", data, truncations=[SimpleNamespace(name="vdr-32d", truncate_dim=32)])
     found = History()
@@ -151,10 +153,42 @@ def test_groups_and_sizes_have_verdicts_of_their_own() -> None:
     assert verdict is not None
     assert list(verdict.by_group) == ["language"], "a column with a value for each query tells no groups apart"
     by_language = verdict.by_group["language"]
+    assert list(by_language) == ["de", "en"], "a single query in another language is no group, and hides none"
     assert [by_language[each].outcome for each in ("en", "de")] == ["WIN", "REGRESSION"]
     assert "worse where language is de, 0.50 to 0.40" in verdict.sentence
     assert [verdict.by_size[each].outcome for each in ("full", "32")] == ["WIN", "MARGINAL"]
     assert Verdict.from_dict(json.loads(json.dumps(verdict.as_dict()))) == verdict
+
+
+def test_a_kind_of_page_that_nothing_is_asked_with_has_no_verdict() -> None:
+    data = table({f"q{n}": [f"d{n}", f"e{n}"] for n in range(12)})
+    kinds = ["chart" if each.startswith("d") else "cover" for each in data.corpus["document_id"]]
+    data = RetrievalDataset(data.corpus.add_column("kind", kinds), data.queries, data.qrels)
+    asking = part_of("vdr", data, direction="image_to_text")
+    asking.groups = {f"d{n}": f"d{n}" for n in range(12)}
+    values = [(asking, {f"d{n}": 0.5 for n in range(12)})]
+    found = judge(measured((BEGINNING, values), (END, values)), SimpleNamespace(parts=[asking]), None, was_chosen=False)
+    assert found is not None
+    assert list(found.by_group["kind"]) == ["chart"]
+
+
+@pytest.mark.parametrize(
+    "given", [None, {METRIC: None}, {METRIC: [0.5]}, {METRIC: {1: float("nan")}}, {METRIC: {1: 0.5, 3: 0.5}}]
+)
+def test_values_of_a_foreign_evaluator_that_are_none_lose_no_run(given: Any, tmp_path: Path) -> None:
+    part = part_of("vdr", None)
+    part.per_query, part.top_ids = {METRIC: {1: 0.5, 2: 0.5}}, {1: [7]}
+    found = History()
+    found.note(BEGINNING, [part], None)
+    part.per_query = {METRIC: {2: 0.75, 1: 0.25}}
+    found.note(3, [part], None)
+    assert found.of(3, METRIC) == {"1": 0.25, "2": 0.75}
+    part.per_query = given
+    with nullcontext() if given is None else pytest.warns(UserWarning, match="there is no verdict by it"):
+        found.note(END, [part], None)
+    found.write(tmp_path)
+    assert History.read(tmp_path).of(3, METRIC) == {"1": 0.25, "2": 0.75}
+    assert judge(found, SimpleNamespace(parts=[part]), None, was_chosen=True) is None
 
 
 def test_without_values_by_query_there_is_no_verdict() -> None:
@@ -305,18 +339,25 @@ def test_an_evaluator_of_the_caller_gives_a_verdict_where_it_tells_values(clip_p
 
 
 def test_embeddings_that_move_with_the_size_of_the_batch_are_reported(old) -> None:
+    sizes: list[int] = []
+
     class Moves:
         similarity_fn_name = "cosine"
 
         def encode_query(self, inputs: Any, **options: Any) -> Any:
             import torch
 
+            sizes.append(options["batch_size"])
             return torch.full((len(inputs), 4), 1.0 + 0.25 * (options["batch_size"] > 1))
 
         encode_document = encode_query
 
     evaluator = build_evaluator(old, show_progress_bar=False)
     assert evaluator.measure_effect_of_batch_size(Moves()) == pytest.approx(0.25)
+    evaluator.batch_size = 4
+    sizes.clear()
+    evaluator.measure_effect_of_batch_size(Moves())
+    assert set(sizes) == {1, 4}, "a larger batch than those of the evaluation may not fit"
 
 
 @pytest.mark.parametrize("given", [3, "no-such-folder", []])
@@ -339,3 +380,32 @@ def test_groups_of_an_evaluator_go_into_a_comparison(old) -> None:
     assert compare_per_query(values, values, groups=evaluator.groups).num_clusters == len(
         set(evaluator.groups.values())
     )
+
+
+def test_the_card_tells_nothing_of_this_machine_and_of_no_group(clip_path: str, old, new, tmp_path: Path) -> None:
+    sources = ["/home/me/merger.pdf", "/home/me/layoffs.pdf"]
+    queries = old.queries.add_column("source", [sources[at % 2] for at in range(len(old))])
+    data = RetrievalDataset(old.corpus, queries, old.qrels, old.negatives)
+    store = tmp_path / "store"
+    result = finetune(
+        clip_path, new, data, output_dir=tmp_path / "run", page_store=store, keep="last", max_steps=1, **QUIET
+    )
+    assert result.verdict is not None
+    assert list(result.verdict.by_group["source"]) == sorted(sources)
+    card = (result.output_dir / "final" / "README.md").read_text()
+    assert "| size 64 |" in card
+    assert not [line for line in card.splitlines() if "/home/me" in line or str(store) in line]
+    assert "/home/me/merger.pdf" in result.report
+
+
+@pytest.mark.parametrize("prefix", ["eval_", ""])
+def test_a_line_of_the_log_has_the_metric_that_chooses_and_the_mean_of_guards(prefix: str, capfd) -> None:
+    args: Any = SimpleNamespace(metric_for_best_model=f"{prefix}{METRIC}")
+    state: Any = SimpleNamespace(is_world_process_zero=True, max_steps=4, global_step=2)
+    control: Any = SimpleNamespace(should_evaluate=True)
+    logs = ShortLogs()
+    logs.on_log(args, state, control, {"loss": 1.5})
+    guards = {f"eval_guard-{name}_cosine_ndcg@10": value for name, value in (("a", 0.1), ("a-64d", 0.9), ("mean", 0.3))}
+    logs.on_log(args, state, control, {f"eval_{METRIC}": 0.5, **guards})
+    line = f"step 2/4  loss 1.5000  {METRIC} 0.5000  guard-mean_cosine_ndcg@10 0.3000"
+    assert capfd.readouterr().err.strip() == line

@@ -1,4 +1,4 @@
-"""The one way to check an argument: whole numbers, numbers, choices, and the name that was probably meant.
+"""The one way to check an argument: whole numbers, numbers, choices, limits, and the name that was probably meant.
 
 NumPy's numbers are numbers everywhere, and booleans are none: ``True`` would pass as 1.
 """
@@ -10,6 +10,7 @@ import numbers
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from mmtune.errors import ConfigError
@@ -314,3 +315,67 @@ def item_of(item_id: str) -> str:
 def name_item(item_id: str) -> str:
     """An id with what it is of, as a message begins: ``"Document 'p1'"``, or ``"Query 'q1'"`` for a ``QueryId``."""
     return f"{item_of(item_id).capitalize()} {item_id!r}"
+
+
+MODALITIES = ("text", "image", "audio", "video")
+"""What documents are made of."""
+
+MIXED = "mixed"
+"""The kind of documents of which each is what it has."""
+
+
+@dataclass(frozen=True)
+class MediaLimits:
+    """How much is read of a sound or a clip; ``None`` leaves that to the file.
+
+    Attributes:
+        max_seconds: The first seconds of it.
+        fps: Frames a second of a clip, at most.
+        max_frames: Frames of a clip at most, 2 or more, evenly spread over what is read of it.
+        max_pixels: Width times height of a frame, at most.
+        num_frames: Frames of a clip exactly, as some models take them; the last one is repeated where there are fewer.
+        sampling_rate: Samples a second that a sound is resampled to.
+
+    Raises:
+        ConfigError: A limit is no positive number, or no whole one where frames, pixels or samples are counted.
+
+    Example:
+        >>> MediaLimits(max_seconds=30, fps=2).given()
+        {'max_seconds': 30.0, 'fps': 2.0}
+    """
+
+    max_seconds: float | None = None
+    fps: float | None = None
+    max_frames: int | None = None
+    max_pixels: int | None = None
+    num_frames: int | None = None
+    sampling_rate: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in self.given().items():
+            if name in ("max_seconds", "fps"):
+                checked: float = require_number(name, value, or_else="None")
+                if checked <= 0:
+                    raise ConfigError(f"{name}={value!r}: expected a number above 0, or None.")
+            else:
+                # models of video read pairs of frames
+                least = 2 if name in ("max_frames", "num_frames") else 1
+                checked = require_whole(name, value, at_least=least, or_else="None")
+            # NumPy's numbers could not be saved with a model
+            object.__setattr__(self, name, checked)
+
+    def given(self) -> dict[str, Any]:
+        """The limits that are not ``None``, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def within(self, other: "MediaLimits") -> "MediaLimits":
+        """What both allow; how many frames and samples there are, ``other`` says where it does."""
+        both: dict[str, Any] = {}
+        for name in (field.name for field in fields(self)):
+            own, others = getattr(self, name), getattr(other, name)
+            is_fixed = name in ("num_frames", "sampling_rate")
+            both[name] = own if others is None else others if own is None or is_fixed else min(own, others)
+        return MediaLimits(**both)
+
+
+ALL_OF_IT = MediaLimits()

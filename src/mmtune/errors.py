@@ -5,7 +5,8 @@
     MmtuneError
     ├── DatasetError            (also ValueError)   tables, rows, ids
     │   ├── MissingDocumentError                    an id that no document has
-    │   └── ImageDecodeError                        a page that is no readable image
+    │   └── MediaDecodeError                        a sound or a clip that can't be decoded
+    │       └── ImageDecodeError                    a page that is no readable image
     └── ConfigError             (also ValueError)   arguments, models, output folders
         └── MissingExtraError   (also ImportError)  an optional package is not installed
 
@@ -25,7 +26,11 @@ class MissingDocumentError(DatasetError):
     """An id refers to a document that is not in the corpus."""
 
 
-class ImageDecodeError(DatasetError):
+class MediaDecodeError(DatasetError):
+    """A sound or a clip could not be decoded; of a page it is an ``ImageDecodeError``."""
+
+
+class ImageDecodeError(MediaDecodeError):
     """A page could not be decoded as an image."""
 
 

@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetInfo, Features, Image, concatenate_datasets
+from datasets import Audio, Dataset, DatasetInfo, Features, Image, Video, concatenate_datasets
 from datasets.fingerprint import generate_random_fingerprint
 
 from mmtune.errors import DatasetError
 from mmtune.host import stored_positions
 
-ENCODED_IMAGE = Image(decode=False)
+ENCODED = {"image": Image(decode=False), "audio": Audio(decode=False), "video": Video(decode=False)}
+"""The columns of files that stay encoded until they are used, by what they hold: ``{"bytes", "path"}`` each."""
+PLURALS = {"image": "images", "audio": "sounds", "video": "clips"}
 
 
 def column(dataset: Dataset, name: str) -> pa.Array:
@@ -229,34 +231,48 @@ def stored_image_column(rows: Dataset, name: str) -> tuple[pa.ChunkedArray, np.n
     return rows.data.table.column(name), stored_positions(rows)
 
 
-def with_encoded_images(rows: Dataset, name: str) -> Dataset:
+def media_columns(names: Iterable[str]) -> list[str]:
+    """Which of the columns ``image``, ``audio`` and ``video`` there are."""
+    found = set(names)
+    return [name for name in ENCODED if name in found]
+
+
+def with_encoded_images(rows: Dataset, name: str, kind: str = "image") -> Dataset:
     """``rows`` with column ``name`` typed ``Image(decode=False)``; bytes and paths stay where they are.
 
     Accepts ``Image`` columns, structs of ``bytes`` and ``path``, plain binary (encoded images) and plain strings
     (paths).
 
+    Args:
+        rows: Any dataset.
+        name: The column.
+        kind: ``"image"``, or ``"audio"`` or ``"video"`` for columns that hold these likewise.
+
     Raises:
         DatasetError: The column is of another type.
     """
-    feature = rows.features[name]
-    if isinstance(feature, Image):
-        return rows if not feature.decode else rows.cast_column(name, ENCODED_IMAGE)
-    kind = rows.data.table.column(name).type
-    if pa.types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}:
-        return rows.cast_column(name, ENCODED_IMAGE)
-    if not (is_text(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_null(kind)):
+    feature, encoded = rows.features[name], ENCODED[kind]
+    if isinstance(feature, type(encoded)):
+        return rows if not feature.decode else rows.cast_column(name, encoded)
+    stored = rows.data.table.column(name).type
+    if pa.types.is_struct(stored) and {"bytes", "path"} <= {field.name for field in stored}:
+        return rows.cast_column(name, encoded)
+    if not (
+        is_text(stored) or pa.types.is_binary(stored) or pa.types.is_large_binary(stored) or pa.types.is_null(stored)
+    ):
         raise DatasetError(
-            f"Column {name!r} holds {kind}, which can't be images. Expected datasets.Image, a struct of bytes and "
-            "path, encoded bytes, or paths. Name the right column, or cast this one to datasets.Image()."
+            f"Column {name!r} holds {stored}, which can't be {PLURALS[kind]}. Expected datasets.{kind.title()}, a "
+            "struct of bytes and path, encoded bytes, or paths. Name the right column, or cast this one to "
+            f"datasets.{kind.title()}()."
         )
     structs = []
     for chunk in rows.data.table.column(name).chunks:
-        paths = chunk if is_text(kind) else pa.nulls(len(chunk))
-        content = pa.nulls(len(chunk)) if is_text(kind) else chunk
+        paths = chunk if is_text(stored) else pa.nulls(len(chunk))
+        content = pa.nulls(len(chunk)) if is_text(stored) else chunk
         fields = [content.cast(pa.binary()), paths.cast(pa.string())]
         structs.append(pa.StructArray.from_arrays(fields, names=["bytes", "path"], mask=chunk.is_null()))
-    column_of_structs = pa.table({name: pa.chunked_array(structs, type=ENCODED_IMAGE.pa_type)})
-    wrapped = new_dataset(column_of_structs).cast_column(name, ENCODED_IMAGE)
+    column_of_structs = pa.table({name: pa.chunked_array(structs, type=encoded.pa_type)})
+    wrapped = new_dataset(column_of_structs).cast_column(name, encoded)
     # Beside the other columns as they are stored, and then in the order of the rows: no image moves.
     others = new_dataset(rows.data, rows.info).remove_columns([name])
     joined = concatenate_datasets([others, wrapped], axis=1) if others.column_names else wrapped

@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import pyarrow as pa
 
-from mmtune.data.arrow import column
+from mmtune.data.arrow import column, media_columns
 from mmtune.data.content import Content
 from mmtune.data.findings import GOOD_TO_KNOW, PROBLEMS, AuditReport, Example, Finding, count_entries, most_common
 from mmtune.data.images import EncodedImages
@@ -74,7 +74,7 @@ def examine(relevance: Relevance, *, num_examples: int | None = 5, content: Cont
         "negatives": len(examiner.documents),
     }
     # What a corpus without images must have, another one may lack.
-    has_images = "image" in tables.corpus.column_names
+    has_images = bool(media_columns(tables.corpus.column_names))
     problems = {key: told for key, told in PROBLEMS.items() if not (has_images and key in GOOD_TO_KNOW)}
     findings = (
         Finding(key, count_by_key[key].number, key in problems, title, meaning, count_by_key[key].examples)
@@ -194,16 +194,22 @@ class _Examiner:
         }
 
     def count_missing_content(self) -> dict[str, _Count]:
-        """Documents without an image, or without a text, where the corpus has such a column."""
+        """Documents without an image, a sound or a clip, or without a text, where the corpus has such a column."""
         corpus = self._relevance.tables.corpus
         no_image, unreadable, no_text = (np.zeros(len(corpus), dtype=bool) for _ in range(3))
-        if "image" in corpus.column_names:
-            images = EncodedImages(corpus)
-            for row in np.flatnonzero(images.lengths <= 0):
-                is_null = images.lengths[row] < 0 and images.path(int(row)) is None
-                (no_image if is_null else unreadable)[row] = True
+        media = media_columns(corpus.column_names)
+        lacking = np.zeros((len(media), len(corpus)), dtype=bool)
+        for lacks, name in zip(lacking, media, strict=True):
+            files = EncodedImages(corpus, name)
+            for row in np.flatnonzero(files.lengths <= 0):
+                is_null = files.lengths[row] < 0 and files.path(int(row)) is None
+                (lacks if is_null else unreadable)[row] = True
         if "text" in corpus.column_names:
             no_text = is_blank(column(corpus, "text"))
+        if media:
+            no_image = np.logical_and.reduce(lacking)
+        if len(media) > 1 and "text" in corpus.column_names:  # of several kinds of documents some may be texts
+            no_image &= no_text
         return {
             "documents_without_image": self._count_documents(no_image),
             "unreadable_images": self._count_documents(unreadable),

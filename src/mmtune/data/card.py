@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.compute as pc
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from mmtune.data.arrow import column, is_text
+from mmtune.data.arrow import ENCODED, column, is_text
 from mmtune.data.neighbors import FILE_COLUMN
 from mmtune.data.relevance import Relevance
 from mmtune.data.tables import has_content, query_parts
@@ -83,7 +83,7 @@ def _data_files(config: Mapping[str, Any] | None) -> list[dict[str, str]]:
 
 def _describe(relevance: Relevance, layout: str | None, split: str, name: str) -> str:
     tables = relevance.tables
-    modalities = [kind for kind in ("image", "text") if kind in tables.corpus.column_names]
+    modalities = [kind for kind in (*ENCODED, "text") if kind in tables.corpus.column_names]
     asking = [name for name in query_parts(tables.queries) if has_content(tables.queries, name).any()]
     made_of = f" ({' and '.join(asking)})" if asking not in ([], ["text"]) else ""
     rows = [

@@ -10,14 +10,24 @@ from typing import Any, get_args
 import numpy as np
 from datasets import Dataset
 
-from mmtune.arguments import QueryId, is_whole, require_flag, require_one_of, require_seed, require_whole
+from mmtune.arguments import (
+    MIXED,
+    MODALITIES,
+    MediaLimits,
+    QueryId,
+    is_whole,
+    require_flag,
+    require_one_of,
+    require_seed,
+    require_whole,
+)
 from mmtune.data import files, layouts
-from mmtune.data.arrow import as_texts, table_dataset
+from mmtune.data.arrow import as_texts, media_columns, table_dataset
 from mmtune.data.audit import AuditReport, examine
 from mmtune.data.card import make_card
 from mmtune.data.combining import concatenate_tables, merge_copies, undo_label_changes
 from mmtune.data.content import look_into
-from mmtune.data.documents import DocumentKind, document_columns
+from mmtune.data.documents import DocumentKind, check_recordings, document_columns
 from mmtune.data.export import ExportLayout, Split, export_dataset
 from mmtune.data.findings import Finding
 from mmtune.data.hub import push_dataset
@@ -41,7 +51,7 @@ class RetrievalDataset:
     =============  ====================================================================================
     table          columns
     =============  ====================================================================================
-    ``corpus``     ``document_id``, ``image`` (encoded) and/or ``text``; other columns are kept
+    ``corpus``     ``document_id``; ``image``, ``audio``, ``video`` (encoded) and/or ``text``; others
     ``queries``    ``query_id``, ``text`` and/or ``image`` (encoded); other columns are kept
     ``qrels``      ``query_id``, ``document_id``, ``score`` (an integer of 1 and above)
     ``negatives``  ``query_id``, ``document_ids`` (best first); ``None`` where there are none
@@ -104,6 +114,8 @@ class RetrievalDataset:
         negatives_column: str | None = "negatives",
         on_missing: str = "error",
         query_image_column: str | None = "query_image",
+        audio_column: str = "audio",
+        video_column: str = "video",
     ) -> "RetrievalDataset":
         """A dataset from one row per page whose negatives are ids of other rows.
 
@@ -118,7 +130,8 @@ class RetrievalDataset:
         ====  =======================  =========  ==============
 
         A row whose query is null or blank, and that has no image to ask with, is a document only. Ids are resolved
-        against all rows, wherever they stand.
+        against all rows, wherever they stand. Sounds and clips stand in columns of their own, beside the images or in
+        their place; a document has one at least, or a ``text`` where there are several such columns.
 
         Args:
             rows: The table; its order does not matter.
@@ -132,6 +145,8 @@ class RetrievalDataset:
             query_image_column: Images that ask, beside a text or without one; they become the column ``image`` of the
                 queries, and ``queries="image"`` reads them. ``None`` leaves such a column out; so does the default
                 for rows without one. Where there is one, there may be no ``query_column``.
+            audio_column: Sounds, encoded or as paths, where there are any.
+            video_column: Clips likewise.
 
         Raises:
             DatasetError: A column is missing or of the wrong type, an id stands twice, a row has no image, or there are
@@ -145,6 +160,8 @@ class RetrievalDataset:
                 id_name=id_column,
                 query_name=query_column,
                 image_name=image_column,
+                audio_name=audio_column,
+                video_name=video_column,
                 negatives_name=negatives_column,
                 on_missing=on_missing,
                 asking_name=query_image_column,
@@ -160,6 +177,8 @@ class RetrievalDataset:
         image_column: str = "image",
         negative_columns: Sequence[str] | None = None,
         query_image_column: str | None = "query_image",
+        audio_column: str = "audio",
+        video_column: str = "video",
     ) -> "RetrievalDataset":
         """A dataset from one row per query with the images in it.
 
@@ -178,6 +197,8 @@ class RetrievalDataset:
                 ``negative_<k>``, by number; other columns that look like negatives are an error then, and a warning
                 where columns were named.
             query_image_column: As for ``from_id_rows``.
+            audio_column: Sounds, where there are no images; the negatives are sounds then.
+            video_column: Clips, where there are neither.
 
         Raises:
             DatasetError: A column is missing or of the wrong type, looks like negatives and would not be used, or no
@@ -191,6 +212,8 @@ class RetrievalDataset:
                 image_name=image_column,
                 negative_names=negative_columns,
                 asking_name=query_image_column,
+                audio_name=audio_column,
+                video_name=video_column,
             )
         )
 
@@ -354,7 +377,7 @@ class RetrievalDataset:
 
     @property
     def corpus(self) -> Dataset:
-        """The documents: ``document_id``, ``image`` (encoded) and/or ``text``, and what else the rows held."""
+        """The documents: ``document_id``, ``image`` and the like (encoded) and/or ``text``, and what else there was."""
         return self.tables.corpus
 
     @property
@@ -397,7 +420,7 @@ class RetrievalDataset:
         where both parts are. So it is with queries.
 
         Args:
-            documents: ``"image"``, ``"text"`` or ``"text+image"``.
+            documents: ``"image"``, ``"text"``, ``"text+image"``, ``"audio"``, ``"mixed"`` and the like.
             queries: Likewise; ``None`` is everything that the queries have.
 
         Raises:
@@ -421,6 +444,10 @@ class RetrievalDataset:
         on_short: OnShort = "random",
         seed: int = 42,
         queries: QueryKind = "text",
+        max_seconds: float | None = None,
+        fps: float | None = None,
+        max_frames: int | None = None,
+        sampling_rate: int | None = None,
     ) -> Dataset:
         """Rows for the host's trainers, one per query and relevant document, decoded when they are read.
 
@@ -446,13 +473,19 @@ class RetrievalDataset:
                 that keeps the shape of a page. A JPEG is then decoded at a fraction of its size that leaves 2.5 times
                 the sides, or 1.5 times the area, and ``max_pixels`` leaves no side shorter. ``finetune`` knows this of
                 its model; it is for the host's trainers.
-            documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``; it decides which
-                documents are the same, too.
+            documents: What a document is made of: ``"image"``, ``"text"``, ``"audio"``, ``"video"``, several of them
+                joined as in ``"text+image"``, or ``"mixed"``, where each is what it has; it decides which documents
+                are the same, too.
             on_short: What to do with a query that has too few negatives: ``"random"`` fills with documents that are not
                 relevant to it, ``"drop"`` leaves its rows out, ``"error"`` raises.
             seed: Of the filling.
             queries: What a query is made of: ``"text"``, ``"image"`` or ``"text+image"``; it decides which queries are
                 the same, too.
+            max_seconds: How much is read of a sound or a clip, from its beginning; ``None`` is all of it.
+            fps: Frames a second of a clip, at most; ``None`` keeps those that there are.
+            max_frames: Frames of a clip, at most, evenly spread; ``None`` is 768.
+            sampling_rate: Samples a second of all sounds; ``None`` keeps that of each. The host takes one rate a batch:
+                ``finetune`` knows that of its model; this is for the host's trainers.
 
         Raises:
             ConfigError: An argument has a value it can't have.
@@ -464,8 +497,10 @@ class RetrievalDataset:
         """
         require_one_of("on_short", on_short, get_args(OnShort))
         num_negatives = require_whole("num_negatives", num_negatives, at_least=0)
+        limits = MediaLimits(max_seconds, fps, max_frames, sampling_rate=sampling_rate)
         if max_pixels is not None:
             max_pixels = require_whole("max_pixels", max_pixels)
+        if max_pixels is not None and documents != "video":
             warnings.warn(
                 f"max_pixels={max_pixels} scales pages down before the model's processor does so again: for a CLIP of "
                 "128 pixels, scanned receipts of 128 * 128 pixels kept a cosine of 0.12 to the whole ones at worst. "
@@ -485,7 +520,7 @@ class RetrievalDataset:
             )
         wanted = num_negatives if self.negatives is not None else 0
         judgements = Judgements.of(relevance, "text_to_image")
-        sizes = {"max_pixels": max_pixels, "input_size": input_size}
+        sizes = {"max_pixels": max_pixels, "input_size": input_size, "limits": limits}
         return training_rows(judgements, wanted, documents, seed, on_short=on_short, **sizes)
 
     def labeled_pairs(
@@ -506,7 +541,7 @@ class RetrievalDataset:
             num_negatives: Pairs of label 0 to each pair of label 1.
             direction: ``"text_to_image"`` asks with a query for pages. ``"image_to_text"`` asks with a page for
                 queries: its negatives are first those that list the page as a negative.
-            documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
+            documents: What a document is made of, such as ``"image"``, ``"text+image"``, ``"audio"`` or ``"mixed"``.
             seed: Of the filling.
             queries: What a query is made of, likewise.
 
@@ -539,7 +574,7 @@ class RetrievalDataset:
         Args:
             num_negatives: Negatives in a list.
             direction: As in ``labeled_pairs``.
-            documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
+            documents: What a document is made of, such as ``"image"``, ``"text+image"``, ``"audio"`` or ``"mixed"``.
             seed: Of the filling.
             queries: What a query is made of, likewise.
 
@@ -670,17 +705,29 @@ class RetrievalDataset:
         relevance = self.relevance if documents is None else self.relevance_of(documents)
         return self.from_tables(merge_copies(relevance, relevance.page))
 
-    def check_pages(self, *, show_progress_bar: bool = True) -> None:
+    def check_pages(self, *, documents: DocumentKind = "mixed", show_progress_bar: bool = True) -> None:
         """Make sure that every page, and every image that asks, can be decoded: from its header and its end.
+
+        Of sounds the first second is decoded, and of clips two frames.
 
         What is damaged in the middle of a JPEG is not found, neither here nor when it is read: its decoder goes on
         with grey or shifted blocks and reports nothing.
 
+        Args:
+            documents: What is looked at; ``"mixed"`` is all that documents have.
+            show_progress_bar: Whether to show bars.
+
         Raises:
-            ImageDecodeError: A page is missing, damaged, or no image; the message names the document or query.
+            ConfigError: ``documents`` is unknown, or the corpus lacks a column of it.
+            MediaDecodeError: A document is missing, damaged, or of another kind; the message names it, or the query. Of
+                a page it is an ``ImageDecodeError``.
+            MissingExtraError: A package that decodes sounds or clips is not installed.
         """
-        if "image" in self.corpus.column_names:
-            check_pages(self.corpus, show_progress_bar=show_progress_bar)
+        names = document_columns(self.corpus, documents)
+        may_lack = documents == MIXED and len(media_columns(names)) > 1
+        if "image" in names:
+            check_pages(self.corpus, show_progress_bar=show_progress_bar, may_lack=may_lack)
+        check_recordings(self.corpus, documents, show_progress_bar=show_progress_bar)
         self.check_queries(show_progress_bar=show_progress_bar)
 
     def check_queries(self, *, show_progress_bar: bool = True) -> None:
@@ -883,7 +930,7 @@ class RetrievalDataset:
         return len(self.queries)
 
     def __repr__(self) -> str:
-        kinds = "+".join(name for name in ("text", "image") if name in self.corpus.column_names)
+        kinds = "+".join(name for name in MODALITIES if name in self.corpus.column_names)
         parts = [name for name in query_parts(self.queries) if has_content(self.queries, name).any()]
         asking = f" ({'+'.join(parts)})" if parts not in ([], ["text"]) else ""
         negatives = "none"

@@ -1,21 +1,37 @@
 """Documents and texts by id, read when they are used."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
-from typing import Any, Literal, TypeVar, get_args
+from dataclasses import replace
+from itertools import combinations
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from datasets import Dataset
+from tqdm.auto import tqdm
 
 from mmtune import host
-from mmtune.arguments import name_item, require_one_of
-from mmtune.data.arrow import column
-from mmtune.data.images import InputSize, decode_page, enough_for
+from mmtune.arguments import ALL_OF_IT, MIXED, MODALITIES, MediaLimits, name_item, require_one_of
+from mmtune.data.arrow import column, media_columns
+from mmtune.data.clips import Clip
+from mmtune.data.images import EncodedImages, InputSize, decode_page, enough_for
+from mmtune.data.media import Recording
 from mmtune.data.pages import Page
+from mmtune.data.sounds import Sound
+from mmtune.data.tables import has_content
 from mmtune.errors import ConfigError, DatasetError, MissingDocumentError
 
-DocumentKind = Literal["image", "text", "text+image"]
-"""What a document is made of where it is read."""
+DocumentKind: TypeAlias = str
+"""What a document is made of where it is read: ``"text"``, ``"image"``, ``"audio"``, ``"video"``, or several joined by
+``+`` in this order, such as ``"text+image"``; with ``"mixed"`` each document is what it has."""
+
+DOCUMENT_KINDS = (
+    *("+".join(parts) for count in range(1, 5) for parts in combinations(MODALITIES, count)),
+    MIXED,
+)
+"""All kinds of documents."""
+
+_RECORDINGS: dict[str, type[Recording]] = {"audio": Sound, "video": Clip}
 
 Reader = TypeVar("Reader", bound="DocumentReader")
 
@@ -54,15 +70,21 @@ class KeyedTable:
 
 
 class DocumentReader:
-    """What the host is given for each document: an RGB image, a text, or both.
+    """What the host is given for each document.
+
+    An image is an RGB image, a text a text. Sounds and clips stand in dictionaries, ``{"audio": {"array",
+    "sampling_rate"}}`` and ``{"video": {"array", "video_metadata"}}``: the host's Router takes them so alone. A
+    document of several parts is one dictionary of them.
 
     Args:
-        corpus: A table with ``document_id`` and ``image`` (encoded) and/or ``text``.
+        corpus: A table with ``document_id`` and what ``documents`` asks for, encoded.
         documents: What a document is made of.
         max_pixels: Upper bound of width times height of an image; ``None`` keeps every pixel.
         input_size: What the model reads a page at, where that is known: a large JPEG is decoded at a fraction of its
             size that leaves more than enough, and ``max_pixels`` leaves at least that width and height.
-        is_lazy: Whether an image is decoded when its pixels are asked for, rather than when it is read.
+        is_lazy: Whether an image is decoded when its pixels are asked for, rather than when it is read; in the place of
+            a sound or a clip stands a ``Sound`` or a ``Clip`` then.
+        limits: How much is read of sounds and clips.
 
     Raises:
         ConfigError: The corpus lacks a column that ``documents`` asks for.
@@ -76,22 +98,27 @@ class DocumentReader:
         max_pixels: int | None = None,
         input_size: InputSize | None = None,
         is_lazy: bool = False,
+        limits: MediaLimits = ALL_OF_IT,
     ) -> None:
         self._columns = document_columns(corpus, documents)
+        self._is_mixed = documents == MIXED
+        self.limits = replace(limits, max_pixels=max_pixels) if max_pixels else limits
         self._table = KeyedTable(corpus, "document_id", self._columns)
         self._size: dict[str, Any] = {"max_pixels": max_pixels, "enough": enough_for(input_size)}
         if isinstance(input_size, tuple):
             self._size["at_least"] = input_size
         self._is_lazy = is_lazy
         self.fingerprint = f"{self._table.fingerprint}, {documents}, {max_pixels}, {input_size}"
+        if limits.given():
+            self.fingerprint += f", {limits.given()}"
 
     def read(self, document_ids: Sequence[str]) -> list[Any]:
         """The documents in the order of their ids. An id that occurs twice is decoded once.
 
         Raises:
             MissingDocumentError: An id is not in the corpus.
-            ImageDecodeError: A page is no readable image; the message names the document.
-            DatasetError: A document has no text, and texts are read.
+            MediaDecodeError: A page, a sound or a clip can't be decoded; the message names the document.
+            DatasetError: A document has no text, and texts are read; or it has nothing at all.
         """
         unique = list(dict.fromkeys(document_ids))
         document_by_id = {row["document_id"]: self._document(row) for row in self._table.get(unique)}
@@ -106,6 +133,12 @@ class DocumentReader:
     def _document(self, row: dict[str, Any]) -> Any:
         parts = dict(row)
         document_id = parts.pop("document_id")
+        if self._is_mixed:
+            parts = {name: part for name, part in parts.items() if _is_there(part)}
+            if not parts:
+                raise DatasetError(
+                    f"{name_item(document_id)} has nothing in any of the columns {self._columns}. Leave it out."
+                )
         if "image" in parts:
             read = Page if self._is_lazy else decode_page
             parts["image"] = read(parts["image"], document_id, **self._size)
@@ -113,7 +146,17 @@ class DocumentReader:
             raise DatasetError(
                 f"{name_item(document_id)} has no text: it is {parts['text']!r}. Give it one, or leave it out."
             )
-        return parts if len(parts) > 1 else parts[self._columns[0]]
+        for name in _RECORDINGS.keys() & parts.keys():
+            recording = _RECORDINGS[name](parts[name], document_id, self.limits)
+            parts[name] = recording if self._is_lazy else recording.decode()
+        if len(parts) > 1 or _RECORDINGS.keys() & parts.keys():
+            return parts
+        return next(iter(parts.values()))
+
+
+def _is_there(part: Any) -> bool:
+    """What ``has_content`` says of a column, of one part: a text with a word, or bytes or a path."""
+    return bool(part.strip()) if isinstance(part, str) else any(value is not None for value in (part or {}).values())
 
 
 def document_columns(
@@ -130,17 +173,45 @@ def document_columns(
     Raises:
         ConfigError: ``documents`` is unknown, or the corpus lacks a column of it.
     """
-    require_one_of(name, documents, get_args(DocumentKind))
-    columns = [str(name) for name in documents.split("+")]
+    require_one_of(name, documents, DOCUMENT_KINDS)
+    if documents == MIXED:
+        return [each for each in MODALITIES if each in corpus.column_names]
+    columns = documents.split("+")
     missing = [each for each in columns if each not in corpus.column_names]
     if missing:
-        known = next((kind for kind in ("image", "text") if kind in corpus.column_names), None)
+        known = next(
+            (kind for kind in (*media_columns(corpus.column_names), "text") if kind in corpus.column_names), None
+        )
         remedy = f", or pass {name}={known!r}" if known else ""
         raise ConfigError(
             f"{name}={documents!r} needs a column {missing[0]!r} in the {table}, which has {corpus.column_names}. "
             f"Add the column{remedy}."
         )
     return columns
+
+
+def kinds_of_documents(corpus: Dataset, documents: DocumentKind) -> list[str]:
+    """What each document is made of, such as ``"text+image"``; of mixed documents that differs."""
+    if documents != MIXED:
+        return [documents] * len(corpus)
+    names = document_columns(corpus, documents)
+    has = np.stack([has_content(corpus, name) for name in names], axis=1)
+    return ["+".join(name for name, found in zip(names, row, strict=True) if found) for row in has.tolist()]
+
+
+def require_pairs_of(documents: DocumentKind) -> None:
+    """Make sure that documents are of a kind that rerankers read.
+
+    Raises:
+        ConfigError: They are not: the host takes no sounds in pairs, and nothing beside a clip
+            (sentence-transformers 6.2).
+    """
+    require_one_of("documents", documents, DOCUMENT_KINDS)
+    if documents != "video" and (documents == MIXED or not _RECORDINGS.keys().isdisjoint(documents.split("+"))):
+        raise ConfigError(
+            f"documents={documents!r}: rerankers read texts, pages, both together, and clips alone. Rank others by an "
+            'embedding model, or pass documents="text" to rerank what is written about them.'
+        )
 
 
 def check_texts(corpus: Dataset, documents: DocumentKind) -> None:
@@ -150,7 +221,7 @@ def check_texts(corpus: Dataset, documents: DocumentKind) -> None:
         ConfigError: ``documents`` is unknown, or the corpus lacks a column of it.
         DatasetError: Some have none; the message names the first.
     """
-    if "text" not in document_columns(corpus, documents):
+    if "text" not in document_columns(corpus, documents) or documents == MIXED:
         return
     missing = np.flatnonzero(column(corpus, "text").is_null().to_numpy(zero_copy_only=False))
     if len(missing):
@@ -160,6 +231,29 @@ def check_texts(corpus: Dataset, documents: DocumentKind) -> None:
             f"{len(missing)} documents have no text, e.g. {first!r}, and texts are read. Give them one, take them out "
             f"with dataset.without(dataset.audit(num_examples=None)['documents_without_text']){others}."
         )
+
+
+def recordings_of(corpus: Dataset, documents: DocumentKind, limits: MediaLimits = ALL_OF_IT) -> Iterator[Recording]:
+    """The sounds and clips that documents are made of, one at a time; of a mixed corpus those that there are."""
+    for name in document_columns(corpus, documents):
+        if name in _RECORDINGS:
+            files, ids = EncodedImages(corpus, name), column(corpus, "document_id")
+            for row in range(len(corpus)):
+                if documents != MIXED or files.lengths[row] >= 0 or files.path(row):
+                    yield _RECORDINGS[name](files.encoded(row), ids[row].as_py(), limits)
+
+
+def check_recordings(corpus: Dataset, documents: DocumentKind, *, show_progress_bar: bool = True) -> None:
+    """Make sure that sounds and clips can be decoded, by the beginning of each.
+
+    Raises:
+        MediaDecodeError: One can't; the message names the document.
+        MissingExtraError: A package that decodes them is not installed.
+    """
+    for recording in tqdm(
+        recordings_of(corpus, documents), desc="Checking sounds and clips", disable=not show_progress_bar, leave=False
+    ):
+        recording.check()
 
 
 def as_host_input(value: Any) -> Any:

@@ -16,12 +16,12 @@ from uuid import uuid4
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, Features, Image
+from datasets import Dataset, Features
 from datasets.table import embed_table_storage
 from tqdm.auto import tqdm
 
 from mmtune.arguments import QueryId, listed, require_flag, require_one_of, require_path
-from mmtune.data.arrow import IntLists, column, table_dataset, with_columns
+from mmtune.data.arrow import ENCODED, IntLists, column, media_columns, table_dataset, with_columns
 from mmtune.data.card import make_card
 from mmtune.data.files import CARD, require_found
 from mmtune.data.images import EncodedImages
@@ -29,7 +29,7 @@ from mmtune.data.label_changes import label_changes
 from mmtune.data.pdf_corpus import store_pages
 from mmtune.data.query_kinds import as_documents
 from mmtune.data.relevance import Relevance
-from mmtune.data.tables import query_parts
+from mmtune.data.tables import has_content, query_parts
 from mmtune.errors import ConfigError, DatasetError
 
 ExportLayout = Literal["beir", "columns", "id_rows", "tevatron"]
@@ -48,14 +48,19 @@ class OutgoingTable:
     """A table as it will be written.
 
     Attributes:
-        columns: Everything but images, in the order of the rows.
-        pages: For each column of pages the document behind each row, int64; -1 for none.
+        columns: Everything but files, in the order of the rows.
+        pages: For each column of files the document behind each row, int64; -1 for none.
         asking: For the column of images that ask, if there is one, the query behind each row, likewise.
     """
 
     columns: Dataset
     pages: Mapping[str, np.ndarray]
     asking: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def kind_of(self, name: str) -> str:
+        """What a column of files holds: what it is named after, or what the first one holds, as negatives do."""
+        named = name.removeprefix("query_") if name in self.asking else name
+        return next((kind for kind in (named, *self.pages) if kind in ENCODED), "image")
 
 
 @dataclass(frozen=True)
@@ -151,24 +156,29 @@ def write_files(
         # pages of PDFs are rendered, all else stays
         corpus = store_pages(relevance.tables.corpus, rendered)
         queries = store_pages(as_documents(relevance.tables.queries), rendered)
-        images = [
-            EncodedImages(table, id_class=id_class) if "image" in table.column_names else None
+        sources = [
+            {kind: EncodedImages(table, kind, id_class=id_class) for kind in media_columns(table.column_names)}
             for table, id_class in ((corpus, str), (queries, QueryId))
         ]
-        _write_tables(outgoing, images, folder, split, show_progress_bar=show_progress_bar)
+        _write_tables(outgoing, sources, folder, split, show_progress_bar=show_progress_bar)
 
 
 def _write_tables(
-    outgoing: Outgoing, images: Sequence[EncodedImages | None], folder: Path, split: Split, *, show_progress_bar: bool
+    outgoing: Outgoing,
+    sources: Sequence[Mapping[str, EncodedImages]],
+    folder: Path,
+    split: Split,
+    *,
+    show_progress_bar: bool,
 ) -> None:
     for name, table in outgoing.tables.items():
         (folder / name).mkdir(parents=True)
         num_rows = len(table.columns)
         sizes = np.zeros(num_rows, dtype=np.int64)
         columns = {
-            image: (source, rows)
-            for source, found in zip(images, (table.pages, table.asking), strict=True)
-            for image, rows in found.items()
+            column_name: (source.get(table.kind_of(column_name)), rows)
+            for source, found in zip(sources, (table.pages, table.asking), strict=True)
+            for column_name, rows in found.items()
         }
         for source, rows in columns.values():
             sizes += 0 if source is None else np.where(rows >= 0, source.lengths.clip(0)[rows], 0)
@@ -177,7 +187,8 @@ def _write_tables(
         files = np.unique(end_bytes // _BYTES_A_FILE, return_inverse=True)[1].reshape(-1)
         portions = end_bytes // _BYTES_AT_ONCE + numbers // _ROWS_AT_ONCE
         num_files = int(files[-1]) + 1 if num_rows else 1
-        features = Features({**table.columns.features, **{image: Image() for image in columns}})
+        decoded = {column_name: type(ENCODED[table.kind_of(column_name)])() for column_name in columns}
+        features = Features({**table.columns.features, **decoded})
         with tqdm(total=num_rows, desc=f"Writing {name}", disable=not show_progress_bar, leave=False) as bar:
             for number in range(num_files):
                 path = folder / name / f"{split}-{number:05d}-of-{num_files:05d}.parquet"
@@ -194,7 +205,7 @@ def _read_portion(
     rows: np.ndarray,
     features: Features,
 ) -> pa.Table:
-    """Consecutive rows of a table, with the bytes of their images."""
+    """Consecutive rows of a table, with the bytes of their files."""
     span = slice(int(rows[0]), int(rows[-1]) + 1) if len(rows) else slice(0)
     # Images and sounds in other columns may be files as well.
     portion = embed_table_storage(table.with_format("arrow")[span])
@@ -311,7 +322,7 @@ def _lay_out_tevatron(relevance: Relevance) -> Outgoing:
 
 def _lay_out_id_rows(relevance: Relevance) -> Outgoing:
     layout = "id_rows"
-    _require_images(relevance, np.arange(len(relevance.document_ids)), layout)
+    media = _require_images(relevance, np.arange(len(relevance.document_ids)), layout)
     for judged, ids, many in (
         (relevance.judged_query, relevance.query_ids, "queries with several relevant pages"),
         (relevance.judged_document, relevance.document_ids, "pages that answer several queries"),
@@ -327,7 +338,7 @@ def _lay_out_id_rows(relevance: Relevance) -> Outgoing:
     columns = {"id": relevance.document_ids, "query": _take(column(relevance.tables.queries, "text"), query)}
     if relevance.tables.negatives is not None:
         columns["negatives"] = _take(relevance.listed_negatives.ids(relevance.document_ids), query)
-    table = _join(relevance, {"image": np.arange(len(query))}, query, columns, layout)
+    table = _join(relevance, dict.fromkeys(media, np.arange(len(query))), query, columns, layout)
     renamed = int(
         (
             _as_objects(relevance.query_ids, relevance.judged_query)
@@ -342,12 +353,12 @@ def _lay_out_columns(relevance: Relevance) -> Outgoing:
     layout = "columns"
     order = np.argsort(relevance.judged_query, kind="stable")
     queries, documents = relevance.judged_query[order], relevance.judged_document[order]
-    _require_images(relevance, documents, layout)
+    kind = _require_images(relevance, documents, layout, most=1)[0]
     listed_negatives = relevance.listed_negatives.take(queries)
     longest = int(listed_negatives.lengths.max(initial=0))
     negatives = np.full((len(queries), longest), -1)
     negatives[np.arange(longest) < listed_negatives.lengths[:, None]] = listed_negatives.values
-    pages = {"image": documents, **{f"negative_{k}": negatives[:, k] for k in range(longest)}}
+    pages = {kind: documents, **{f"negative_{k}": negatives[:, k] for k in range(longest)}}
     columns = {"query": _take(column(relevance.tables.queries, "text"), queries)}
     table = _join(relevance, pages, queries, columns, layout)
 
@@ -355,7 +366,7 @@ def _lay_out_columns(relevance: Relevance) -> Outgoing:
     unlisted = len(relevance.document_ids) - len(np.union1d(documents, negatives[negatives >= 0]))
     if unlisted:
         losses.append(f"{unlisted} pages that are neither relevant nor a negative")
-    others = [name for name in relevance.tables.corpus.column_names if name not in ("document_id", "image")]
+    others = [name for name in relevance.tables.corpus.column_names if name not in ("document_id", kind)]
     if others and longest:
         losses.append(f"the columns {listed(others)} of negatives")
     return Outgoing(layout, {"data": table}, (*losses, *_lost_grades(relevance)))
@@ -373,10 +384,9 @@ def _asking(relevance: Relevance, name: str = "image") -> tuple[Dataset, dict[st
 
 def _corpus(relevance: Relevance, id_name: str) -> OutgoingTable:
     corpus = relevance.tables.corpus
-    if "image" not in corpus.column_names:
-        return OutgoingTable(_rename(corpus, {"document_id": id_name}), {})
-    others = corpus.remove_columns(["image"])
-    return OutgoingTable(_rename(others, {"document_id": id_name}), {"image": np.arange(len(corpus))})
+    media = media_columns(corpus.column_names)
+    others = corpus.remove_columns(media) if media else corpus
+    return OutgoingTable(_rename(others, {"document_id": id_name}), dict.fromkeys(media, np.arange(len(corpus))))
 
 
 def _rename(table: Dataset, new_by_old: Mapping[str, str], more: Mapping[str, pa.Array] | None = None) -> Dataset:
@@ -414,8 +424,8 @@ def _join(
     Raises:
         DatasetError: A column of the queries means something else among the documents.
     """
-    documents = pages["image"]
-    corpus = relevance.tables.corpus.remove_columns(["document_id", "image"])
+    documents = next(iter(pages.values()))
+    corpus = relevance.tables.corpus.remove_columns(["document_id", *media_columns(pages)])
     asked, asking = _asking(relevance, "query_image")
     asked = asked.remove_columns(["query_id", "text"])
     for table in (corpus, asked):
@@ -446,20 +456,26 @@ def _as_objects(ids: pa.Array, rows: np.ndarray) -> np.ndarray:
     return ids.take(pa.array(rows)).to_numpy(zero_copy_only=False)
 
 
-def _require_images(relevance: Relevance, documents: np.ndarray, layout: str) -> None:
+def _require_images(relevance: Relevance, documents: np.ndarray, layout: str, most: int = len(ENCODED)) -> list[str]:
+    """The columns of files, of which each document must have one; ``most`` are the columns that a layout takes."""
     corpus = relevance.tables.corpus
-    if "image" not in corpus.column_names:
+    media = media_columns(corpus.column_names)
+    if not 0 < len(media) <= most:
         raise DatasetError(
-            f"layout={layout!r} holds pages as images, and the corpus has none; it has {corpus.column_names}. Pass "
-            "layout='beir'."
+            f"layout={layout!r} holds pages as images, and the corpus has {'several kinds' if media else 'none'}; it "
+            f"has {corpus.column_names}. Pass layout='beir'."
         )
-    images = EncodedImages(corpus)
-    empty = [int(row) for row in images.rows_elsewhere if not images.path(int(row)) and row in documents]
+    files = [EncodedImages(corpus, name) for name in media]
+    lacking = [{int(row) for row in each.rows_elsewhere if not each.path(int(row))} for each in files]
+    if len(media) > 1 and "text" in corpus.column_names:  # of several kinds of documents some may be texts
+        lacking.append(set(np.flatnonzero(~has_content(corpus, "text")).tolist()))
+    empty = sorted(set.intersection(*lacking) & set(documents.tolist()))
     if empty:
         raise DatasetError(
             f"layout={layout!r} holds pages as images, and {len(empty)} documents have none, e.g. "
             f"{relevance.document_ids[empty[0]].as_py()!r}. Pass layout='beir', or leave these out."
         )
+    return media
 
 
 def _lost_grades(relevance: Relevance) -> list[str]:

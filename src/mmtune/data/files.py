@@ -12,6 +12,7 @@ import datasets
 from datasets import Dataset, DatasetDict, get_dataset_config_names, load_dataset, load_dataset_builder, load_from_disk
 
 from mmtune.arguments import QueryId, item_of, nearest_name, require_path
+from mmtune.data.arrow import media_columns
 from mmtune.data.images import EncodedImages
 from mmtune.data.layouts import build_from_beir, build_from_known_layout
 from mmtune.data.pdf_corpus import build_from_pdfs, list_files, store_pages
@@ -360,12 +361,13 @@ def _tables_with_images(tables: Tables) -> list[tuple[Dataset, type[str]]]:
 
 
 def _outside_images(corpus: Dataset) -> list[tuple[int, str, int]]:
-    """The rows of a corpus whose images lie in files of their own, the paths, and the bytes; -1 of what is no file."""
-    if "image" not in corpus.column_names:
-        return []
-    images = EncodedImages(corpus)
-    paths = ((int(row), images.path(int(row))) for row in images.rows_elsewhere)
-    return [(row, path, max(-1, int(images.lengths[row]))) for row, path in paths if path]
+    """The rows of a corpus whose files lie outside of it, the paths, and the bytes; -1 of what is no file."""
+    found = []
+    for name in media_columns(corpus.column_names):
+        images = EncodedImages(corpus, name)
+        paths = ((int(row), images.path(int(row))) for row in images.rows_elsewhere)
+        found += [(row, path, max(-1, int(images.lengths[row]))) for row, path in paths if path]
+    return found
 
 
 def require_found(tables: Tables) -> None:

@@ -38,11 +38,11 @@ PROBLEMS = {
         "Training takes the pages of all ids as relevant; evaluation counts those of the other ids as wrong.",
     ),
     "documents_without_image": (
-        "documents without an image, where the corpus has images",
-        "Reading one as an image raises an error that names it. Leave them out, or read their text.",
+        "documents without image, sound or clip, where others have one",
+        "Reading one as such raises an error that names it. Leave them out, or read their text.",
     ),
     "unreadable_images": (
-        "images that are empty, or whose file is missing",
+        "images, sounds, clips that are empty, or whose file is missing",
         "Reading one raises an error that names it. Restore the files, or leave the documents out.",
     ),
     "unreadable_sources": (

@@ -11,18 +11,23 @@ import numpy as np
 import xxhash
 from datasets import Dataset, concatenate_datasets
 
-from mmtune.data.arrow import column
+from mmtune.arguments import MIXED
+from mmtune.data.arrow import column, media_columns
 from mmtune.data.documents import DocumentKind, document_columns
 from mmtune.data.images import DECODING, EncodedImages
 from mmtune.data.query_kinds import QueryKind, as_documents, query_columns
-from mmtune.data.tables import has_content, query_parts
+from mmtune.data.tables import has_content, query_parts, text_column, with_ids
 
 _SAMPLE_BYTES = 1024
 
 
 def usual_kind(corpus: Dataset) -> DocumentKind:
-    """What a document is made of where nobody says: its image where the corpus has images, else its text."""
-    return "image" if "image" in corpus.column_names else "text"
+    """What a document is made of where nobody says: its image, its sound or its clip where the corpus has these.
+
+    Where it has several of them, each document is what it has; without any, a document is its text.
+    """
+    media = media_columns(corpus.column_names)
+    return MIXED if len(media) > 1 else media[0] if media else "text"
 
 
 def identical_documents(corpus: Dataset, documents: DocumentKind) -> np.ndarray:
@@ -41,8 +46,13 @@ def identical_documents(corpus: Dataset, documents: DocumentKind) -> np.ndarray:
     Raises:
         ConfigError: The corpus lacks what ``documents`` asks for.
     """
-    equal_parts = {"text": _equal_texts, "image": _equal_images}
-    parts = [equal_parts[name](corpus) for name in document_columns(corpus, documents)]
+    names = document_columns(corpus, documents)
+    parts = [_equal_texts(corpus) if name == "text" else _equal_files(corpus, name) for name in names]
+    if documents == MIXED:
+        # a part that two documents lack is no difference, and one that has no part equals no other
+        lacks = np.stack([~has_content(corpus, name) for name in names])
+        parts = [np.where(missing, -1, part) for missing, part in zip(lacks, parts, strict=True)]
+        parts.append(np.where(lacks.all(axis=0), np.arange(len(corpus)), -1))
     _, at, inverse = np.unique(np.stack(parts), axis=1, return_index=True, return_inverse=True)
     return at[inverse.reshape(-1)] if len(parts) > 1 else parts[0]
 
@@ -85,6 +95,8 @@ def match_queries(one: Dataset, other: Dataset, kind: QueryKind | None = None) -
         kind: As for ``identical_queries``; ``None`` is everything that either table has.
     """
     parts = [each.with_format(None).select_columns(["query_id", *query_parts(each)]) for each in (one, other)]
+    # texts from a frame are large strings, which would join no others
+    parts = [with_ids(each, "text", text_column(each, "text")) for each in parts]
     # a column that one of them lacks is null there
     first = identical_queries(concatenate_datasets(parts), kind) if len(one) and len(other) else np.array([], np.int64)
     of_one, of_other = first[: len(one)], first[len(one) :]
@@ -103,14 +115,14 @@ def _equal_texts(corpus: Dataset) -> np.ndarray:
     return first
 
 
-def _equal_images(corpus: Dataset) -> np.ndarray:
+def _equal_files(corpus: Dataset, name: str) -> np.ndarray:
     """For each document the first with the same encoded bytes, without decoding.
 
     To read little of a large corpus, bytes are only compared among images of equal length, first by a sample and then
     in full.
     """
     first = np.arange(len(corpus))
-    images = EncodedImages(corpus)
+    images = EncodedImages(corpus, name)
     for same_length in _group_repeated(images.lengths.tolist(), range(len(corpus))):
         for alike in _group_repeated((_hash_sample(images.read_identity(row)) for row in same_length), same_length):
             for group in _group_repeated(
@@ -123,16 +135,20 @@ def _equal_images(corpus: Dataset) -> np.ndarray:
 def match_documents(
     one: Dataset, other: Dataset, rows_of_one: np.ndarray, rows_of_other: np.ndarray
 ) -> list[tuple[int, int]]:
-    """Pairs of rows, one of each corpus, with the same content: image bytes, or texts where both have no images."""
-    sides = ((one, rows_of_one), (other, rows_of_other))
-    have_images = ["image" in corpus.column_names for corpus, _ in sides]
-    if have_images[0] != have_images[1]:
-        return []
+    """Pairs of rows, one of each corpus, with the same content: bytes of files, or texts where neither has files."""
+    media = [media_columns(corpus.column_names) for corpus in (one, other)]
+    names = [name for name in media[0] if name in media[1]] if any(media) else ["text"]
+    found = (_match_parts(name, (one, rows_of_one), (other, rows_of_other)) for name in names)
+    return list(dict.fromkeys(pair for pairs in found for pair in pairs))
+
+
+def _match_parts(name: str, *sides: tuple[Dataset, np.ndarray]) -> list[tuple[int, int]]:
+    """Pairs of rows that have the same text, or the same file in a column."""
     keys: list[list[tuple[Hashable, int]]] = []
-    if have_images[0]:
+    if name != "text":
         # Only images of a length that both sides have are read. What stands for a page of a PDF names its content, so
         # that the file need not be there.
-        images = [EncodedImages(corpus) for corpus, _ in sides]
+        images = [EncodedImages(corpus, name) for corpus, _ in sides]
         lengths = np.intersect1d(*(each.lengths[rows] for each, (_, rows) in zip(images, sides, strict=True)))
         for each, (_, rows) in zip(images, sides, strict=True):
             is_read = np.isin(each.lengths[rows], lengths[lengths >= 0]) | np.isin(rows, each.pdf_rows)
@@ -171,10 +187,11 @@ def document_digests(corpus: Dataset, documents: DocumentKind, rows: Sequence[in
 
     Raises:
         ConfigError: The corpus lacks what ``documents`` asks for.
-        ImageDecodeError: The file of a page can't be read; the message names the document.
+        MediaDecodeError: The file of a document can't be read; the message names it.
     """
     names = document_columns(corpus, documents)
-    images = EncodedImages(corpus) if "image" in names else None
+    files = {name: EncodedImages(corpus, name) for name in names if name != "text"}
+    lacks = {name: ~has_content(corpus, name) for name in files} if documents == MIXED else {}
     texts = column(corpus, "text") if "text" in names else None
     digests = []
     for row in rows:
@@ -182,8 +199,12 @@ def document_digests(corpus: Dataset, documents: DocumentKind, rows: Sequence[in
         if texts is not None:
             # The digest of the text, not the text: its end can't be taken for the start of the image.
             digest.update(text_digest(texts[int(row)].as_py() or "").encode())
-        if images is not None:
-            digest.update(images.read(int(row)))
+        for name, encoded in files.items():
+            if name not in lacks:
+                digest.update(encoded.read(int(row)))
+            elif not lacks[name][row]:
+                digest.update(name.encode())
+                digest.update(encoded.read(int(row)))
         digests.append(digest.hexdigest())
     return digests
 

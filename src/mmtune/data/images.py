@@ -22,13 +22,17 @@ from tqdm.auto import tqdm
 from mmtune.arguments import item_of, name_item, require_whole, require_wholes
 from mmtune.data.arrow import column, stored_image_column
 from mmtune.data.pdfs import LONGEST_REFERENCE, PdfPage, is_pdf_page, measure_page, name_page, render_page
-from mmtune.errors import ConfigError, ImageDecodeError
+from mmtune.errors import ConfigError, ImageDecodeError, MediaDecodeError
 
 MAX_DECODED_PIXELS = 2 * 89_478_485
 """Pages above this are refused as decompression bombs; the same bound at which Pillow raises."""
 
 MAX_FILE_BYTES = 1 << 30
-"""Files above this are not read: more than the pixels that are decoded take."""
+"""Files above this are not read: more than the pixels that are decoded take. Of sounds and clips a part is decoded, so
+that nothing limits their files."""
+
+WHAT = {"image": "an image", "audio": "a sound", "video": "a clip"}
+"""What a file is said to be, by the column that it stands in."""
 
 DECODING = 2
 """Raise it when the same bytes become other pixels: what is stored of a page is then made anew."""
@@ -161,7 +165,7 @@ def _opened(encoded: Mapping[str, Any] | None, document_id: str) -> Iterator[Ima
     encoded = encoded or {}
     content = encoded.get("bytes")
     if content is None and not encoded.get("path"):
-        raise _no_image(document_id)
+        raise missing_content(document_id)
     if content is None:
         require_file(str(encoded["path"]), document_id)
     try:
@@ -199,36 +203,43 @@ def _size_to_render(
     return size if wanted is None else _fit_within(size, wanted, at_least)
 
 
-def _no_image(document_id: str) -> ImageDecodeError:
-    return ImageDecodeError(
-        f"{name_item(document_id)} has no image: neither bytes nor a path. Give it one, or "
-        f"leave the {item_of(document_id)} out."
+def decode_error(kind: str, message: str) -> MediaDecodeError:
+    """The error for what can't be decoded: an ``ImageDecodeError`` where it is a page."""
+    return (ImageDecodeError if kind == "image" else MediaDecodeError)(message)
+
+
+def missing_content(document_id: str, kind: str = "image") -> MediaDecodeError:
+    """The error for a document that has neither bytes nor a path where it is read."""
+    return decode_error(
+        kind,
+        f"{name_item(document_id)} has no {kind}: neither bytes nor a path. Give it one, or "
+        f"leave the {item_of(document_id)} out.",
     )
 
 
-def require_file(path: str, document_id: str) -> None:
+def require_file(path: str, document_id: str, kind: str = "image") -> None:
     """Make sure that a path leads to a file that can be read to its end: no folder, pipe or device.
 
     Raises:
-        ImageDecodeError: It does not, or the file has more than ``MAX_FILE_BYTES`` bytes.
+        MediaDecodeError: It does not, or the file of an image has more than ``MAX_FILE_BYTES`` bytes.
     """
     try:
         found = Path(path).stat()
         problem = None if stat.S_ISREG(found.st_mode) else "it is no file, but a folder, a pipe or a device"
-        if found.st_size > MAX_FILE_BYTES:
+        if kind == "image" and found.st_size > MAX_FILE_BYTES:
             problem = f"its {found.st_size:,} bytes are more than the {MAX_FILE_BYTES:,} that are read"
     except (OSError, ValueError) as error:
         problem = str(error)
     if problem:
         remedy = f"Restore the file, or leave the {item_of(document_id)} out."
         if re.match(r"\w+://", path):
-            problem = "it is a URL, and pages are read from files or bytes"
+            problem = "it is a URL, and documents are read from files or bytes"
             remedy = f"Download it first, e.g. with urllib.request.urlretrieve({path!r:.200}, 'page.png')."
         elif not Path(path).is_absolute():
             problem += f", looked for from the working directory {str(Path.cwd())!r}"
             remedy = "Write absolute paths into the column, or run from the folder that they begin in."
-        raise ImageDecodeError(
-            f"{name_item(document_id)} can't be decoded as an image (file {path!r}): {problem}. {remedy}"
+        raise decode_error(
+            kind, f"{name_item(document_id)} can't be decoded as {WHAT[kind]} (file {path!r}): {problem}. {remedy}"
         )
 
 
@@ -297,10 +308,11 @@ def looks_whole(ends: bytes, document_id: str) -> bool:
 
 
 class EncodedImages:
-    """Length and bytes of each image of a corpus, without copying or decoding.
+    """Length and bytes of each image, sound or clip of a corpus, without copying or decoding.
 
     Args:
-        corpus: A table with an ``Image(decode=False)`` column ``image``.
+        corpus: A table with a column of encoded files.
+        name: The column: ``"image"``, ``"audio"`` or ``"video"``.
         id_class: ``QueryId`` where the ids are those of queries; errors say so.
 
     Attributes:
@@ -310,10 +322,10 @@ class EncodedImages:
         pdf_rows: Those in a PDF. What is read of these names the content of the file and the page.
     """
 
-    def __init__(self, corpus: Dataset, *, id_class: type[str] = str) -> None:
+    def __init__(self, corpus: Dataset, name: str = "image", *, id_class: type[str] = str) -> None:
         self._id_class = id_class
-        stored, order = stored_image_column(corpus, "image")
-        self._corpus = corpus
+        stored, order = stored_image_column(corpus, name)
+        self._corpus, self._name = corpus, name
         self._bytes = pc.struct_field(stored, "bytes")
         self._paths = pc.struct_field(stored, "path")
         self._order = np.arange(len(corpus)) if order is None else order
@@ -374,8 +386,8 @@ class EncodedImages:
     def _read_file(self, row: int, at_each_end: int | None) -> bytes:
         path, document_id = self.path(row), self._id_class(self._corpus[row]["document_id"])
         if not path:
-            raise _no_image(document_id)
-        require_file(path, document_id)
+            raise missing_content(document_id, self._name)
+        require_file(path, document_id, self._name)
         try:
             with Path(path).open("rb") as file:
                 if at_each_end is None or self.lengths[row] <= at_each_end + _TAIL_BYTES:
@@ -384,9 +396,10 @@ class EncodedImages:
                 file.seek(-_TAIL_BYTES, os.SEEK_END)
                 return start + file.read()
         except OSError as error:
-            raise ImageDecodeError(
+            raise decode_error(
+                self._name,
                 f"The file of {item_of(document_id)} {document_id!r} can't be read: {error}. "
-                f"Restore the file, or leave the {item_of(document_id)} out."
+                f"Restore the file, or leave the {item_of(document_id)} out.",
             ) from error
 
 
@@ -405,12 +418,20 @@ def _ends(content: memoryview) -> bytes:
     return bytes(content[:_HEADER_BYTES]) + bytes(content[-_TAIL_BYTES:])
 
 
-def check_pages(corpus: Dataset, *, show_progress_bar: bool = True, id_class: type[str] = str) -> None:
+def check_pages(
+    corpus: Dataset, *, show_progress_bar: bool = True, may_lack: bool = False, id_class: type[str] = str
+) -> None:
     """Make sure that every page of a corpus can be decoded: JPEG and PNG by header and end, others in full.
 
     A page of a PDF is loaded, and its file must be the one that the dataset was built from.
 
-    What is damaged in the middle of a JPEG is not found; see ``looks_whole``. ``id_class`` as for ``EncodedImages``.
+    What is damaged in the middle of a JPEG is not found; see ``looks_whole``.
+
+    Args:
+        corpus: The documents.
+        show_progress_bar: Whether to show a bar.
+        may_lack: Whether some documents are something else than a page.
+        id_class: As for ``EncodedImages``.
 
     Raises:
         ImageDecodeError: A page is missing, damaged, or no image; the message names the document.
@@ -419,6 +440,8 @@ def check_pages(corpus: Dataset, *, show_progress_bar: bool = True, id_class: ty
     pdf_rows = set(images.pdf_rows.tolist())
     for row in tqdm(range(len(corpus)), desc="Checking pages", disable=not show_progress_bar, leave=False):
         document_id = id_class(document_ids[row].as_py())
+        if may_lack and images.lengths[row] < 0 and not images.path(row):
+            continue
         if row in pdf_rows:
             stored_size(images.encoded(row), document_id)
         elif not looks_whole(images.read_ends(row), document_id):

@@ -8,16 +8,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, Image, IterableDataset, concatenate_datasets
+from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets
 
 from mmtune.arguments import listed
 from mmtune.data.arrow import (
+    ENCODED,
     column,
     id_column,
     is_lists,
     is_text,
     lists,
     lists_of_rows,
+    media_columns,
     positions,
     table_dataset,
     with_columns,
@@ -58,13 +60,14 @@ def build_from_known_layout(rows: Dataset) -> Tables:
     """
     rows = require_table(rows)
     found = set(rows.column_names)
-    if "image" in found and found & {"query", _ASKING}:
+    if media_columns(found) and found & {"query", _ASKING}:
         return build_from_id_rows(rows) if "id" in found else build_from_columns(rows)
     raise DatasetError(
         f"The columns {rows.column_names} are no layout that is known. Known are: "
         "'id', 'query', 'image' and optionally 'negatives' (from_id_rows); "
         "'query', 'image' and optionally 'negative_0', 'negative_1', ... (from_columns); "
-        "'query_image' beside 'query' or in its place, where images ask. "
+        "'query_image' beside 'query' or in its place, where images ask; "
+        "with 'audio' or 'video' in the place of 'image' likewise. "
         "Rename the columns, or call one of these builders with the names of yours, e.g. "
         "RetrievalDataset.from_id_rows(rows, id_column=..., query_column=..., image_column=...)."
     )
@@ -76,13 +79,19 @@ def build_from_id_rows(
     id_name: str = "id",
     query_name: str = "query",
     image_name: str = "image",
+    audio_name: str = "audio",
+    video_name: str = "video",
     negatives_name: str | None = "negatives",
     on_missing: str = "error",
     asking_name: str | None = _ASKING,
 ) -> Tables:
     """One row per page, its negatives as ids of other rows; see ``RetrievalDataset.from_id_rows``."""
-    rows, asking_name = _check_rows(rows, (id_name, image_name), query_name, asking_name)
-    alike = _unused_negatives(rows, (id_name, query_name, image_name, negatives_name))
+    rows, asking_name = _check_rows(rows, (id_name,), query_name, asking_name)
+    given = {"image": image_name, "audio": audio_name, "video": video_name}
+    media = {kind: name for kind, name in given.items() if name in rows.column_names}
+    missing = [name for kind, name in given.items() if name != kind and kind not in media]
+    require_columns(rows, missing or ([] if media else [image_name]), "The table of rows")
+    alike = _unused_negatives(rows, (id_name, query_name, *media.values(), negatives_name))
     if negatives_name == "negatives" and negatives_name not in rows.column_names and not alike:
         negatives_name = None
     if negatives_name in rows.column_names:
@@ -103,17 +112,23 @@ def build_from_id_rows(
         negatives, counts = _resolve_negatives(asking, negatives_name, query_ids, ids, on_missing)
 
     others = [name for name in rows.column_names if name not in (id_name, query_name, negatives_name, asking_name)]
-    pages = with_encoded_images(rows.select_columns(others), image_name)
-    empty = np.flatnonzero(~has_content(pages, image_name))
+    pages = rows.select_columns(others)
+    for kind, name in media.items():
+        pages = with_encoded_images(pages, name, kind)
+    # of several kinds of documents some may be texts
+    parts = [*media.values(), *(["text"] if len(media) > 1 else [])]
+    empty = np.flatnonzero(~np.any([has_content(pages, name) for name in parts], axis=0))
     if len(empty):
+        nulls = " and ".join(map(repr, media.values()))
         raise DatasetError(
-            f"{len(empty)} rows have no image: column {image_name!r} is null there, e.g. in the row with id "
+            f"{len(empty)} rows have no {' or '.join(media)}: column {nulls} is null there, e.g. in the row with id "
             f"{ids[int(empty[0])].as_py()!r}. Every row is a page. Leave such rows out with "
-            f"rows.filter(lambda row: row[{image_name!r}] is not None), and their ids with on_missing='drop'."
+            f"rows.filter(lambda row: row[{next(iter(media.values()))!r}] is not None), and their ids with "
+            "on_missing='drop'."
         )
     return check_tables(
-        with_columns(_name_pages(pages, image_name), {"document_id": ids}),
-        _select_asking(asking, query_ids, query_name, asking_name, {id_name, negatives_name, image_name}),
+        with_columns(_name_pages(pages, media), {"document_id": ids}),
+        _select_asking(asking, query_ids, query_name, asking_name, {id_name, negatives_name, *media.values()}),
         _judge_one_to_one(query_ids),
         negatives,
         notes=BuildNotes(blank_queries=int(blank.sum()), **counts),
@@ -127,8 +142,14 @@ def build_from_columns(
     image_name: str = "image",
     negative_names: Sequence[str] | None = None,
     asking_name: str | None = _ASKING,
+    audio_name: str = "audio",
+    video_name: str = "video",
 ) -> Tables:
     """One row per query with the images in it; see ``RetrievalDataset.from_columns``."""
+    found = getattr(rows, "column_names", None) or ()
+    given = {"image": image_name, "audio": audio_name, "video": video_name}
+    kind = next((kind for kind, name in given.items() if name in found), "image")
+    image_name = given[kind]
     if isinstance(negative_names, str):
         raise ConfigError(f"negative_columns={negative_names!r} is one name. Pass a list, [{negative_names!r}].")
     if negative_names is not None and not isinstance(negative_names, Sequence):
@@ -154,7 +175,7 @@ def build_from_columns(
             "or remove it."
         )
     for name in image_names:
-        rows = with_encoded_images(rows, name)
+        rows = with_encoded_images(rows, name, kind)
     # Of row i the page is document i, and negative k of n rows document n * (k + 1) + i; a null is no document.
     has_image = np.stack([has_content(rows, name) for name in image_names], axis=1)
     numbers = np.arange(len(rows))[:, None] + len(rows) * np.arange(len(image_names))
@@ -162,7 +183,7 @@ def build_from_columns(
     pages = []
     for k, name in enumerate(image_names):
         columns = rows.select_columns([name, *(others if k == 0 else ())])
-        pages.append(_name_pages(columns.select(np.flatnonzero(has_image[:, k])), name))
+        pages.append(_name_pages(columns.select(np.flatnonzero(has_image[:, k])), {kind: name}))
     document_ids = _as_ids(numbers.T[has_image.T])
 
     blank = ~_asks(rows, query_name, asking_name)
@@ -345,10 +366,11 @@ def _resolve_negatives(
 def _select_asking(
     rows: Dataset, ids: pa.Array, query_name: str, asking_name: str | None, hidden: set[str | None]
 ) -> Dataset:
-    """The table of queries: id, text, image where one asks, and the other columns of the rows that are no images."""
+    """The table of queries: id, text, image where one asks, and the other columns of the rows that hold no files."""
     reserved = {"query_id", "text", "image", query_name, asking_name, *hidden}
+    files = tuple(map(type, ENCODED.values()))
     others = [
-        name for name, feature in rows.features.items() if name not in reserved and not isinstance(feature, Image)
+        name for name, feature in rows.features.items() if name not in reserved and not isinstance(feature, files)
     ]
     has_text = query_name in rows.column_names and query_name != asking_name
     new = {"query_id": ids, "text": text_column(rows, query_name) if has_text else pa.nulls(len(rows), pa.string())}
@@ -363,15 +385,17 @@ def _judge_one_to_one(ids: pa.Array) -> Dataset:
     return table_dataset({"query_id": ids, "document_id": ids, "score": pa.array(np.ones(len(ids), dtype=np.int64))})
 
 
-def _name_pages(pages: Dataset, image_name: str) -> Dataset:
-    """Pages with their image column as the corpus names it."""
-    clashing = {"document_id", "image"} & (set(pages.column_names) - {image_name})
+def _name_pages(pages: Dataset, media: Mapping[str, str]) -> Dataset:
+    """Pages with their columns of files as the corpus names them."""
+    names = [*media.values()]
+    clashing = {"document_id", "image", *media} & (set(pages.column_names) - {*names})
     if clashing:
         raise DatasetError(
-            f"The rows have a column {clashing.pop()!r} beside {image_name!r}, and the corpus has one of its own of "
+            f"The rows have a column {clashing.pop()!r} beside {names[0]!r}, and the corpus has one of its own of "
             "that name. Rename the column, or remove it."
         )
-    return pages if image_name == "image" else pages.rename_column(image_name, "image")
+    renamed = {name: kind for kind, name in media.items() if name != kind}
+    return pages.rename_columns(renamed) if renamed else pages
 
 
 def _as_ids(numbers: np.ndarray) -> pa.Array:

@@ -5,7 +5,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from datasets import Dataset
 
-from mmtune.arguments import QueryId
+from mmtune.arguments import QueryId, require_one_of
 from mmtune.data.arrow import column
 from mmtune.data.documents import DocumentKind, DocumentReader, document_columns
 from mmtune.data.tables import has_content, query_parts
@@ -14,6 +14,9 @@ from mmtune.errors import ConfigError, DatasetError
 QueryKind: TypeAlias = DocumentKind
 """What a query is made of where it is read, in the words of ``documents``."""
 
+QUERY_KINDS = ("text", "image", "text+image")
+"""All kinds of queries: sounds and clips don't ask."""
+
 
 def query_columns(queries: Dataset, kind: QueryKind) -> list[str]:
     """The columns that a query is made of, text before image.
@@ -21,6 +24,7 @@ def query_columns(queries: Dataset, kind: QueryKind) -> list[str]:
     Raises:
         ConfigError: ``kind`` is unknown, or the table lacks a column of it.
     """
+    require_one_of("queries", kind, QUERY_KINDS)
     return document_columns(queries, kind, name="queries", table="table of queries")
 
 

@@ -18,6 +18,7 @@ from mmtune.data.arrow import (
     is_lists,
     is_text,
     lists_of_rows,
+    media_columns,
     positions,
     table_dataset,
     with_columns,
@@ -270,15 +271,18 @@ def _select_queries(tables: Tables, rows: np.ndarray) -> Tables:
 
 def _check_corpus(corpus: Dataset) -> Dataset:
     require_columns(corpus, ("document_id",), "The corpus")
-    if not {"image", "text"} & set(corpus.column_names):
+    media = media_columns(corpus.column_names)
+    if not media and "text" not in corpus.column_names:
         raise DatasetError(
             f"The corpus has neither an 'image' nor a 'text' column; it has {corpus.column_names}. "
-            "A document is an image of a page, a text, or both."
+            "A document is an image of a page, a text, a sound ('audio'), a clip ('video'), or several of these."
         )
     if not len(corpus):
         raise DatasetError("The corpus has zero rows. At least one document is needed.")
     corpus = _with_unique_ids(corpus, "document")
-    return with_encoded_images(corpus, "image") if "image" in corpus.column_names else corpus
+    for name in media:
+        corpus = with_encoded_images(corpus, name, name)
+    return corpus
 
 
 def _check_queries(queries: Dataset) -> Dataset:

@@ -14,15 +14,25 @@ from sentence_transformers.base import BaseModel
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from tqdm.auto import tqdm
 
-from mmtune.arguments import shown
+from mmtune.arguments import MIXED, shown
 from mmtune.data.clusters import connected_queries
 from mmtune.data.dataset import RetrievalDataset
-from mmtune.data.documents import DocumentKind
+from mmtune.data.documents import DocumentKind, kinds_of_documents
 from mmtune.data.query_kinds import QueryKind
 from mmtune.errors import ConfigError
 from mmtune.evaluation.metrics import ndcg
-from mmtune.inference.encoder import DatasetReader, Retriever, Task, as_float32, encode, join, warn_of_cut_texts
+from mmtune.inference.encoder import (
+    DatasetReader,
+    Retriever,
+    Task,
+    as_float32,
+    encode,
+    join,
+    warn_of_cut_recordings,
+    warn_of_cut_texts,
+)
 from mmtune.inference.search import not_finite
+from mmtune.inference.shards import StoredDocuments
 from mmtune.inference.store import Embeddings
 
 _TIE_ORDER_SEED = 0
@@ -135,7 +145,12 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
         self.cost = EncodingCost()
         self._shows_progress = show_progress_bar
         self._has_looked_for_cut_texts = False
+        self.stored: StoredDocuments | None = None  # what the documents are read from rather than encoded
         self._id_by_order = [document_ids[at] for at in np.argsort(order).tolist()]
+        self._kind_by_document_id = {}
+        if documents == MIXED:
+            kinds = kinds_of_documents(data.corpus, documents)
+            self._kind_by_document_id = dict(zip(document_ids, kinds, strict=True))
 
     @property
     def groups(self) -> dict[str, str]:
@@ -145,16 +160,17 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
     def measure_effect_of_batch_size(self, model: Retriever) -> float:
         """How far embeddings move with what else is in their batch: the largest change of a coordinate.
 
-        Sixteen queries and documents are encoded one by one, and together.
+        Sixteen queries and documents are encoded one by one, and in batches as large as those of the evaluation: larger
+        ones may not fit.
         """
-        largest = 0.0
+        largest, size_of_batch = 0.0, min(_SAMPLE, max(2, self.batch_size))
         sides: dict[Task, list[str]] = {"query": self.queries_ids, "document": list(map(str, self.corpus_ids))}
         for task, ids in sides.items():
             alone, together = (
                 as_float32(
                     join(encode(model, task, ids[:_SAMPLE], self._reader, batch_size=size, at_once=_SAMPLE)), CPU
                 )
-                for size in (1, _SAMPLE)
+                for size in (1, size_of_batch)
             )
             largest = max(largest, *(float((a - b).abs().max()) for a, b in zip(alone, together, strict=True)))
         return largest
@@ -190,6 +206,7 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
         """The embeddings of all queries, in the order of ``queries_ids``; the first call warns of texts too long."""
         if not self._has_looked_for_cut_texts:
             warn_of_cut_texts(model, self._reader)
+            warn_of_cut_recordings(model, self._reader)
             self._has_looked_for_cut_texts = True
         ids, started = self.queries_ids, time.perf_counter()
         # texts go to the host at once, which sorts them by length; images are read a batch at a time
@@ -199,17 +216,45 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
         return found
 
     def encode_documents(self, model: Retriever) -> Generator[Embeddings, None, None]:
-        """The embeddings of the corpus, ``batch_size`` documents at a time."""
+        """The embeddings of the corpus, ``batch_size`` documents at a time, or as ``stored`` has them."""
         ids = list(map(str, self.corpus_ids))
         seconds, num_numbers, started = 0.0, 0, time.perf_counter()
         with tqdm(total=len(ids), desc="Encoding documents", disable=not self._shows_progress, leave=False) as bar:
-            for portion in encode(model, "document", ids, self._reader, batch_size=self.batch_size):
+            if self.stored is None:
+                portions = encode(model, "document", ids, self._reader, batch_size=self.batch_size)
+            else:
+                portions = self.stored.read_all(ids, self._reader, model.device)
+            for portion in portions:
                 bar.update(len(portion))
                 seconds, num_numbers = seconds + time.perf_counter() - started, num_numbers + _count_numbers(portion)
                 size = portion[0].shape[-1]
                 self.cost = replace(self.cost, documents_s=seconds, dimension=size, num_numbers=num_numbers)
                 yield portion
                 started = time.perf_counter()
+
+    def measure_kinds(self, model: Retriever) -> dict[str, float]:
+        """Of a mixed corpus nDCG by the kind of the answer, and how often the best documents are of one kind alone.
+
+        A gap between modalities shows in both: what is of another kind than most stands behind, whatever it says.
+
+        Args:
+            model: That of the last call.
+
+        Returns:
+            ``vdr_cosine_ndcg@10_image`` and the like, over the queries with an answer of that kind, and
+            ``vdr_cosine_one-kind@10``, the share of queries; empty where all documents are of one kind.
+        """
+        if not self._kind_by_document_id:
+            return {}
+        key, depth = self.metric_name(model), max(self.ndcg_at_k)
+        values_by_kind: dict[str, list[float]] = {}
+        for query_id, scores in self.score_by_document_id.items():
+            for kind in sorted({self._kind_by_document_id[document_id] for document_id in scores}):
+                values_by_kind.setdefault(kind, []).append(self.per_query[key][query_id])
+        found = {f"{key}_{kind}": float(np.mean(values)) for kind, values in sorted(values_by_kind.items())}
+        top_kinds = [{self._kind_by_document_id[each] for each in ids[:depth]} for ids in self.top_ids.values()]
+        share = float(np.mean([len(kinds) == 1 for kinds in top_kinds]))
+        return {**found, f"{self.name}_{model.similarity_fn_name}_one-kind@{depth}": share}
 
     def compute_metrics(self, queries_result_list: list[Any]) -> dict[str, Any]:
         """The host's metrics, with nDCG graded, and ``per_query`` and ``top_ids`` filled.

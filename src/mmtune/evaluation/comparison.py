@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import logging
+import math
 import os
 import traceback
 from collections import Counter
@@ -49,6 +50,7 @@ from mmtune.evaluation.significance import (
     correct_for_several,
     mean_interval,
 )
+from mmtune.inference.shards import ShardFolder
 from mmtune.models.checkpoints import first_line, how_to_install
 from mmtune.models.opening import check_host_kwargs
 from mmtune.report.markdown import text_table
@@ -89,7 +91,7 @@ class ComparisonRow:
         kind: ``"retriever"``, ``"late interaction"``, ``"Router"`` or ``"pipeline"``.
         parameters: How many weights it has, the reranker's of a pipeline among them.
         sizes: The full size, and each of ``truncate_dims`` that the model has.
-        page_s: Seconds to read and encode a document.
+        page_s: Seconds to read and encode a document; NaN where it was encoded before.
         query_s: Seconds to encode a query and, in a pipeline, to rerank what was found for it.
         per_query: ``{metric key: {query id: value}}``, with the keys of ``build_evaluator``.
         against_best: From the best model to this one at full size, with p corrected for all comparisons; ``None`` for
@@ -183,7 +185,7 @@ def _cells(row: ComparisonRow, dims: Sequence[int]) -> list[str]:
         "best" if row.against_best is None else f"{row.against_best.p_value:.4f}",
         *(at.get(dim, "") for dim in dims),
         f"{row.sizes[0].bytes_per_document:,.0f}",
-        f"{1000 * row.page_s:.2f}",
+        "" if math.isnan(row.page_s) else f"{1000 * row.page_s:.2f}",
         f"{1000 * row.query_s:.2f}",
     ]
 
@@ -201,6 +203,7 @@ def compare_models(
     batch_size: int = 16,
     show_progress_bar: bool = True,
     load_kwargs: Mapping[str, Any] | None = None,
+    embeddings: Sequence[str | os.PathLike[str]] = (),
 ) -> Comparison:
     """Which of several models finds the documents of a dataset best, and whether the difference is one.
 
@@ -219,13 +222,15 @@ def compare_models(
         name: Prefix of the metric keys, and what the dataset is called in the table.
         store: A folder where measurements are kept as they are made, by the content of the checkpoint's files, or of
             the weights of a model in memory, and by the data, the settings and the device. ``None`` keeps nothing.
-            Times are those of the first measurement.
-        documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
+            Times are those of the first measurement. Of a class of your own the name counts, and not its code.
+        documents: What a document is made of, such as ``"image"``, ``"text+image"``, ``"audio"`` or ``"mixed"``.
         queries: What a query is made of, likewise.
         depth: How many documents a reranker sorts again for a query, 100 at most; all of a smaller corpus.
         batch_size: Texts, documents or pairs a forward pass.
         show_progress_bar: Whether to show bars.
         load_kwargs: How checkpoints are loaded, as ``load_model`` takes it, e.g. ``{"max_pixels": 600 * 600}``.
+        embeddings: Folders that ``encode_corpus`` wrote, in float32 and at full size. A model
+            that made one of them reads its documents there and encodes queries alone, without a time for documents.
 
     Returns:
         The comparison, of all models that could be measured. A model that can't be loaded, is of another kind, runs
@@ -255,6 +260,11 @@ def compare_models(
     how = {} if load_kwargs is None else load_kwargs
     require_mapping("load_kwargs", how, expected="arguments of load_model by name, e.g. {'max_pixels': 360000}")
     check_host_kwargs(SentenceTransformer, how)
+    if isinstance(embeddings, (str, os.PathLike)):
+        raise ConfigError(f"embeddings={os.fspath(embeddings)!r}: expected folders in a list. Pass [{embeddings!r}].")
+    for folder in (folders := tuple(embeddings)):
+        require_path("embeddings", folder, what="a folder of encode_corpus")
+        ShardFolder(Path(folder)).listed()
     data = as_retrieval_dataset(dataset)
     check_texts(data.corpus, documents)
     data.relevance_of(documents, queries).require_queries()
@@ -263,7 +273,7 @@ def compare_models(
 
     most = min(most, len(data.corpus))
     kept = MeasurementStore(store)
-    bench = Bench(data, documents, queries, tuple(dims), most, size, show_progress_bar, how, kept)
+    bench = Bench(data, documents, queries, tuple(dims), most, size, show_progress_bar, how, kept, folders)
     measured, failures = _measure_all(entries, bench)
     if not measured:
         reasons = "\n".join(f"- {key}: {message}" for key, message in failures.items())

@@ -1,5 +1,6 @@
 """How small may an embedding be: every size, kind of number and token pooling, measured from one encoding."""
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from sentence_transformers import MultiVectorEncoder
 from tqdm.auto import tqdm
 
 from mmtune.arguments import (
     advise_number,
     listed,
+    require_flag,
     require_number,
     require_one_of,
     require_path,
@@ -24,12 +27,13 @@ from mmtune.arguments import (
 )
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind, check_texts
+from mmtune.data.identity import document_digests
 from mmtune.data.intake import DatasetLike, as_retrieval_dataset
 from mmtune.data.query_kinds import QueryKind
 from mmtune.errors import ConfigError, DatasetError, MissingExtraError
 from mmtune.evaluation.base import CorpusEvaluator
 from mmtune.evaluation.metrics import expected_gains, ndcg
-from mmtune.evaluation.quantization import DTYPES, DType, Encoded, KeptDocuments, Vectors, keep_each
+from mmtune.evaluation.quantization import DTYPES, DType, Encoded, KeptDocuments, keep_each
 from mmtune.evaluation.retrieval import build_evaluator, require_dimensions
 from mmtune.evaluation.significance import (
     FEW_CLUSTERS,
@@ -42,6 +46,7 @@ from mmtune.evaluation.significance import (
 from mmtune.inference.encoder import DatasetReader, Retriever, as_float32, encode_shards, join, require_retriever
 from mmtune.inference.search import not_finite
 from mmtune.inference.store import Embeddings
+from mmtune.inference.vectors import Vectors
 from mmtune.models.checkpoints import how_to_install
 from mmtune.report.size_plot import draw_sizes
 
@@ -50,6 +55,8 @@ DIMS = (2048, 1536, 1024, 512, 256, 128, 64, 32)
 
 POOL_FACTORS = (1, 2, 4)
 """Of the tokens of a document, for late interaction: all, about a half, about a quarter."""
+
+logger = logging.getLogger(__name__)
 
 _DEPTH = 10
 _MEASURE = f"nDCG@{_DEPTH}"
@@ -126,7 +133,7 @@ class Frontier:
             path: Where the picture goes, e.g. ``"sizes.png"`` or ``"sizes.svg"``; one that is there is replaced.
 
         Raises:
-            ConfigError: The ending is of no picture.
+            ConfigError: The ending is of no picture, or the file can't be written.
             MissingExtraError: matplotlib is not installed.
         """
         require_path("path", path, what="a picture", advice="Pass e.g. path='sizes.png'.")
@@ -191,10 +198,10 @@ def size_frontier(
         calibration: A dataset for the ranges of int8, best one that was trained on: its documents are encoded, too, and
             its queries are not used. ``None`` takes the evaluated documents, which no index knows beforehand, and the
             table says so.
-        tolerance: How much nDCG@10 may be lost, from 0 to 1.
+        tolerance: How much nDCG@10 may be lost, from 0 to below 1.
         pool_factors: For late interaction, by what to divide the vectors of a document, with the host's
             ``HierarchicalTokenPooling``; 1 pools nothing. ``None`` is 1, 2 and 4.
-        documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
+        documents: What a document is made of, such as ``"image"``, ``"text+image"``, ``"audio"`` or ``"mixed"``.
         queries: What a query is made of, likewise.
         batch_size: Documents or queries a forward pass.
         show_progress_bar: Whether to show bars.
@@ -219,12 +226,15 @@ def size_frontier(
     allowed = require_number("tolerance", tolerance)
     if not 0 <= allowed < 1:
         advice = advise_number("tolerance", tolerance, lambda value: 0 <= value < 1, 0.01)
-        raise ConfigError(f"tolerance={tolerance!r}: expected a number from 0 to 1, a difference of nDCG. {advice}")
+        raise ConfigError(f"tolerance={tolerance!r}: expected a number from 0 to below 1, of nDCG. {advice}")
     factors = _require_factors(pool_factors, model)
+    require_flag("show_progress_bar", show_progress_bar)
     data = as_retrieval_dataset(dataset)
     calibrating = None if calibration is None else as_retrieval_dataset(calibration, "calibration")
     if calibrating is not None:
         _check_calibration(calibrating, documents)
+        if "int8" not in kinds:
+            logger.warning("calibration is not used: it is for int8, and dtypes are %s.", listed(kinds))
     options: dict[str, Any] = {"batch_size": require_whole("batch_size", batch_size)}
     options["show_progress_bar"] = show_progress_bar
     evaluator: Any = build_evaluator(
@@ -232,20 +242,18 @@ def size_frontier(
     )
 
     encoded_queries = Vectors.of(as_float32(evaluator.encode_queries(model), model.device))
+    full = encoded_queries.values.shape[1]
+    require_dimensions(dims_asked, model, full)
     kept = as_float32(join(evaluator.encode_documents(model)), model.device)
     ranged, source = kept, "the evaluated documents themselves, which flatters it: pass calibration="
     if calibrating is not None and "int8" in kinds:
-        reader, ids = (
-            DatasetReader(calibrating.corpus, calibrating.queries, documents),
-            calibrating.corpus["document_id"],
-        )
-        ranged, source = (
-            join(encode_shards(model, "document", ids[:], reader, **options)),
-            f"{len(ids)} other documents{', which are few' * (len(ids) < _FEW_DOCUMENTS)}",
-        )
+        reader = DatasetReader(calibrating.corpus, calibrating.queries, documents)
+        ids = calibrating.corpus["document_id"][:]
+        ranged = join(encode_shards(model, "document", ids, reader, **options))
+        source = _describe_calibration(calibrating.corpus, evaluator.data.corpus, documents)
 
     encoded = Encoded(model, encoded_queries, kept, ranged)
-    chosen_dims = dims_asked or _default_dims(model, encoded_queries.values.shape[1])
+    chosen_dims = dims_asked or _default_dims(model, full)
     groups = evaluator.groups
     clusters = np.unique([groups[query_id] for query_id in evaluator.queries_ids], return_inverse=True)[1]
     rows: list[FrontierRow] = []
@@ -329,6 +337,16 @@ def _check_calibration(data: RetrievalDataset, documents: DocumentKind) -> None:
             f"calibration has {len(data.corpus)} documents, and ranges of int8 need some hundreds. Pass the pages of "
             "training, or leave it out."
         )
+
+
+def _describe_calibration(calibrating: Dataset, evaluated: Dataset, documents: DocumentKind) -> str:
+    """How many documents ranges are from, and whether they know what is evaluated."""
+    few = ", which are few" * (len(calibrating) < _FEW_DOCUMENTS)
+    known = set(document_digests(evaluated, documents, range(len(evaluated))))
+    shared = sum(each in known for each in document_digests(calibrating, documents, range(len(calibrating))))
+    if not shared:
+        return f"{len(calibrating)} other documents{few}"
+    return f"{len(calibrating)} documents{few}; {shared} of them are evaluated, too, which flatters it"
 
 
 def _measure_queries(

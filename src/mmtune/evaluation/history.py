@@ -1,17 +1,20 @@
 """What each measurement of a run found for each query, kept beside its checkpoints, so that a resumed run has it."""
 
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 BEGINNING, END = 0, -1
 """The steps under which the model as it came and the model that is kept are noted."""
 
-FILE = "mmtune_per_query.parquet"
+CHECKPOINT_FILE = "mmtune_per_query.parquet"
 """Its name in a checkpoint."""
 
 PER_QUERY_FILE = "per_query.parquet"
@@ -42,17 +45,31 @@ class History:
             step: Of the training; or ``BEGINNING``, or ``END``.
             parts: Evaluators of one set each, as far as they tell their values by query.
             model: What they have measured.
+
+        Warns:
+            UserWarning: An evaluator of the caller's own tells something else than ``{query id: number}``, or of other
+                queries than before. It is left out: the run goes on, without a verdict.
         """
         found: dict[str, np.ndarray] = {}
         for part in parts:
             primary = part.metric_name(model)
             measure = primary.rpartition("_")[2]
-            for metric, values in part.per_query.items():
-                if metric.rpartition("_")[2] == measure:
-                    self.ids[metric] = list(values)
-                    found[metric] = np.array(list(values.values()), dtype=np.float64)
-            if step in (BEGINNING, END) and getattr(part, "top_ids", None):
-                best = {query_id: ids[:DEPTH] for query_id, ids in part.top_ids.items()}
+            for metric, given in (part.per_query if isinstance(part.per_query, Mapping) else {}).items():
+                if metric.rpartition("_")[2] != measure:
+                    continue
+                values = _read_values(given)
+                ids = self.ids.get(metric, list(values or ()))
+                if values is None or values.keys() != set(ids):
+                    warnings.warn(
+                        f"per_query[{metric!r}] of the {type(part).__name__} is not {{query id: number}} of the same "
+                        "queries at each measurement, so there is no verdict by it. Expected a finite number for each.",
+                        stacklevel=2,
+                    )
+                    continue
+                self.ids[metric] = ids
+                found[metric] = np.array([values[query_id] for query_id in ids], dtype=np.float64)
+            if step in (BEGINNING, END) and isinstance(getattr(part, "top_ids", None), Mapping):
+                best = {str(query_id): list(map(str, ids[:DEPTH])) for query_id, ids in part.top_ids.items()}
                 self.top_ids.setdefault(step, {})[primary] = best
         if found:
             self.values[step] = found
@@ -61,6 +78,10 @@ class History:
     def steps(self) -> list[int]:
         """The steps of the training that were measured."""
         return sorted(step for step in self.values if step not in (BEGINNING, END))
+
+    def has(self, metrics: Sequence[str], steps: Sequence[int]) -> bool:
+        """Whether each of these measurements has values by query for all of some metrics."""
+        return bool(metrics) and all(set(metrics) <= self.values.get(step, {}).keys() for step in steps)
 
     def of(self, step: int, metric: str) -> dict[str, float]:
         """``{query id: value}`` of one measurement; empty where it has none."""
@@ -82,23 +103,25 @@ class History:
                 }
                 parts.append(pa.table(columns))
         if parts:
-            pq.write_table(pa.concat_tables(parts).unify_dictionaries(), folder / FILE, compression="zstd")
+            pq.write_table(pa.concat_tables(parts).unify_dictionaries(), folder / CHECKPOINT_FILE, compression="zstd")
 
     @classmethod
     def read(cls, folder: Path) -> "History":
         """What a checkpoint holds; nothing where it has none."""
         found = cls()
-        if not (folder / FILE).is_file():
+        if not (folder / CHECKPOINT_FILE).is_file():
             return found
-        rows: dict[tuple[int, str], list[dict[str, Any]]] = {}
-        for row in pq.read_table(folder / FILE).to_pylist():
-            rows.setdefault((row["step"], row["metric"]), []).append(row)
-        for (step, metric), part in rows.items():
-            found.ids[metric] = [row["query_id"] for row in part]
-            found.values.setdefault(step, {})[metric] = np.array([row["value"] for row in part])
-            if part[0]["top_ids"] is not None:
-                best = {row["query_id"]: row["top_ids"] for row in part}
-                found.top_ids.setdefault(step, {})[metric] = best
+        table = pq.read_table(folder / CHECKPOINT_FILE)
+        for step in pc.unique(table["step"]).to_pylist():
+            of_step = table.filter(pc.equal(table["step"], step))
+            for metric in pc.unique(of_step["metric"]).to_pylist():
+                part = of_step.filter(pc.equal(of_step["metric"], metric))
+                if metric not in found.ids:
+                    found.ids[metric] = part["query_id"].to_pylist()
+                found.values.setdefault(step, {})[metric] = part["value"].to_numpy()
+                if part["top_ids"][0].is_valid:
+                    best = dict(zip(found.ids[metric], part["top_ids"].to_pylist(), strict=True))
+                    found.top_ids.setdefault(step, {})[metric] = best
         return found
 
     def before_and_after(self) -> pa.Table:
@@ -135,3 +158,11 @@ class History:
     def write_before_and_after(self, folder: Path) -> None:
         """Write ``per_query.parquet`` beside the result."""
         pq.write_table(self.before_and_after(), folder / PER_QUERY_FILE, compression="zstd")
+
+
+def _read_values(given: object) -> dict[str, float] | None:
+    """Values by query; ``None`` where they are none. Ours are always some, those of others need not be."""
+    if not isinstance(given, Mapping):
+        return None
+    is_right = all(isinstance(each, (int, float, np.number)) and math.isfinite(each) for each in given.values())
+    return {str(query_id): float(value) for query_id, value in given.items()} if is_right else None

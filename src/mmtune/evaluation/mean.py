@@ -34,7 +34,7 @@ class MeanEvaluator(SequentialEvaluator):
     """Several evaluators and the mean of their metrics, under ``<name>-mean_...`` keys.
 
     Args:
-        evaluators: Evaluators of this package, with names of their own and the same metrics.
+        evaluators: Evaluators of this package, with names of their own; a metric has a mean where all have it.
         name: Prefix of the keys of the means.
 
     Attributes:
@@ -58,8 +58,13 @@ class MeanEvaluator(SequentialEvaluator):
         metrics = [part(model, output_path, epoch, steps) for part in self.parts]
         self.per_query = {key: values for part in self.parts for key, values in part.per_query.items()}
         self.primary_metric = self.metric_name(model)
-        columns = zip(*(each.values() for each in metrics), strict=True)
-        means = {self._of_mean(key): float(np.mean(values)) for key, values in zip(metrics[0], columns, strict=True)}
+        own = [
+            {key.removeprefix(part.name): value for key, value in each.items()}
+            for part, each in zip(self.parts, metrics, strict=True)
+        ]
+        # sets of mixed documents are measured by the kinds that each has
+        shared = [key for key in own[0] if all(key in each for each in own)]
+        means = {f"{self.name}-mean{key}": float(np.mean([each[key] for each in own])) for key in shared}
         return {key: value for each in (*metrics, means) for key, value in each.items()}
 
     @property

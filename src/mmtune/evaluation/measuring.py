@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ from mmtune.evaluation.pipeline import measure_queries, open_retriever
 from mmtune.evaluation.retrieval import build_evaluator
 from mmtune.inference.encoder import DatasetReader, Retriever, require_retriever
 from mmtune.inference.reranker import PairScorer, require_reranker
+from mmtune.inference.shards import find_stored
 from mmtune.inference.store import model_fingerprint, write_whole, writing_to
 from mmtune.models.fingerprints import fingerprint_checkpoint
 from mmtune.models.kinds import HostModel
@@ -58,7 +60,7 @@ class Measurement:
         kind: What finds the documents.
         similarity: How it compares, e.g. ``"cosine"``; ``"rerank"`` for a pipeline.
         parameters: How many weights it has.
-        page_s: Seconds to read and encode a document.
+        page_s: Seconds to read and encode a document; NaN where it was encoded before.
         query_s: Seconds to encode a query, and to rerank what was found for it.
         dimensions: Sizes of a vector, the full one first.
         vectors_per_document: 1, or the mean number of token vectors.
@@ -153,6 +155,7 @@ class Bench:
         show_progress_bar: Whether to show bars.
         load_kwargs: How checkpoints are loaded, as ``load_model`` takes it.
         store: Where measurements are kept.
+        embeddings: Folders of ``encode_corpus``; a model whose documents are in one encodes none.
     """
 
     data: RetrievalDataset
@@ -164,6 +167,7 @@ class Bench:
     show_progress_bar: bool
     load_kwargs: Mapping[str, Any]
     store: MeasurementStore
+    embeddings: tuple[str | os.PathLike[str], ...] = ()
     options: LoadOptions = field(init=False)
 
     def __post_init__(self) -> None:
@@ -176,11 +180,13 @@ class Bench:
 
         The retriever is let go before the reranker is loaded.
         """
-        key, found = self._measure(retriever, self._open_retriever, self._evaluate, ("retriever", self.truncate_dims))
+        # without its time to encode a document, what is measured on stored ones is kept apart
+        settings: tuple[object, ...] = ("retriever", self.truncate_dims, *("stored",) * bool(self.embeddings))
+        key, found = self._measure(retriever, self._open_retriever, self._evaluate, settings)
         if reranker is None:
             return found
-        settings = ("reranker", key, self.depth)
-        return self._measure(reranker, self._open_reranker, lambda model: self._rerank(found, model), settings)[1]
+        how = ("reranker", key, self.depth)
+        return self._measure(reranker, self._open_reranker, lambda model: self._rerank(found, model), how)[1]
 
     def _measure(
         self,
@@ -194,7 +200,9 @@ class Bench:
         found = self.store.load(key) if key else None
         if key is None or found is None:
             model = open_model(source)
-            key = key or self._key(model_fingerprint(model), model.device, settings)
+            # what compares them is no part of what embeddings are known by, and decides what is found
+            compared = getattr(model, "similarity_fn_name", None)
+            key = key or self._key(f"{model_fingerprint(model)} {compared}", model.device, settings)
             found = self.store.load(key) or measure(model)
             self.store.save(key, found)
             if not isinstance(source, torch.nn.Module):
@@ -258,6 +266,7 @@ class Bench:
             batch_size=self.batch_size,
             show_progress_bar=self.show_progress_bar,
         )
+        evaluator.stored = find_stored(self.embeddings, model, self.documents)
         evaluator(model)
         parts = [evaluator, *(() if is_late else evaluator.truncations)]
         cost = evaluator.cost
@@ -265,7 +274,7 @@ class Bench:
             kind="late interaction" if is_late else "Router" if find_router(model) is not None else "retriever",
             similarity=str(model.similarity_fn_name),
             parameters=_count_parameters(model),
-            page_s=cost.documents_s / len(self.data.corpus),
+            page_s=math.nan if evaluator.stored else cost.documents_s / len(self.data.corpus),
             query_s=cost.queries_s / len(self.data),
             dimensions=(cost.dimension, *(part.truncate_dim for part in parts[1:])),
             vectors_per_document=cost.num_numbers / cost.dimension / len(self.data.corpus),

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mmtune.arguments import require_name
+from mmtune.arguments import require_name, require_one_of
 from mmtune.data.documents import DocumentKind, check_texts, document_columns
 from mmtune.data.identity import document_digests, text_digest
 from mmtune.data.images import decode_page
@@ -31,9 +31,9 @@ def as_mteb_task(
     """A retrieval task for ``mteb.evaluate``, over documents that are decoded as they are encoded.
 
     Its ``ndcg_at_10`` is that of ``build_evaluator``, rounded by mteb to five digits, where no two documents have the
-    same score: mteb ranks such ties by their ids. Judgements stay graded, and byte-identical pages are one document.
-    mteb takes a ``SentenceTransformer`` of your own for one that reads texts alone; the page on comparing models
-    shows how to say otherwise.
+    same score: mteb ranks such ties by their ids. Queries are read as texts. Judgements stay graded, and byte-identical
+    pages are one document. mteb takes a ``SentenceTransformer`` of your own for one that reads texts alone; the page on
+    comparing models shows how to say otherwise.
 
     Args:
         dataset: A ``RetrievalDataset``, rows in a known layout, or what ``RetrievalDataset.load`` takes.
@@ -46,8 +46,8 @@ def as_mteb_task(
         An ``AbsTaskRetrieval``. Its revision is a digest of the content, so that mteb's cache knows changed data.
 
     Raises:
-        ConfigError: The corpus lacks what ``documents`` asks for, or a name or language can't be.
-        DatasetError: The data can't be read, its layout is unknown, or it has no queries.
+        ConfigError: The corpus lacks what ``documents`` asks for, it is something else, or a name or language can't be.
+        DatasetError: The data can't be read, its layout is unknown, or it has no queries, or one without a text.
         ImageDecodeError: The file of a page can't be read.
         MissingExtraError: mteb is not installed.
 
@@ -66,8 +66,9 @@ def as_mteb_task(
         raise MissingExtraError(
             f"as_mteb_task needs mteb, which can't be imported: {first_line(error)} {how_to_install('mteb')}"
         ) from error
+    require_one_of("documents", documents, tuple(_CATEGORY))
     data = as_retrieval_dataset(dataset)
-    data.relevance.require_queries()
+    data.relevance_of(data.relevance.documents, "text").require_queries()
     check_texts(data.corpus, documents)
     if data.relevance_of(documents).num_copies:
         data = data.deduplicate(documents=documents)

@@ -11,7 +11,7 @@ import numpy as np
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
 
 from mmtune.arguments import require_whole, require_wholes
-from mmtune.data.documents import DocumentKind
+from mmtune.data.documents import DocumentKind, require_pairs_of
 from mmtune.data.intake import DatasetLike, as_retrieval_dataset
 from mmtune.data.judgements import CandidateList, Judgements
 from mmtune.data.query_kinds import QueryKind
@@ -177,7 +177,7 @@ def evaluate_pipeline(
         dataset: A ``RetrievalDataset``, rows in a known layout, or what ``RetrievalDataset.load`` takes.
         depths: How many documents are reranked a query. ``None`` is 5, 10, 20 and 50 as far as the corpus has them,
             and all of a smaller corpus.
-        documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
+        documents: What a document is made of: ``"image"``, ``"text"``, ``"text+image"`` or ``"video"``.
         ndcg_at_k: Depth of nDCG.
         batch_size: Texts, documents or pairs a forward pass.
         show_progress_bar: Whether to show bars.
@@ -208,6 +208,7 @@ def evaluate_pipeline(
         Encoding the corpus took 1.0 s. Before reranking, a query is encoded in 10.00 ms and searched for in 1.00 ms.
     """
     # Weights are loaded after everything else has been checked.
+    require_pairs_of(documents)
     if not isinstance(retriever, (str, os.PathLike)):
         require_retriever(retriever, "retriever", _CALL)
     if not isinstance(reranker, (str, os.PathLike)):

@@ -1,8 +1,7 @@
 """How documents are kept: fewer numbers a vector, fewer bits a number, fewer vectors; and what is read back of them."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -11,51 +10,16 @@ import torch
 import xxhash
 from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.multi_vector_encoder.modules import HierarchicalTokenPooling
-from sentence_transformers.util import SimilarityFunction, dot_score, quantize_embeddings
-from torch.nn.functional import normalize
+from sentence_transformers.util import SimilarityFunction, dot_score
 
 from mmtune.inference.encoder import Retriever
 from mmtune.inference.store import Embeddings
+from mmtune.inference.vectors import Vectors, dequantize, quantize
 
 DType: TypeAlias = Literal["float32", "int8", "binary"]
 """What a number of a kept vector is; the host's words."""
 
 DTYPES: tuple[DType, ...] = get_args(DType)
-
-
-@dataclass(frozen=True)
-class Vectors:
-    """Embeddings as one table of vectors, whether an item has one or one a token.
-
-    Attributes:
-        values: float32, shape ``(vectors, dimension)``.
-        counts: The number of vectors of each item; ``None`` where each has one.
-    """
-
-    values: torch.Tensor
-    counts: tuple[int, ...] | None = None
-
-    @classmethod
-    def of(cls, embeddings: Embeddings) -> "Vectors":
-        """Those of a retriever: a tensor, or a list of a tensor an item."""
-        if isinstance(embeddings, torch.Tensor):
-            return cls(embeddings)
-        return cls(torch.cat(embeddings), tuple(map(len, embeddings)))
-
-    @property
-    def embeddings(self) -> Embeddings:
-        """As the retriever gave them, and as its similarity takes them."""
-        return self.values if self.counts is None else list(torch.split(self.values, list(self.counts)))
-
-    def cut(self, dim: int, *, normalizes: bool) -> "Vectors":
-        """The first ``dim`` numbers of each vector, brought to length 1 where they are compared by their angle."""
-        short = self.values[:, :dim]
-        return replace(self, values=normalize(short, dim=1) if normalizes else short)
-
-    @cached_property
-    def ranges(self) -> np.ndarray:
-        """The smallest and the largest number of each dimension, float32, shape ``(2, dimension)``."""
-        return torch.stack([self.values.amin(dim=0), self.values.amax(dim=0)]).cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -111,26 +75,14 @@ class KeptDocuments:
 def keep_documents(documents: Vectors, dtype: DType, ranges: np.ndarray) -> KeptDocuments:
     """Documents quantised by the host, and read back as what a float query is compared with.
 
-    A raw product with int8 numbers would be none: step and offset differ by dimension. Of ``binary`` the signs are read
-    back, as -1 and +1.
-
     Args:
         documents: At the size that is kept.
         dtype: What is kept of a number.
         ranges: The smallest and the largest number of each dimension, for ``int8``; what lies beyond is clipped.
     """
     values = documents.values.cpu().numpy()
-    if dtype == "binary":
-        # the bits of "binary", without its offset of 128
-        codes = np.asarray(quantize_embeddings(values, "ubinary"))
-        read = np.unpackbits(codes, axis=1, count=values.shape[1]) * np.float32(2) - np.float32(1)
-    elif dtype == "int8":
-        codes = np.asarray(quantize_embeddings(values, "int8", ranges=ranges))
-        steps = (ranges[1] - ranges[0]) / 255
-        # a dimension without a range counts in whole steps, as the host quantises it (sentence-transformers 6.2)
-        read = (codes.astype(np.float32) + 128) * np.where(steps == 0, 1, steps) + ranges[0]
-    else:
-        codes = read = np.asarray(quantize_embeddings(values, "float32"))
+    codes = quantize(values, dtype, ranges)
+    read = dequantize(codes, dtype, dim=values.shape[1], ranges=ranges)
     counts = documents.counts or (1,) * len(values)
     ends = list(accumulate(counts))
     place_by_content: dict[bytes, int] = {}
@@ -143,7 +95,7 @@ def keep_documents(documents: Vectors, dtype: DType, ranges: np.ndarray) -> Kept
         ]
     )
     first = np.unique(which, return_index=True)[1]
-    table = torch.from_numpy(read.astype(np.float32, copy=False)).to(documents.values.device)
+    table = torch.from_numpy(read).to(documents.values.device)
     if documents.counts is None:
         distinct: Embeddings = table[torch.from_numpy(first)]
     else:

@@ -123,7 +123,7 @@ class RerankingEvaluator(BaseEvaluator):
         sample = self.lists[:_SAMPLE_LISTS]
         alone, together = (
             PairScorer(model, self._reader, size, show_progress_bar=False, direction=self.direction).score_lists(sample)
-            for size in (1, sum(len(each.candidate_ids) for each in sample))
+            for size in (1, max(2, self.batch_size))  # not larger than the evaluation's, which may not fit
         )
         return max(float(np.abs(a - b).max()) for a, b in zip(alone, together, strict=True))
 
@@ -182,7 +182,7 @@ def build_reranking_evaluator(
         num_candidates: The length of a list with one relevant candidate, which is included; 2 or more.
         name: Prefix of the metric keys.
         batch_size: Pairs a forward pass.
-        documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
+        documents: What a document is made of: ``"image"``, ``"text"``, ``"text+image"`` or ``"video"``.
         retriever: Takes its best candidates instead of the dataset's. It encodes once, now, and is not kept.
         always_rerank_positives: Whether what is relevant is added where the retriever has not found it. ``False``
             ranks the retriever's first ``num_candidates`` as they are, and what it has lost stays lost.

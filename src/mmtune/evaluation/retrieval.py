@@ -81,8 +81,10 @@ class RetrievalEvaluator(CorpusEvaluator):
             ImageDecodeError: A page is no readable image; the message names the document.
         """
         embedder = self.require_kind(model)
-        require_dimensions([evaluator.truncate_dim for evaluator in self.truncations], embedder)
+        dims = [evaluator.truncate_dim for evaluator in self.truncations]
+        require_dimensions(dims, embedder)
         encoded = self.encode(embedder)
+        require_dimensions(dims, embedder, encoded.queries.shape[1])  # not every model knows them before
         metrics: dict[str, float] = {}
         per_query: dict[str, dict[str, float]] = {}
         for evaluator in (self, *self.truncations):
@@ -90,7 +92,7 @@ class RetrievalEvaluator(CorpusEvaluator):
             metrics |= evaluator._score(embedder, encoded, output_path, epoch, steps)
             per_query |= evaluator.per_query
         self.per_query = per_query
-        return metrics
+        return metrics | self.measure_kinds(model)
 
     def encode(self, model: SentenceTransformer) -> EncodedDataset:
         """Queries and documents at full size, each preprocessed once."""
@@ -149,7 +151,7 @@ def build_evaluator(
             model, ``truncate_dims`` are checked now rather than at the first call.
         name: Prefix of the metric keys.
         truncate_dims: Matryoshka dimensions to score besides the full one, from the same encoding.
-        documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
+        documents: What a document is made of, such as ``"image"``, ``"text+image"``, ``"audio"`` or ``"mixed"``.
         ndcg_at_k: Depths of nDCG.
         batch_size: Documents or queries a forward pass.
         show_progress_bar: Whether to show a bar over the documents.
@@ -205,13 +207,18 @@ def build_evaluator(
     return build_for_each(dataset, name, build)
 
 
-def require_dimensions(dims: Sequence[int | None], model: Retriever) -> None:
+def require_dimensions(dims: Sequence[int | None], model: Retriever, full: int | None = None) -> None:
     """Make sure that the model can be cut to these dimensions; ``None`` is the full size.
+
+    Args:
+        dims: The sizes.
+        model: The model.
+        full: How many its vectors have; ``None`` asks the model, which need not know.
 
     Raises:
         ConfigError: A dimension is larger than the model's.
     """
-    full = model.get_embedding_dimension()
+    full = full or model.get_embedding_dimension()
     larger = [dim for dim in dims if dim is not None and full is not None and dim > full]
     if larger:
         raise ConfigError(

@@ -24,6 +24,7 @@ LEVEL = 0.05
 FEWEST_CLUSTERS, FEW_CLUSTERS = 10, 20
 """Below the first nothing is called; below the second the sentence says that there are few."""
 
+_LONGEST_NAME = 60
 _MOST_FLIPS = 9_999
 _SIGNS_AT_ONCE = 2_000_000
 _TIE = 1e-9
@@ -98,7 +99,8 @@ class Verdict:
         for column, verdicts in self.by_group.items():
             for group, verdict in verdicts.items():
                 if verdict.is_significant and verdict.delta < 0 < self.delta:
-                    found += f"; worse where {column} is {group}, {verdict.before:.2f} to {verdict.after:.2f}"
+                    where = f"{_on_one_line(column)} is {_on_one_line(group)}"
+                    found += f"; worse where {where}, {verdict.before:.2f} to {verdict.after:.2f}"
         if self.guard is None:
             return found
         return f"{found}; on the guard set {self.guard.before:.2f} to {self.guard.after:.2f}, {self.guard.in_short}"
@@ -161,6 +163,12 @@ class Verdict:
             return "No change" if is_same else "No difference that chance would not make"
         is_guarded = self.delta > 0 and self.guard is not None and self.outcome == "REGRESSION"
         return "Better here, worse on the guard set" if is_guarded else "Better" if self.delta > 0 else "Worse"
+
+
+def _on_one_line(name: str) -> str:
+    """What names a group, without what would begin a line of a log or a report of its own."""
+    line = " ".join(name.split())
+    return line if len(line) <= _LONGEST_NAME else f"{line[: _LONGEST_NAME - 3]}..."
 
 
 def show_p(value: float) -> str:
@@ -228,7 +236,7 @@ def compare_per_query(
         The verdict; the same for the same values and seed, in any order of the queries.
 
     Raises:
-        ConfigError: ``groups`` or ``seed`` is of another type.
+        ConfigError: ``groups``, ``seed`` or ``guard`` is of another type.
         DatasetError: There are no queries, the queries differ, a value is not a finite number, or a query has no group.
 
     Example:
@@ -239,6 +247,8 @@ def compare_per_query(
     require_whole("seed", seed, at_least=0)
     if groups is not None and not isinstance(groups, Mapping):
         raise ConfigError(f"groups={shown(groups)}: expected {{query_id: group}}. Pass e.g. {{'q1': 'report.pdf'}}.")
+    if guard is not None and not isinstance(guard, Verdict):
+        raise ConfigError(f"guard={shown(guard)}: expected a Verdict, as compare_per_query gives it, or None.")
     values = ValuesOfSet(before, after, groups, tuple(chosen_among))
     return compare_sets([values], seed=seed, measure=measure, guard=guard)
 
@@ -256,6 +266,7 @@ def compare_sets(
     """
     read = [_read_values(each) for each in sets]
     differences = np.concatenate([values[1:] - values[0] for values, _ in read], axis=1)
+    differences[np.abs(differences) <= _TIE] = 0.0
     stratum = np.repeat(np.arange(len(read)), [values.shape[1] for values, _ in read])
     cluster = np.unique(np.concatenate([clusters for _, clusters in read]), return_inverse=True)[1]
     weight = 1 / (len(read) * np.bincount(stratum)[stratum])
@@ -269,9 +280,9 @@ def compare_sets(
         after=after,
         interval=mean_interval(differences[0], cluster, stratum),
         p_value=p_value,
-        wins=int((differences[0] > _TIE).sum()),
-        ties=int((np.abs(differences[0]) <= _TIE).sum()),
-        losses=int((differences[0] < -_TIE).sum()),
+        wins=int((differences[0] > 0).sum()),
+        ties=int((differences[0] == 0).sum()),
+        losses=int((differences[0] < 0).sum()),
         num_queries=len(stratum),
         num_clusters=num_clusters,
         guard=guard,
@@ -280,7 +291,7 @@ def compare_sets(
 
 def _read_values(given: ValuesOfSet) -> tuple[np.ndarray, np.ndarray]:
     """Values, float, shape ``(2 + chosen among, queries)``, and the name of the cluster of each query."""
-    ids = sorted(given.before) if isinstance(given.before, Mapping) else []
+    ids = sorted(given.before, key=str) if isinstance(given.before, Mapping) else []
     if not ids:
         raise DatasetError(
             f"before={shown(given.before)}: expected {{query_id: value}} of one query or more, as in "
@@ -291,7 +302,8 @@ def _read_values(given: ValuesOfSet) -> tuple[np.ndarray, np.ndarray]:
     values = np.stack([_values_of(each, ids, name) for name, each in named.items()])
     if given.groups is None:
         return values, np.array([f"{given.name}: {query_id}" for query_id in ids])
-    missing = [query_id for query_id in ids if query_id not in given.groups]
+    # a null of a column, None or NaN, is no group: taken for one, it would tie together all queries without one
+    missing = [query_id for query_id in ids if _is_null(given.groups.get(query_id))]
     if missing:
         raise DatasetError(
             f"{len(missing)} queries have no group, e.g. {missing[0]!r}. Give each one, its own id where it stands "
@@ -300,21 +312,25 @@ def _read_values(given: ValuesOfSet) -> tuple[np.ndarray, np.ndarray]:
     return values, np.array([str(given.groups[query_id]) for query_id in ids])
 
 
+def _is_null(value: object) -> bool:
+    return value is None or value != value
+
+
 def _values_of(values: Mapping[str, float], ids: Sequence[str], name: str) -> np.ndarray:
     if not isinstance(values, Mapping):
         raise DatasetError(f"{name}={shown(values)}: expected {{query_id: value}}, as in evaluator.per_query[metric].")
     missing = [query_id for query_id in ids if query_id not in values]
     if missing or len(values) != len(ids):
-        odd = missing or sorted(set(values) - set(ids))
+        odd = missing or sorted(set(values) - set(ids), key=str)
         raise DatasetError(
             f"{name} and before have not the same queries: {len(odd)} are in one of them only, e.g. {odd[0]!r}. "
             "Compare two models on the same evaluation set."
         )
-    found = np.array([values[query_id] for query_id in ids], dtype=np.float64)
-    if not np.isfinite(found).all():
-        at = int(np.flatnonzero(~np.isfinite(found))[0])
-        raise DatasetError(f"{name} has {found[at]} for the query {ids[at]!r}. Expected finite numbers.")
-    return found
+    for query_id in ids:
+        value = values[query_id]
+        if not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
+            raise DatasetError(f"{name} has {shown(value)} for the query {query_id!r}. Expected finite numbers.")
+    return np.array([values[query_id] for query_id in ids], dtype=np.float64)
 
 
 def flip_signs(sums: np.ndarray, *, seed: int) -> float:
@@ -330,7 +346,8 @@ def flip_signs(sums: np.ndarray, *, seed: int) -> float:
         seed: Of random flips.
     """
     count = sums.shape[1]
-    least = abs(float(sums[0].sum())) * (1 - _TIE)
+    # flips that give the same difference count, also where their parts cancel out and rounding is all that is left
+    least = abs(float(sums[0].sum())) - _TIE * float(np.abs(sums[0]).sum())
     if 2**count <= _MOST_FLIPS:
         # half of them: the others mirror these, and the test has two sides
         signs = np.array(list(itertools.product((1.0, -1.0), repeat=count - 1)))

@@ -53,8 +53,11 @@ def judge(history: History, evaluator: Any, model: Any, *, was_chosen: bool) -> 
 
 def is_guard_worse(history: History, evaluator: Any, model: Any, step: int) -> bool:
     """Whether a measurement has a significant loss on the guard set."""
-    guard = _judge_sets(history, guard_parts_of(evaluator), model, [], at=step)
-    return guard is not None and guard.outcome == "REGRESSION"
+    parts = guard_parts_of(evaluator)
+    metrics = [part.metric_name(model) for part in parts]
+    if not history.has(metrics, (BEGINNING, step)):
+        return False
+    return _Sets(history, _groups_of(parts), (BEGINNING, step)).compare(metrics).outcome == "REGRESSION"
 
 
 def _judge_sets(
@@ -63,14 +66,18 @@ def _judge_sets(
     model: Any,
     steps: Sequence[int],
     guard: Verdict | None = None,
-    at: int = END,
 ) -> Verdict | None:
     metrics = [part.metric_name(model) for part in parts]
-    known = (history.values.get(step, {}) for step in (BEGINNING, at))
-    if not metrics or not all(set(metrics) <= values.keys() for values in known):
+    if not history.has(metrics, (BEGINNING, END, *steps)):
         return None
-    sets = _Sets(history, _groups_of(parts), (BEGINNING, at, *steps))
-    sizes, labels = _metrics_by_size(parts, metrics), [_labels_of(part) for part in parts]
+    sets = _Sets(history, _groups_of(parts), (BEGINNING, END, *steps))
+    sizes = _metrics_by_size(parts, metrics)
+    # a page of the corpus that nothing is asked with has labels as well, and no value
+    asked = [history.of(BEGINNING, metric) for metric in metrics]
+    labels = [
+        {name: {each: value for each, value in own.items() if each in known} for name, own in _labels_of(part).items()}
+        for part, known in zip(parts, asked, strict=True)
+    ]
     by_size = {size: sets.compare(of_size) for size, of_size in sizes.items()} if len(sizes) > 1 else {}
     groups = {
         (name, value): [{query_id for query_id, own in each.get(name, {}).items() if own == value} for each in labels]
@@ -166,15 +173,17 @@ def _labels_of(part: Any) -> dict[str, dict[str, str]]:
 
 
 def _group_columns(table: Dataset) -> list[tuple[str, list[str | None]]]:
-    """The columns that tell groups apart: texts of a few different values, each of which stands more than once."""
+    """The columns that tell groups apart: texts of a few different values. One that stands once makes no group."""
     found = []
     for name in table.column_names:
         values: pa.Array = column(table, name)
         if name in ("query_id", "document_id", "text") or not is_text(values.type):
             continue
         counts = pc.value_counts(values.drop_null())
-        if 2 <= len(counts) <= _MOST_GROUPS and pc.min(counts.field("counts")).as_py() > 1:
-            found.append((name, values.to_pylist()))
+        groups = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+        if len(groups) >= 2 and len(counts) <= _MOST_GROUPS:
+            known = set(groups.to_pylist())
+            found.append((name, [each if each in known else None for each in values.to_pylist()]))
     return found
 
 

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,8 +23,9 @@ from mmtune.data.relevance import Direction
 from mmtune.errors import ConfigError, DatasetError
 from mmtune.host import let_read_typed_texts
 from mmtune.inference.preprocessing import count_reading_threads, prepare_pages, reading_pages
+from mmtune.inference.recordings import count_cut
 from mmtune.inference.store import Embeddings, EmbeddingStore, Pair
-from mmtune.models.loading import check_documents
+from mmtune.models.loading import check_documents, takes_mixed
 from mmtune.models.routes import find_router, ignores_prompt
 
 logger = logging.getLogger(__name__)
@@ -188,7 +189,7 @@ def encode(
         ready = read_ahead(lambda each: prepare_pages(model, reader.read(task, each)), portions)
         for portion, inputs in zip(portions, ready, strict=True):
             try:
-                embeddings: Any = embed(inputs, **options)
+                embeddings: Any = _embed_by_kind(model, embed, inputs, options)
             except ValueError as error:
                 if isinstance(model, get_args(Retriever)):
                     check_documents(model, reader.kind, reader.query_kind)
@@ -196,6 +197,23 @@ def encode(
                 raise DatasetError(f"The model can't read the {task} {portion[at]!r}: {reason} {HOW_TO_FIT}") from error
             _require_finite(embeddings, task, portion)
             yield embeddings
+
+
+def _embed_by_kind(
+    model: object, embed: Callable[..., Any], inputs: Sequence[Any], options: Mapping[str, Any]
+) -> Embeddings:
+    """The embeddings of inputs in their order, those of each kind in batches of their own where a model needs that."""
+    rows_by_kind: dict[Any, list[int]] = {}
+    for row, item in enumerate(inputs):
+        rows_by_kind.setdefault(tuple(item) if isinstance(item, dict) else None, []).append(row)
+    if len(rows_by_kind) == 1 or not isinstance(model, get_args(Retriever)) or takes_mixed(model):
+        return embed(inputs, **options)
+    parts = [embed([inputs[row] for row in rows], **options) for rows in rows_by_kind.values()]
+    found: dict[int, Any] = {}
+    for rows, part in zip(rows_by_kind.values(), parts, strict=True):
+        found.update(zip(rows, part, strict=True))
+    ordered = [found[row] for row in range(len(inputs))]
+    return torch.stack(ordered) if isinstance(parts[0], torch.Tensor) else ordered
 
 
 HOW_TO_FIT = (
@@ -290,6 +308,18 @@ def warn_of_cut_texts(model: Retriever, reader: DatasetReader) -> None:
                 what,
                 _text_encoder(model, task).max_seq_length,
             )
+
+
+def warn_of_cut_recordings(model: Retriever, reader: DatasetReader) -> None:
+    """Log a warning where sounds or clips are longer than what a model reads of them."""
+    for kind, number in count_cut(model, reader.corpus, reader.kind).items():
+        what = "sounds are read" if kind == "audio" else "clips are read"
+        logger.warning(
+            "%d %s in part: the model takes no more seconds or frames of one. load_model says what it takes, in "
+            "max_seconds, fps and max_frames.",
+            number,
+            what,
+        )
 
 
 def encode_shards(

@@ -50,7 +50,7 @@ def find_false_negatives(
         batch_size: Documents, queries or pairs a forward pass.
         cache_folder: Where embeddings, or scores, are kept as they are made, as for ``mine_hard_negatives``.
         show_progress_bar: Whether to show bars.
-        documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
+        documents: What a document is made of, such as ``"image"``, ``"text+image"``, ``"audio"`` or ``"mixed"``.
         queries: What a query is made of, likewise.
 
     Returns:

@@ -35,6 +35,7 @@ from mmtune.inference.encoder import (
 from mmtune.inference.processes import Processes
 from mmtune.inference.reranker import PairScorer, require_reranker
 from mmtune.inference.search import Nearest, find_nearest, merge_nearest
+from mmtune.inference.shards import StoredDocuments
 from mmtune.inference.store import Embeddings, EmbeddingStore, Pair, ScoreStore, model_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -193,6 +194,7 @@ def mine_hard_negatives(
     documents: DocumentKind = "image",
     neighbors: int = 1,
     queries: QueryKind = "text",
+    embeddings: str | os.PathLike[str] | None = None,
 ) -> RetrievalDataset:
     """The dataset with new negatives: for each query the documents that the model takes for relevant, and are not.
 
@@ -225,19 +227,23 @@ def mine_hard_negatives(
             margins encodes nothing, one that was killed goes on, and a changed model, page or text is encoded anew.
             Each file is written by the process that made it.
         show_progress_bar: Whether to show bars.
-        documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
+        documents: What a document is made of, such as ``"image"``, ``"text+image"``, ``"audio"`` or ``"mixed"``.
         neighbors: How many pages on either side of a relevant one, in the same ``source`` by ``page_number``, are never
             its negatives, nor other documents on that page itself; 0 lets them be. It says nothing where the corpus has
             no such columns.
         queries: What a query is made of, likewise; it decides which queries are the same, too.
+        embeddings: A folder that ``encode_corpus`` wrote with this model, in float32 and at full size: documents are
+            read from there, and none is encoded. It may hold more documents, in another order.
 
     Returns:
         A new dataset with the same corpus, queries and judgements, and one list of negatives a query, hardest first.
         ``notes.neighbors_left_out`` counts the neighbours that ranked high enough to be looked at.
 
     Raises:
-        ConfigError: An argument has a value it can't have, or the data lack what ``documents`` or ``queries`` asks for.
-        DatasetError: The data can't be used, or the model gives no finite embedding for a document.
+        ConfigError: An argument has a value it can't have, the data lack what ``documents`` or ``queries`` asks for, or
+            ``embeddings`` are of another model.
+        DatasetError: The data can't be used, the model gives no finite embedding for a document, or ``embeddings`` lack
+            one.
         ImageDecodeError: A page can't be decoded; the message names the document.
 
     Example:
@@ -274,10 +280,11 @@ def mine_hard_negatives(
     if processes.rank == 0:
         warn_of_cut_texts(model, reader)
     store = None if cache_folder is None else EmbeddingStore(cache_folder, model)
+    made = None if embeddings is None else StoredDocuments(embeddings, model_fingerprint(model), documents)
     most_relevant, most_beside = int(relevant.lengths.max()), int(beside.lengths.max())
     # As deep as the rule looks, and so much more as relevant documents and those beside them may stand in the way.
     depth = rule.last_rank(most_relevant) + most_relevant + most_beside
-    work = _Search(model, reader, processes, size, show_progress_bar and processes.rank == 0, store)
+    work = _Search(model, reader, processes, size, show_progress_bar and processes.rank == 0, store, made)
     nearest = work.find(query_ids, document_ids, depth, relevant)
     found = pages[nearest.items]
     is_relevant = relevance.may_be_relevant(np.broadcast_to(asking[:, None], found.shape), found)
@@ -322,6 +329,7 @@ class _Search:
     batch_size: int
     show_progress_bar: bool
     store: EmbeddingStore | None
+    made: StoredDocuments | None
 
     def find(self, query_ids: Sequence[str], document_ids: Sequence[str], depth: int, relevant: IntLists) -> Nearest:
         """The nearest documents of each query, the same in every process."""
@@ -346,6 +354,8 @@ class _Search:
         return found[0] if len(found) == 1 else merge_nearest(found, depth)
 
     def _encode(self, task: Task, ids: Sequence[str]) -> Iterator[Embeddings]:
+        if task == "document" and self.made is not None:
+            return self.made.read_all(ids, self.reader, self.model.device)
         return encode_shards(
             self.model,
             task,

@@ -35,6 +35,7 @@ from transformers import BatchFeature
 from mmtune.data.images import DECODING, Enough, enough_for
 from mmtune.data.pages import Page
 from mmtune.inference.page_store import PageStore
+from mmtune.inference.recordings import bare_pairs, decode_ahead, decode_recordings, options_for, reads_recordings
 from mmtune.models.adapters import encoders_of
 from mmtune.models.pixels import image_processor_of, input_size_of
 
@@ -44,6 +45,7 @@ Inputs = TypeVar("Inputs")
 
 _PIXELS = "pixel_values"
 _AS_BYTES = {"do_rescale": False, "do_normalize": False}
+_OPTIONS, _AT_OPTIONS = "processing_kwargs", 3  # an argument of ``Transformer.preprocess``, and its place
 
 # From bytes to floats
 
@@ -220,19 +222,27 @@ def _flat(images: Any) -> list[Any]:
 class Preprocessing:
     """In place of ``preprocess`` of the host's ``Transformer``: the same, but for pages, which it reads its own way.
 
-    The image processor is exchanged for as long as the host preprocesses a batch, so that none but the model's own is
-    ever saved.
+    Sounds and clips are decoded here where they are not yet, for this encoder. The image processor is exchanged for as
+    long as the host preprocesses a batch, so that none but the model's own is ever saved.
 
     Attributes:
         encoder: The module.
-        processing: How its pages are read.
+        processing: How its pages are read; ``None`` where it reads none.
     """
 
-    def __init__(self, encoder: Transformer, processing: PageProcessing) -> None:
+    def __init__(self, encoder: Transformer, processing: PageProcessing | None) -> None:
         self.encoder, self.processing = encoder, processing
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As ``Transformer.preprocess``."""
+        if reads_recordings(self.encoder):
+            inputs = decode_recordings(self.encoder, args[0] if args else kwargs.pop("inputs"))
+            inputs, taken = bare_pairs(inputs)
+            args = (inputs, *args[1:])
+            if len(args) < _AT_OPTIONS and (options := options_for(self.encoder, inputs, kwargs.get(_OPTIONS), taken)):
+                kwargs[_OPTIONS] = options
+        if self.processing is None:
+            return type(self.encoder).preprocess(self.encoder, *args, **kwargs)
         with _exchanged(self.encoder, self.processing.reading):
             return type(self.encoder).preprocess(self.encoder, *args, **kwargs)
 
@@ -270,13 +280,19 @@ def reading_pages(model: Any, store: PageStore | None = None) -> Iterator[dict[s
                 processing = replace(_probed(encoder), store=store, count=0, seconds=0.0, num_bytes=0)
                 stack.enter_context(_reading(encoder, processing))
                 found[type(processing.processor).__name__] = "floats" if processing.table is None else "bytes"
+            elif reads_recordings(encoder) and _preprocessing_of(encoder) is None:
+                stack.enter_context(_reading(encoder, None))
         yield found
 
 
 @contextmanager
-def _reading(encoder: Transformer, processing: PageProcessing) -> Iterator[None]:
+def _reading(encoder: Transformer, processing: PageProcessing | None) -> Iterator[None]:
     encoder.preprocess = Preprocessing(encoder, processing)
-    hook = None if processing.table is None else encoder.register_forward_pre_hook(FromBytes(processing.table))
+    hook = (
+        None
+        if processing is None or processing.table is None
+        else encoder.register_forward_pre_hook(FromBytes(processing.table))
+    )
     try:
         yield
     finally:
@@ -293,11 +309,13 @@ def prepare_pages(model: Any, inputs: Inputs) -> Inputs:
         inputs: What the model will be given: pages, texts, or lists and dictionaries of these.
 
     Returns:
-        ``inputs``, whose pages know what the image processor makes of them.
+        ``inputs``, whose pages know what the image processor makes of them, and whose sounds and clips are decoded.
 
     Raises:
-        ImageDecodeError: A page is no readable image; the message names the document.
+        MediaDecodeError: A page, a sound or a clip can't be decoded; the message names the document.
     """
+    if isinstance(model, nn.Module):
+        inputs = decode_ahead(model, inputs)
     known = processings_of(model)
     if len(known) > 1:  # a page is of one of several encoders, and only the host knows of which
         return inputs
@@ -341,7 +359,8 @@ def page_bytes(encoder: Transformer) -> int:
 def processings_of(model: Any) -> list[PageProcessing]:
     """How the image processors of a model read pages, those that give bytes; empty outside of ``reading_pages``."""
     found = [_preprocessing_of(encoder) for encoder in encoders_of(model)] if isinstance(model, nn.Module) else []
-    return [each.processing for each in found if each is not None and each.processing.table is not None]
+    known = [each.processing for each in found if each is not None and each.processing is not None]
+    return [processing for processing in known if processing.table is not None]
 
 
 def _pages_in(inputs: Any) -> Iterator[Page]:

@@ -11,7 +11,7 @@ from sentence_transformers import CrossEncoder
 from tqdm.auto import tqdm
 
 from mmtune.arguments import shown
-from mmtune.data.documents import as_host_input
+from mmtune.data.documents import as_host_input, require_pairs_of
 from mmtune.data.judgements import CandidateList
 from mmtune.data.relevance import Direction
 from mmtune.errors import ConfigError, DatasetError
@@ -71,6 +71,7 @@ class PairScorer:
     activation: torch.nn.Module | None = None
 
     def __post_init__(self) -> None:
+        require_pairs_of(self.reader.kind)
         require_reranker(self.model, advice="For an embedding model there is build_evaluator(dataset).")
 
     def score_pairs(

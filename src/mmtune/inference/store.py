@@ -320,7 +320,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Have ``write`` make a file that is there whole or not at all, whoever is killed and whoever writes it too."""
     # Under its name only when it is whole; with the process in its name until then, since two may write the same.
     # And with the thread, for the same reason.
-    partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    # It begins with "_": engines that read folders of parquet pass over such files.
+    partial = path.with_name(f"_{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
     write(partial)
     partial.replace(path)
 
@@ -328,6 +329,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _NOT_CONTENT = ("_name_or_path", "transformers_version")
 _SETTINGS = ("prompts", "default_prompt_name", "truncate_dim", "max_seq_length")
+_OF_ADAPTERS = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
@@ -374,6 +376,8 @@ def _settings(model: torch.nn.Module) -> Iterator[Any]:
             yield {key: value for key, value in module.config.to_dict().items() if key not in _NOT_CONTENT}
         if getattr(module, "processor", None) is not None:
             yield from _processing(module.processor)
+        if isinstance(getattr(module, "disable_adapters", None), bool):  # a layer of peft
+            yield {name: getattr(module, name, None) for name in _OF_ADAPTERS}
 
 
 def _processing(processor: Any) -> Iterator[Any]:

@@ -96,12 +96,21 @@ def save_model(model: BaseModel, folder: str | Path) -> bool:
     if Path(folder).is_file():
         raise ConfigError(f"folder={str(folder)!r} is a file. Expected a folder, which may be new. Pass one.")
     merges = has_lora(model) and not _host_can_reload(model, Path(folder))
-    saved = merge_lora(_copy_on_cpu(model)) if merges else model
+    saved = merged_copy(model) if merges else model
     saved.save_pretrained(str(folder))
     if not has_lora(model) and isinstance(model[0], Transformer):
         # adapters that come later are for these weights, not for those that were loaded before training
         model[0].model.name_or_path = str(Path(folder).resolve())
     return merges
+
+
+def merged_copy(model: BaseModel) -> BaseModel:
+    """A copy of a model on the CPU with its adapters merged; the model itself stays as it is.
+
+    Raises:
+        ConfigError: As for ``merge_lora``.
+    """
+    return merge_lora(_copy_on_cpu(model))
 
 
 def load_adapters(model: BaseModel, folder: str | Path) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -289,15 +289,20 @@ def _nearest_folder(path: Path) -> str:
 
 
 def read_encoders(
-    files: CheckpointFiles, modality: str = "image", *, model_class: type[HostModel] = SentenceTransformer
+    files: CheckpointFiles,
+    modality: str = "image",
+    *,
+    model_class: type[HostModel] = SentenceTransformer,
+    or_else: Sequence[str] = (),
 ) -> list[Encoder]:
     """The encoders of a checkpoint, after checking that it can be read and that one of them takes what it must.
 
     Args:
         files: A checkpoint as ``find_checkpoint`` gives it.
-        modality: What one of the encoders must take by itself, ``"image"`` or ``"text"``.
+        modality: What one of the encoders must take by itself, ``"image"`` or ``"text"``, ``"audio"`` or ``"video"``.
         model_class: What is to be made of it. A checkpoint without ``modules.json`` is several things: late interaction
             and rerankers find other modalities in it than an embedding model.
+        or_else: What is enough in place of ``modality``.
 
     Returns:
         One encoder, or one for each route of a Router.
@@ -314,7 +319,8 @@ def read_encoders(
             encoders = [_fresh_encoder(files, model_class)]
         for encoder in encoders:
             _require_words(files, encoder)
-    require_modality(files, encoders, modality, model_class=model_class)
+    if not any({*or_else} & (encoder.modalities or frozenset()) for encoder in encoders):
+        require_modality(files, encoders, modality, model_class=model_class)
     return encoders
 
 
@@ -386,6 +392,7 @@ def _fresh_encoder(files: CheckpointFiles, model_class: type[HostModel]) -> Enco
     is_image_processor = isinstance(processor, ImageProcessingMixin)
     takes_images = is_image_processor or hasattr(processor, "image_processor")
     modalities = (["image"] if takes_images else []) + ([] if is_image_processor else ["text"])
+    modalities += ["video"] if hasattr(processor, "video_processor") else []
     return Encoder(frozenset(modalities), config, processor)
 
 
@@ -477,6 +484,10 @@ def require_modality(
         "this one with an image encoder by compose_router(text, image)",
         "text": "a checkpoint with a tokenizer, such as MiniLM. Pass one, or join this one with a text encoder by "
         "compose_router(text, image)",
+        "audio": "a checkpoint with a feature extractor of sounds, such as CLAP, AST or Whisper. Pass one of those, or "
+        "join one with a text encoder by compose_router(text, audio=...)",
+        "video": "a checkpoint with a video processor, such as Qwen3-VL or VideoMAE. Pass one of those, or join one "
+        "with a text encoder by compose_router(text, video=...)",
     }
     if model_class is CrossEncoder:
         expected["image"] = (

@@ -1,5 +1,6 @@
 """What tells one checkpoint from another before it is loaded: the content of its files, wherever they lie."""
 
+import os
 from pathlib import Path
 
 import sentence_transformers
@@ -32,7 +33,9 @@ def fingerprint_checkpoint(files: CheckpointFiles) -> str | None:
         # the Hub's cache has a folder for each commit
         digest.update(f"{files.name} {marker.parent.name}".encode())
         return None if files.path("adapter_config.json") else digest.hexdigest()
-    names = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    # rglob does not look into folders that are links (Python 3.11)
+    paths = (Path(within, name) for within, _, names in os.walk(folder, followlinks=True) for name in names)
+    names = {path.relative_to(folder).as_posix(): path for path in paths if path.is_file()}
     if any(path.name == "adapter_config.json" for path in names.values()):
         return None
     for name in sorted(names):

@@ -1,5 +1,6 @@
 """Loading a model for training on pages: what fits the hardware, checked before the weights are read."""
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,16 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
-from mmtune.arguments import require_type
+from mmtune.arguments import MIXED, MediaLimits, require_type
 from mmtune.errors import ConfigError
 from mmtune.host import attention_of
-from mmtune.models.checkpoints import read_encoders, require_modality
+from mmtune.models.checkpoints import lay_out, read_encoders, require_modality
 from mmtune.models.fitting import check_prompts, fit_padding, fit_pooling
 from mmtune.models.kinds import HostModel, SameModel, require_model
 from mmtune.models.opening import LoadOptions, build, check_host_kwargs, check_limits, open_checkpoint
 from mmtune.models.pixels import apply_pixel_limits, effective_pixel_limits
-from mmtune.models.routes import unify_dtypes
+from mmtune.models.recordings import apply_media_limits, read_all_frames
+from mmtune.models.routes import find_router, unify_dtypes
 
 
 def load_model(
@@ -25,12 +27,15 @@ def load_model(
     *,
     max_pixels: int | None = None,
     min_pixels: int | None = None,
+    max_seconds: float | None = None,
+    fps: float | None = None,
+    max_frames: int | None = None,
     dtype: str | torch.dtype = "auto",
     attention: str = "auto",
     device: str | torch.device | None = None,
     **host_kwargs: Any,
 ) -> SentenceTransformer:
-    """A host model that embeds pages, with dtype and attention chosen for the hardware.
+    """A host model that embeds pages, sounds or clips, with dtype and attention chosen for the hardware.
 
     A checkpoint without ``modules.json``, or a saved reranker, was made for something else, and gets what its encoder
     needs: the last token as the embedding where each token sees only those before it (the host takes the mean of all).
@@ -44,6 +49,10 @@ def load_model(
         max_pixels: Largest number of pixels per image after resizing, such as ``600 * 600``; sides are whole patches.
             It is saved with the model. ``None`` leaves the checkpoint's own limit.
         min_pixels: Smallest number of pixels per image, likewise.
+        max_seconds: How much is read of a sound or a clip, from its beginning; ``None`` is what the encoder takes. Like
+            the next two it is saved with the model, for mmtune; the plain host reads what it is given.
+        fps: Frames a second of a clip, at most; ``None`` keeps those that there are.
+        max_frames: Frames of a clip, at most, evenly spread; ``None`` is as many as the encoder takes, or 768.
         dtype: Of the weights: ``"bfloat16"``, ``"float16"``, ``"float32"``, or a torch dtype. ``"auto"`` is bfloat16
             on a GPU that computes in it, else float32. For a training, ``finetune`` takes the name of the checkpoint
             and chooses what fits.
@@ -59,8 +68,8 @@ def load_model(
         A new model, in evaluation mode as the host gives it.
 
     Raises:
-        ConfigError: There is no checkpoint, it does not embed images by themselves, it can't be read, its weights are
-            those of another, or an argument or prompt does not fit.
+        ConfigError: There is no checkpoint, it embeds neither images nor sounds nor clips by themselves, it can't be
+            read, its weights are those of another, or an argument or prompt does not fit.
         MissingExtraError: A package that the checkpoint needs is not installed.
 
     Warns:
@@ -71,11 +80,20 @@ def load_model(
         >>> model = load_model("Qwen/Qwen3-VL-Embedding-2B", max_pixels=600 * 600)  # doctest: +SKIP
     """
     options = LoadOptions(max_pixels, min_pixels, dtype, attention, device, host_kwargs)
-    return load_host_model(SentenceTransformer, name_or_path, options)
+    limits = MediaLimits(max_seconds, fps, max_frames)
+    model = load_host_model(SentenceTransformer, name_or_path, options, or_else=("audio", "video"))
+    if limits.given():
+        read_all_frames(model)
+    return apply_media_limits(model, limits)
 
 
 def load_host_model(
-    model_class: type[SameModel], name_or_path: str | Path, options: LoadOptions, *, modality: str = "image"
+    model_class: type[SameModel],
+    name_or_path: str | Path,
+    options: LoadOptions,
+    *,
+    modality: str = "image",
+    or_else: Sequence[str] = (),
 ) -> SameModel:
     """A model of any of the host's kinds, from a checkpoint.
 
@@ -83,7 +101,8 @@ def load_host_model(
         model_class: ``SentenceTransformer``, ``MultiVectorEncoder`` or ``CrossEncoder``.
         name_or_path: As ``load_model`` takes it.
         options: What ``load_model`` takes besides.
-        modality: What the model must be able to read, ``"image"`` or ``"text"``.
+        modality: What the model must be able to read, ``"image"`` or ``"text"``, ``"audio"`` or ``"video"``.
+        or_else: What is enough in its place.
 
     Raises:
         ConfigError: As in ``load_model``.
@@ -91,14 +110,15 @@ def load_host_model(
     """
     check_host_kwargs(model_class, options.host_kwargs)
     files = open_checkpoint(name_or_path, options)
-    encoders = read_encoders(files, modality, model_class=model_class)
+    encoders = read_encoders(files, modality, model_class=model_class, or_else=or_else)
     check_limits(encoders, options.limits)
     model = build(model_class, files.name, **options.for_host(encoders))
     unify_dtypes(model)
     if Path(files.name).is_dir():
         # The host looks on the Hub for a model that is called like the folder, and may find one.
         model.model_card_data.local_files_only = True
-    _require(model, modality, "pages, which are images" if modality == "image" else "texts")
+    modality = next((name for name in (modality, *or_else) if model.supports(name)), modality)
+    _require(model, modality, {"image": "pages, which are images"}.get(modality, f"{modality}s"))
     if isinstance(model, SentenceTransformer):
         asked, found = options.host_kwargs.get("truncate_dim") or 0, full_dimension(model)
         if asked > (found or asked):
@@ -107,11 +127,11 @@ def load_host_model(
             fit_pooling(model)
         fit_padding(model, model.device)
         check_prompts(model)
-    return apply_pixel_limits(model, options.limits)
+    return apply_media_limits(apply_pixel_limits(model, options.limits), MediaLimits())
 
 
 def check_checkpoint(
-    name_or_path: str | Path,
+    name_or_path: str | os.PathLike[str],
     *,
     model_class: type[HostModel] = SentenceTransformer,
     modalities: Sequence[str] = ("image", "text"),
@@ -127,7 +147,7 @@ def check_checkpoint(
         ConfigError: There is none, it does not embed these, or it can't be read.
         MissingExtraError: A package that it needs is not installed.
     """
-    files = open_checkpoint(name_or_path)
+    files = open_checkpoint(os.fspath(name_or_path))
     encoders = read_encoders(files, modalities[0], model_class=model_class)
     for modality in modalities[1:]:
         require_modality(files, encoders, modality)
@@ -138,7 +158,8 @@ def check_documents(model: HostModel, documents: str = "image", queries: str = "
 
     Args:
         model: Any host model.
-        documents: ``"image"``, ``"text"``, ``"text+image"``; any of the host's modalities, joined by ``+``.
+        documents: ``"image"``, ``"text"``, ``"text+image"``; any of the host's modalities, joined by ``+``. Of
+            ``"mixed"`` documents only their corpus knows what they are.
         queries: Likewise.
 
     Raises:
@@ -149,8 +170,38 @@ def check_documents(model: HostModel, documents: str = "image", queries: str = "
     require_type("queries", queries, str, expected="a kind of query, such as 'text'")
     asked = "queries, which are text" if queries == "text" else f"queries={queries!r}"
     for kind, what in ((documents, f"documents={documents!r}"), (queries, asked)):
-        parts = sorted(kind.split("+"))
-        _require(model, parts[0] if len(parts) == 1 else tuple(parts), what)
+        if kind != MIXED:
+            parts = sorted(kind.split("+"))
+            _require(model, parts[0] if len(parts) == 1 else tuple(parts), what)
+
+
+def takes_mixed(model: HostModel | str | os.PathLike[str]) -> bool:
+    """Whether a model reads texts, images, sounds and clips in one batch: as messages, and not by encoder or route.
+
+    Args:
+        model: A host model, or its checkpoint.
+
+    Raises:
+        ConfigError: There is no checkpoint, or it can't be read.
+    """
+    if not isinstance(model, (str, os.PathLike)):
+        return find_router(model) is None and "message" in model.modalities
+    files = open_checkpoint(os.fspath(model))
+    return not files.has_router and "message" in lay_out(files, SentenceTransformer).modalities
+
+
+def check_kinds(model: HostModel | str | os.PathLike[str], kinds: Iterable[str]) -> None:
+    """Make sure that a model embeds all kinds of documents of a mixed corpus, of a checkpoint as far as it says.
+
+    Raises:
+        ConfigError: It does not; the message names the first.
+    """
+    if not isinstance(model, (str, os.PathLike)):
+        for kind in kinds:
+            check_documents(model, kind)
+        return
+    for modality in dict.fromkeys(part for kind in kinds for part in kind.split("+")):
+        check_checkpoint(model, modalities=(modality,))
 
 
 def describe_model(model: HostModel) -> dict[str, Any]:
@@ -225,5 +276,5 @@ def _require(model: HostModel, modality: Any, what: str) -> None:
     raise ConfigError(
         f"The model can't embed {what}. Its modalities are {', '.join(map(_plus, model.modalities))}{reason}. Pass a "
         f"model that also embeds {_plus(modality)}, or join it with an encoder that does by compose_router(text, "
-        "image)."
+        f"{f'{modality}=...' if modality in ('audio', 'video') else 'image'})."
     )

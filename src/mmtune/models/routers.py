@@ -66,7 +66,7 @@ class _Encoder:
     """One side while the Router is put together.
 
     Attributes:
-        modality: ``"text"`` or ``"image"``, also the name of its route.
+        modality: ``"text"``, ``"image"``, ``"audio"`` or ``"video"``, also the name of its route.
         model: Its modules as a model.
         kinds: What its route will take, as in ``sample_of``.
         notes: What was done to it.
@@ -89,7 +89,7 @@ class _Encoder:
             ConfigError: It can't embed it.
         """
         try:
-            return output_of(self.model, sample_of(kind), gradients=gradients)
+            return output_of(self.model, sample_of(kind, self.model), gradients=gradients)
         except Exception as error:  # processors and encoders refuse in every way
             raise ConfigError(
                 f"The {self.modality} side can't embed {kind}: {type(error).__name__}: {first_line(error)} Expected an "
@@ -104,8 +104,10 @@ class _Encoder:
 
 def compose_router(
     text: Side,
-    image: Side,
+    image: Side | None = None,
     *,
+    audio: Side | None = None,
+    video: Side | None = None,
     dimension: int | None = None,
     freeze: str | Sequence[str] = (),
     device: str | torch.device | None = None,
@@ -116,7 +118,7 @@ def compose_router(
     attention: str = "auto",
     text_prompts: Mapping[str, str] | None = None,
 ) -> SentenceTransformer:
-    """One model of a text encoder and an image encoder, by the host's Router.
+    """One model of a text encoder and an encoder of images, sounds or clips, or several of these, by the host's Router.
 
     What is missing is added: pooling where an encoder gives token embeddings (the last token where it is causal, else
     the mean), a projection where dimensions differ, and one normalisation at the end. A projection is a ``Dense``
@@ -132,8 +134,10 @@ def compose_router(
     Args:
         text: The text encoder: a checkpoint's name or folder, or a list of host modules.
         image: The image encoder likewise; also a VLM, which then takes text with image too.
-        dimension: Of the embeddings. ``None`` is that of the image encoder.
-        freeze: ``"text"``, ``"image"`` or both: encoders that are not trained. Projections are trained always.
+        audio: An encoder of sounds likewise, such as AST or that of Whisper.
+        video: An encoder of clips likewise, such as VideoMAE.
+        dimension: Of the embeddings. ``None`` is that of the image encoder, else of the one of sounds, else of clips.
+        freeze: ``"text"``, ``"image"``, several sides: encoders that are not trained. Projections are trained always.
         device: Where the model goes; ``None`` lets the host choose.
         route_by: ``"modality"`` sends every text to the text encoder. ``"task"`` sends only queries there, and
             documents of every modality that the image encoder takes to the image encoder; an input without a task goes
@@ -148,7 +152,7 @@ def compose_router(
             would reach an image encoder that reads prompts, as a VLM does.
 
     Returns:
-        A new model in evaluation mode, with the routes ``"text"`` and ``"image"`` and an attribute ``router_mapping``,
+        A new model in evaluation mode, with a route for each side and an attribute ``router_mapping``,
         which has the columns ``query``, ``image`` and ``negative_0`` to ``negative_15``. Modules that were passed are
         part of it.
 
@@ -162,11 +166,20 @@ def compose_router(
         ...     "sentence-transformers/all-MiniLM-L6-v2", "google/siglip2-base-patch16-224", freeze="text"
         ... )  # doctest: +SKIP
     """
+    given = {"image": image, "audio": audio, "video": video}
+    sources: dict[str, Side] = {name: source for name, source in given.items() if source is not None}
+    if not sources:
+        raise ConfigError(
+            "image=None is no encoder, and a Router needs one beside that of texts. Pass image=, audio= or video=, or "
+            "use load_model."
+        )
+    sides = ["text", *sources]
     frozen = (freeze,) if isinstance(freeze, str) else part_names(freeze)
-    unknown = [side for side in frozen if side not in ("text", "image")]
+    unknown = [side for side in frozen if side not in sides]
     if unknown:
         raise ConfigError(
-            f"freeze names {unknown[0]!r}. A Router has the sides 'text' and 'image'. Pass e.g. freeze='image'."
+            f"freeze names {unknown[0]!r}. A Router has the sides {' and '.join(map(repr, sides))}. Pass e.g. "
+            f"freeze={sides[1]!r}."
         )
     require_one_of("route_by", route_by, ("modality", "task"))
     dimension = require_dimension(dimension, "an embedding")
@@ -174,26 +187,43 @@ def compose_router(
     require_mapping("text_prompts", prompts, of=str, expected='prompts by name, as in {"query": "query: "}, or None')
     # in half precision the host could not load the projections again, see LoadOptions.for_host
     options = LoadOptions(max_pixels, min_pixels, "float32" if dtype == "auto" else dtype, attention, device)
-    for modality, source in (("text", text), ("image", image)):
+    for modality, source in {"text": text, **sources}.items():
         _check_source(modality, source)
-    image_side = _encoder("image", image, options, whole=route_by == "task")
-    text_side = _encoder("text", text, replace(options, max_pixels=None, min_pixels=None), whole=False)
+    without_limits = replace(options, max_pixels=None, min_pixels=None)
+    others = [
+        _encoder(name, source, options if name == "image" else without_limits, whole=route_by == "task")
+        for name, source in sources.items()
+    ]
+    text_side = _encoder("text", text, without_limits, whole=False)
     text_side.model.prompts.update(prompts)
-    if isinstance(text, str | os.PathLike) and isinstance(image, str | os.PathLike):
+    if all(isinstance(source, str | os.PathLike) for source in (text, *sources.values())):
         # the host loads static embeddings in float32 whatever it is told, and a loss takes one dtype only
-        text_side.model.to(next(image_side.model.parameters()).dtype)
+        text_side.model.to(next(others[0].model.parameters()).dtype)
 
-    size = dimension or image_side.dimension()
-    text_side, image_side = (_fitted(side, size, freezes=side.modality in frozen) for side in (text_side, image_side))
-    model = _routed(text_side, image_side, route_by)
-    for kind in image_side.kinds:
+    size = dimension or others[0].dimension()
+    text_side, *others = (_fitted(side, size, freezes=side.modality in frozen) for side in (text_side, *others))
+    model = _routed(text_side, others, route_by)
+    for kind in (kind for side in others for kind in side.kinds):
         check_routes(model, kind)
     if frozen and not any(parameter.requires_grad for parameter in model.parameters()):
+        ends = "both encoders" if len(others) == 1 else "all encoders"
         raise ConfigError(
-            f"freeze={freeze!r} leaves nothing to train: both encoders end in {size} dimensions, so no projection was "
+            f"freeze={freeze!r} leaves nothing to train: {ends} end in {size} dimensions, so no projection was "
             f"added. Freeze one side, or pass another dimension to add projections."
         )
     return model
+
+
+def fit_text_encoder(source: Side, size: int, device: str) -> tuple[SentenceTransformer, tuple[str, ...]]:
+    """A text encoder that ends in ``size`` dimensions and normalises nothing, and what was done to it.
+
+    Raises:
+        ConfigError: It is no text encoder.
+    """
+    _check_source("text", source)
+    side = _encoder("text", source, LoadOptions(dtype="float32", device=device), whole=False)
+    side = _fitted(replace(side, model=side.model.to(device)), size, freezes=False)
+    return side.model, side.notes
 
 
 def _check_source(modality: str, source: Side) -> None:
@@ -306,14 +336,18 @@ def _fitted(side: _Encoder, size: int, *, freezes: bool) -> _Encoder:
     return side.noted(f"added projection of the {side.modality} side: {found} to {size} dimensions", dense)
 
 
-def _routed(text: _Encoder, image: _Encoder, route_by: str) -> SentenceTransformer:
-    keys: dict[str, Any] = {"text": "text", "image": "image", "text+image": PAIR}
-    mappings: dict[Any, str] = {(None, keys[kind]): "image" for kind in image.kinds if kind != "text"}
+def _routed(text: _Encoder, others: Sequence[_Encoder], route_by: str) -> SentenceTransformer:
+    keys: dict[str, Any] = {"text+image": PAIR}
+    kinds = [(kind, side.modality) for side in others for kind in side.kinds]
+    mappings: dict[Any, str] = {(None, keys.get(kind, kind)): route for kind, route in kinds if kind != "text"}
     mappings[(None, "text")] = "text"
     if route_by == "task":
-        documents = {("document", keys[kind]): "image" for kind in image.kinds}
+        # where several read texts, the first does
+        documents = {("document", keys.get(kind, kind)): route for kind, route in reversed(kinds)}
         mappings = {("query", "text"): "text"} | documents | mappings
-    modules: dict[str, list[Any]] = {"text": list(text.model), "image": list(image.model)}
+    modules: dict[str, list[Any]] = {side.modality: list(side.model) for side in (text, *others)}
+    # of encoders that read prompts, as a VLM does, there is one at most among those that are made for pages
+    image = next((side for side in others if _reads_prompts(side.model)), others[0])
     prompts = _prompts(text.model, image.model, route_by)
     default = text.model.default_prompt_name
     names_texts = default in prompts and not _reads_prompts(image.model)
@@ -323,11 +357,16 @@ def _routed(text: _Encoder, image: _Encoder, route_by: str) -> SentenceTransform
         prompts=prompts,
         default_prompt_name=default if names_texts and route_by == "modality" else None,
         model_card_data=ComposedCardData(
-            composition=(*text.notes, *image.notes, "added at the end: normalisation", f"routed by {route_by}")
+            composition=(
+                *text.notes,
+                *(note for side in others for note in side.notes),
+                "added at the end: normalisation",
+                f"routed by {route_by}",
+            )
         ),
     )
     # the host looks on the Hub for a model that is called like a folder
-    cards = (text.model.model_card_data, image.model.model_card_data)
+    cards = [side.model.model_card_data for side in (text, *others)]
     model.model_card_data.local_files_only = any(card.local_files_only for card in cards)
     columns = ["query", "image", *(f"negative_{k}" for k in range(NUM_NEGATIVES))]
     setattr(model, ROUTER_MAPPING, router_mapping(columns))

@@ -9,12 +9,13 @@ from sentence_transformers.base.modules import Router
 from sentence_transformers.util import batch_to_device
 from torch import nn
 
-from mmtune.arguments import require_type
+from mmtune.arguments import MIXED, MODALITIES, MediaLimits, require_type
 from mmtune.errors import ConfigError
 from mmtune.models.adapters import encoders_of, is_quantized
 from mmtune.models.checkpoints import SAMPLES, first_line
 from mmtune.models.fresh import TOKENS
 from mmtune.models.kinds import HostModel, require_model
+from mmtune.models.recordings import media_limits_of, sample_clip, sample_sound
 from mmtune.models.towers import freeze_unused
 
 
@@ -48,7 +49,7 @@ def check_routes(model: HostModel, documents: str = "image", queries: str = "tex
 
     Args:
         model: Any host model.
-        documents: ``"image"``, ``"text"`` or ``"text+image"``.
+        documents: ``"image"``, ``"text"``, ``"text+image"``, ``"audio"`` ...; of ``"mixed"`` all that the model takes.
         queries: Likewise.
 
     Raises:
@@ -62,10 +63,10 @@ def check_routes(model: HostModel, documents: str = "image", queries: str = "tex
         return
     require_reloadable(model)
     sizes = {}
-    for task, kind in (("query", queries), ("document", documents)):
+    for task, kind in _ways(model, documents, queries):
         what = f"{kind} queries" if task == "query" else f"{kind} documents"
         try:
-            sizes[what] = output_of(model, sample_of(kind), task=task)["sentence_embedding"].shape[-1]
+            sizes[what] = output_of(model, sample_of(kind, model), task=task)["sentence_embedding"].shape[-1]
         except Exception as error:  # processors and encoders refuse in every way
             raise ConfigError(
                 f"The Router can't embed {what}: {type(error).__name__}: {first_line(error)} {describe_routes(router)} "
@@ -121,18 +122,20 @@ def freeze_unreached(model: HostModel, documents: str = "image", queries: str = 
     Args:
         model: Any host model that ``check_routes`` has passed. One with quantised weights, which learn nothing, stays
             as it is.
-        documents: As in ``check_routes``; for other kinds than these nothing is known to be out of reach.
+        documents: As in ``check_routes``; for rerankers of sounds and clips nothing is known to be out of reach.
         queries: Likewise.
     """
-    if not {*documents.split("+"), *queries.split("+")} <= SAMPLES.keys() or any(map(is_quantized, encoders_of(model))):
+    if any(map(is_quantized, encoders_of(model))):
         return
     if isinstance(model, CrossEncoder):
+        if not {*documents.split("+"), *queries.split("+")} <= SAMPLES.keys():
+            return
         pair = (sample_of(queries), sample_of(documents))
         reached = [output_of(model, pair, gradients=True)["scores"]]
     else:
         output = TOKENS if isinstance(model, MultiVectorEncoder) else "sentence_embedding"
-        ways = (("query", queries), ("document", documents))
-        reached = [output_of(model, sample_of(kind), gradients=True, task=task)[output] for task, kind in ways]
+        ways = _ways(model, documents, queries)
+        reached = [output_of(model, sample_of(kind, model), gradients=True, task=task)[output] for task, kind in ways]
     # an expert that these samples are not sent to may get others
     experts = [weight for name, weight in model.named_parameters() if ".experts." in name and weight.requires_grad]
     freeze_unused(model, reached)
@@ -233,7 +236,25 @@ def output_of(model: HostModel, sample: Any, *, gradients: bool = False, **kwarg
             module.training = True
 
 
-def sample_of(kind: str) -> Any:
-    """A short text for ``"text"``, a small blank page for ``"image"``, a dictionary of both for ``"text+image"``."""
-    chosen = {part: SAMPLES[part] for part in kind.split("+")}
-    return chosen if len(chosen) > 1 else chosen[kind]
+def sample_of(kind: str, model: HostModel | None = None) -> Any:
+    """A short text for ``"text"``, a small blank page for ``"image"``, a dictionary of both for ``"text+image"``.
+
+    A sound and a clip are such as the encoder of ``model`` reads that takes them.
+    """
+    chosen: dict[str, Any] = {}
+    for part in kind.split("+"):
+        readers = [encoder for encoder in encoders_of(model) if part in encoder.modalities] if model is not None else []
+        limits = media_limits_of(readers[0]) if readers else MediaLimits()
+        makers = {"audio": sample_sound, "video": sample_clip}
+        chosen[part] = makers[part](limits) if part in makers else SAMPLES[part]
+    return chosen if len(chosen) > 1 or kind not in SAMPLES else chosen[kind]
+
+
+def _ways(model: HostModel, documents: str, queries: str) -> list[tuple[str, str]]:
+    """What a model will be given, as task and kind."""
+    return [("query", queries), *(("document", kind) for kind in kinds_of(model, documents))]
+
+
+def kinds_of(model: HostModel, documents: str) -> list[str]:
+    """The kinds of documents that a model will be given: one, or of mixed ones all that it takes alone."""
+    return [name for name in MODALITIES if model.supports(name)] if documents == MIXED else [documents]

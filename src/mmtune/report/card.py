@@ -17,6 +17,17 @@ _DOCUMENTS = {
         '{"text": "Annual report", "image": Image.open("page-1.png")}',
         '{"text": "Price list", "image": Image.open("page-2.png")}',
     ],
+    "audio": ['{"audio": {"array": samples, "sampling_rate": 16_000}}'],
+    "video": ['{"video": {"array": frames, "video_metadata": metadata}}'],
+}
+_SAMPLES = {
+    "audio": ["import numpy as np", "", "samples = np.zeros(16_000, dtype=np.float32)  # in one channel"],
+    "video": [
+        "import numpy as np",
+        "",
+        "frames = np.zeros((8, 64, 64, 3), dtype=np.uint8)",
+        'metadata = {"fps": 8.0, "total_num_frames": 8, "frames_indices": list(range(8)), "duration": 1.0}',
+    ],
 }
 _UNKNOWN_BASE = re.compile(r"<!-- - \*\*Base model:\*\* \[Unknown\]\(https://huggingface\.co/unknown\) -->")
 _USAGE = re.compile(r"(## Usage\n.*?)```python\n.*?```", re.DOTALL)
@@ -42,7 +53,7 @@ def add_to_card(
         settings: By topic, with ``model``, ``data`` and ``training``.
         name: What a user loads the model by: its folder, or its id on the Hub.
         verdict: The verdict on it, a sentence.
-        verdicts: The verdict by size and by group, a row each, with cells for ``VERDICT_HEADER``.
+        verdicts: The verdict by size, a row each, with cells for ``VERDICT_HEADER``.
     """
     kinds = [value for key, value in settings["data"].items() if key.endswith("documents") and isinstance(value, str)]
     documents = kinds[0] if kinds else "image"
@@ -69,6 +80,7 @@ def _section(
     """The verdict, the gain, the data, what is not known, then everything that was chosen, folded away."""
     facts = {**settings["model"], **settings["data"], **settings["training"]}
     facts["base_model"] = _short(str(facts.get("base_model")))
+    facts.pop("page_store", None)  # a folder of this machine
     cells = [[key.replace("_", " "), show(value)] for key, value in facts.items()]
     parts = ["## Finetuning", *([f"**{verdict}**"] if verdict else []), show_gain(rows, measure)]
     if len(verdicts) > 1:
@@ -118,7 +130,9 @@ def _usage(card: str, documents: str, name: str, settings: Mapping[str, Mapping[
     model_class = found[1] if found else "SentenceTransformer"
     training = settings["training"]
     lines = [f"from sentence_transformers import {model_class}", "", f"model = {model_class}({name!r})"]
-    if "image" in documents:
+    if documents in _SAMPLES:
+        lines = [*_SAMPLES[documents], *lines]
+    elif "image" in documents or documents not in _DOCUMENTS:
         lines.insert(0, "from PIL import Image")
     smaller = [dim for dim in training.get("evaluated_dims", ()) if dim != settings["model"].get("full_dimension")]
     if smaller:

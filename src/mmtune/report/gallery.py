@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
+from mmtune.arguments import MIXED
 from mmtune.data.arrow import positions
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind, KeyedTable
@@ -194,7 +195,8 @@ class _Shelf:
 
     def __init__(self, data: RetrievalDataset, documents: DocumentKind, *, thumbnails: bool) -> None:
         self._relevance = data.relevance_of(documents)
-        kinds = {"image", "text"} if documents == "mixed" else set(documents.split("+"))
+        self._is_mixed = documents == MIXED
+        kinds = {"image", "text"} if self._is_mixed else set(documents.split("+"))
         columns = [name for name in ("image", "text") if name in kinds and name in data.corpus.column_names]
         self._documents = KeyedTable(data.corpus, "document_id", columns if thumbnails else [])
         self._queries = KeyedTable(data.queries, "query_id", ["text"])
@@ -228,7 +230,8 @@ class _Shelf:
         try:
             row = self._documents.get([document_id])[0]
             text = _cut(row.get("text") or "", _LONGEST_TEXT)
-            if "image" not in row or (row["image"] is None and text):
+            lacks_image = row.get("image") is None
+            if "image" not in row or (lacks_image and (text or self._is_mixed)):
                 return Shown(document_id, text=text)
             return Shown(document_id, Picture(make_thumbnail(row["image"], document_id), f"Page {document_id}"))
         except (ImageDecodeError, MissingDocumentError, MissingExtraError) as error:

@@ -229,8 +229,8 @@ def _list_audit(counts: Mapping[str, int], documents: DocumentKind) -> list[dict
     found = []
     for name, count in counts.items():
         part, _, key = name.rpartition(": ")
-        # what a corpus of texts must have, one of images may lack
-        is_problem = key in PROBLEMS and not (key in GOOD_TO_KNOW and documents == "image")
+        # what a corpus of texts must have, one of images, sounds or clips may lack
+        is_problem = key in PROBLEMS and not (key in GOOD_TO_KNOW and "text" not in documents.split("+"))
         title, meaning = (PROBLEMS if is_problem else GOOD_TO_KNOW).get(key, (key.replace("_", " "), ""))
         found.append({"part": part, "count": count, "title": title, "meaning": meaning, "is_problem": is_problem})
     return sorted(found, key=lambda each: not each["is_problem"])

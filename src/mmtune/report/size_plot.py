@@ -22,7 +22,7 @@ def draw_sizes(lines: Mapping[str, Sequence[Point]], chosen: Point, path: Path, 
         measure: What stands on the upright axis.
 
     Raises:
-        ConfigError: The ending is of no format that matplotlib writes.
+        ConfigError: The ending is of no format that matplotlib writes, or the file can't be written.
     """
     # without pyplot: nothing is opened, and the caller's backend and figures stay as they are
     from matplotlib.figure import Figure
@@ -46,5 +46,8 @@ def draw_sizes(lines: Mapping[str, Sequence[Point]], chosen: Point, path: Path, 
     axes.set_ylabel(measure)
     axes.grid(alpha=0.3)
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110)
+    except OSError as error:
+        raise ConfigError(f"path={str(path)!r} can't be written to: {error}. Pass another.") from error

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -21,8 +21,15 @@ from sentence_transformers.base.modules import Transformer
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 from transformers import (
+    ASTConfig,
+    ASTFeatureExtractor,
+    ASTModel,
     BertConfig,
     BertModel,
+    ClapConfig,
+    ClapFeatureExtractor,
+    ClapModel,
+    ClapProcessor,
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
@@ -34,7 +41,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    ProcessorMixin,
     Qwen2VLImageProcessorPil,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
@@ -43,7 +49,12 @@ from transformers import (
     SiglipImageProcessorPil,
     SiglipModel,
     SiglipProcessor,
+    VideoMAEConfig,
+    VideoMAEModel,
+    WhisperConfig,
+    WhisperFeatureExtractor,
 )
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from mmtune.errors import MissingExtraError
 from mmtune.models.checkpoints import how_to_install
@@ -53,6 +64,7 @@ from mmtune.testing import words
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 HEAD_SIZE = 32
+_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 QWEN_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 QWEN_CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -164,9 +176,120 @@ def tiny_text_encoder(folder: str | Path, *, hidden_size: int = 64, num_layers: 
         seed: Seed of the weights. The caller's random state is left as it was.
     """
     tokenizer = _tokenizer(max_length=128, bos="<s>", eos="</s>")
-    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = BertConfig.from_dict(_encoder(hidden_size, num_layers) | _text(tokenizer) | no_dropout)
+    config = BertConfig.from_dict(_encoder(hidden_size, num_layers) | _text(tokenizer) | _NO_DROPOUT)
     return _save(folder, _draw(BertModel, config, seed), tokenizer)
+
+
+def tiny_clap(
+    folder: str | Path, *, hidden_size: int = 64, num_layers: int = 2, projection_dim: int = 64, seed: int = 0
+) -> str:
+    """Save a random CLAP for text and sounds of a second at 16 kHz and return its path.
+
+    Args:
+        folder: Where the checkpoint goes; made if it does not exist.
+        hidden_size: Width of the text encoder, a multiple of 32; that of sounds has half of it.
+        num_layers: Depth of the text encoder.
+        projection_dim: Dimension of the embeddings.
+        seed: Seed of the weights. The caller's random state is left as it was.
+    """
+    tokenizer = _tokenizer(max_length=64, bos="<s>", eos="</s>")
+    text = _encoder(hidden_size, num_layers) | _text(tokenizer) | _NO_DROPOUT | {"projection_dim": projection_dim}
+    text["max_position_embeddings"] = tokenizer.model_max_length + 2  # positions begin after that of the padding
+    audio = {
+        "spec_size": 64,
+        "num_mel_bins": 32,
+        "window_size": 4,
+        "patch_size": 4,
+        "patch_stride": [4, 4],
+        "patch_embeds_hidden_size": hidden_size // 4,
+        "depths": [2, 2],
+        "num_attention_heads": [2, 2],
+        "hidden_size": hidden_size // 2,
+        "projection_dim": projection_dim,
+        "drop_path_rate": 0.0,
+        **_NO_DROPOUT,
+    }
+    extractor = ClapFeatureExtractor(
+        feature_size=32,
+        sampling_rate=16_000,
+        hop_length=160,
+        fft_window_size=512,
+        max_length_s=1,
+        frequency_max=8_000,
+        truncation="rand_trunc",
+    )
+    config = ClapConfig(text_config=text, audio_config=audio, projection_dim=projection_dim)
+    return _save(folder, _draw(ClapModel, config, seed), ClapProcessor(extractor, tokenizer))
+
+
+def tiny_ast(folder: str | Path, *, hidden_size: int = 64, num_layers: int = 2, seed: int = 0) -> str:
+    """Save a random AST, an encoder of sounds of a second at 16 kHz, and return its path.
+
+    Args:
+        folder: Where the checkpoint goes; made if it does not exist.
+        hidden_size: Width, a multiple of 32, and dimension of the embeddings.
+        num_layers: Depth of the encoder.
+        seed: Seed of the weights. The caller's random state is left as it was.
+    """
+    sizes = {"num_mel_bins": 32, "max_length": 104}
+    strides = {"patch_size": 16, "time_stride": 8, "frequency_stride": 8}
+    config = ASTConfig.from_dict(_encoder(hidden_size, num_layers) | sizes | strides | _NO_DROPOUT)
+    return _save(folder, _draw(ASTModel, config, seed), ASTFeatureExtractor(**sizes))
+
+
+def tiny_whisper(folder: str | Path, *, hidden_size: int = 64, num_layers: int = 2, seed: int = 0) -> str:
+    """Save the encoder of a random Whisper, for sounds of a second, and return its path.
+
+    The host can't load that of a whole Whisper (sentence-transformers 6.2): its weights have other names.
+
+    Args:
+        folder: Where the checkpoint goes; made if it does not exist.
+        hidden_size: Width, a multiple of 32, and dimension of the embeddings.
+        num_layers: Depth of the encoder.
+        seed: Seed of the weights. The caller's random state is left as it was.
+    """
+    heads = hidden_size // HEAD_SIZE
+    config = WhisperConfig(
+        num_mel_bins=32,
+        max_source_positions=50,
+        d_model=hidden_size,
+        encoder_layers=num_layers,
+        encoder_attention_heads=heads,
+        encoder_ffn_dim=2 * hidden_size,
+        decoder_layers=1,
+        decoder_attention_heads=heads,
+        decoder_ffn_dim=hidden_size,
+        vocab_size=8,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+    return _save(folder, _draw(WhisperEncoder, config, seed), WhisperFeatureExtractor(feature_size=32, chunk_length=1))
+
+
+def tiny_videomae(folder: str | Path, *, hidden_size: int = 64, num_layers: int = 2, seed: int = 0) -> str:
+    """Save a random VideoMAE, an encoder of clips of 8 frames, and return its path.
+
+    Args:
+        folder: Where the checkpoint goes; made if it does not exist.
+        hidden_size: Width, a multiple of 32, and dimension of the embeddings.
+        num_layers: Depth of the encoder.
+        seed: Seed of the weights. The caller's random state is left as it was.
+
+    Raises:
+        MissingExtraError: torchvision, which its processor needs, is not installed.
+    """
+    _require_torchvision("tiny_videomae")
+    # this class is a stub that raises where torchvision is missing
+    from transformers import VideoMAEVideoProcessor
+
+    processor = VideoMAEVideoProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+    sizes = {"image_size": 64, "patch_size": 16, "num_frames": 8, "tubelet_size": 2}
+    config = VideoMAEConfig.from_dict(_encoder(hidden_size, num_layers) | sizes | _NO_DROPOUT)
+    return _save(folder, _draw(VideoMAEModel, config, seed), processor)
 
 
 def tiny_qwen3_vl(
@@ -179,30 +302,29 @@ def tiny_qwen3_vl(
 ) -> str:
     """Save a random Qwen3-VL with a chat template that takes any role and return its path.
 
-    Loads in ``SentenceTransformer(path)`` for text, images and ``{"text", "image"}`` pairs, and as the ``any-to-any``
-    module of a reranker: ``0`` and ``1`` are tokens, and the template takes the roles ``query`` and ``document``.
+    Loads in ``SentenceTransformer(path)`` for text, images, clips and ``{"text", "image"}`` pairs, and as the
+    ``any-to-any`` module of a reranker: ``0`` and ``1`` are tokens, and the template takes the roles ``query`` and
+    ``document``.
 
     Args:
         folder: Where the checkpoint goes; made if it does not exist.
         hidden_size: Width of both encoders, a multiple of 32, and dimension of the embeddings.
         num_layers: Depth of each of the two encoders.
-        max_pixels: Largest area of an image in pixels; every 32 by 32 pixels become one token.
+        max_pixels: Largest area of an image in pixels; every 32 by 32 pixels become one token. Of a clip twice that is
+            the largest area of all frames together.
         seed: Seed of the weights. The caller's random state is left as it was.
 
     Raises:
         MissingExtraError: torchvision, which the processor of this family needs, is not installed.
     """
-    if find_spec("torchvision") is None:
-        raise MissingExtraError(
-            "tiny_qwen3_vl needs torchvision, which is not installed: the video processor of Qwen3-VL imports it. "
-            f"{how_to_install('torchvision')}. Or test with tiny_clip, which needs Pillow only."
-        )
+    _require_torchvision("tiny_qwen3_vl")
     # this class is a stub that raises where torchvision is missing
     from transformers import Qwen3VLVideoProcessor
 
     tokenizer = _tokenizer(max_length=2048, eos="<|im_end|>", special=QWEN_TOKENS, append=False)
     image_processor = Qwen2VLImageProcessorPil(patch_size=16, size=_area(max_pixels))
-    video_processor = Qwen3VLVideoProcessor(patch_size=16, size=_area(max_pixels))
+    # an area over all frames: eight of 64 by 64 pixels
+    video_processor = Qwen3VLVideoProcessor(patch_size=16, size=_area(2 * max_pixels))
     config = _qwen3_vl_config(tokenizer, hidden_size, num_layers)
     model = _draw(Qwen3VLForConditionalGeneration, config, seed)
     processor = Qwen3VLProcessor(image_processor, tokenizer, video_processor, chat_template=QWEN_CHAT_TEMPLATE)
@@ -253,6 +375,14 @@ def tiny_llava(
         chat_template=chat_template,
     )
     return _save(folder, model, processor)
+
+
+def _require_torchvision(name: str) -> None:
+    if find_spec("torchvision") is None:
+        raise MissingExtraError(
+            f"{name} needs torchvision, which is not installed: its video processor imports it. "
+            f"{how_to_install('torchvision')}. Or test with tiny_clip, which needs Pillow only."
+        )
 
 
 def _qwen3_vl_config(tokenizer: PreTrainedTokenizerFast, hidden_size: int, num_layers: int) -> Qwen3VLConfig:
@@ -348,7 +478,7 @@ def _draw(model_class: Callable[..., Model], config: PreTrainedConfig, seed: int
         return model_class(config)
 
 
-def _save(folder: str | Path, model: PreTrainedModel, processor: ProcessorMixin | PreTrainedTokenizerFast) -> str:
+def _save(folder: str | Path, model: PreTrainedModel, processor: Any) -> str:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)

@@ -3,8 +3,10 @@
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, fields
+from enum import Enum
+from numbers import Real
+from typing import Any, ClassVar, Literal
 
 from sentence_transformers.base.training_args import BaseTrainingArguments
 from torch import nn
@@ -18,8 +20,19 @@ from mmtune.models.kinds import HostModel
 from mmtune.models.lora import LoraChoice
 from mmtune.training.inputs import DatasetsLike, Form, TrainingSets
 from mmtune.training.losses import Loss
-from mmtune.training.records import RunRecord
+from mmtune.training.records import RunRecord, as_json
 from mmtune.training.trainers import Kind
+
+_OF_THE_MOMENT = ("kind", "resume", "overwrite", "dry_run")
+
+
+def _is_writable(value: Any) -> bool:
+    """Whether JSON can hold a value as it is."""
+    if isinstance(value, Mapping):
+        return all(map(_is_writable, value.values()))
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(map(_is_writable, value))
+    return value is None or isinstance(value, (str, os.PathLike, Real, Enum))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +40,11 @@ class Finetuning(ABC):
     """A call: what it was given, as ``finetune`` documents it, and the steps that each kind of call takes in its way.
 
     Attributes:
+        function: The name of the function that was called.
         kind: The kind of ``model``.
     """
 
+    function: ClassVar[str]
     kind: Kind
     model: HostModel | str | os.PathLike[str]
     train_dataset: DatasetsLike
@@ -54,6 +69,21 @@ class Finetuning(ABC):
     thumbnails: bool
     dry_run: bool
     training_arguments: Mapping[str, Any]
+
+    def describe_call(self) -> dict[str, Any]:
+        """What was called with which arguments, so that the same can be called again.
+
+        ``resume``, ``overwrite`` and ``dry_run`` are of the moment, and left out. Objects that no file can hold stand
+        under ``in_memory`` by their names.
+        """
+        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _OF_THE_MOMENT}
+        given |= given.pop("training_arguments")
+        written = {name: as_json(value) for name, value in given.items() if _is_writable(value)}
+        return {
+            "function": self.function,
+            "arguments": written,
+            "in_memory": [name for name in given if name not in written],
+        }
 
     @abstractmethod
     def check_arguments(self) -> None:

@@ -45,18 +45,19 @@ class ShortLogs(TrainerCallback):
         """Writes the loss, the metric that chooses the checkpoint with its change, and the time left."""
         logs = logs or {}
         self._loss = logs.get("loss", self._loss)
-        metric = args.metric_for_best_model or "loss"
-        if not state.is_world_process_zero or not state.max_steps or not ({"loss", metric} & logs.keys()):
+        metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
+        measured = metric if metric == "loss" else f"eval_{metric}"
+        if not state.is_world_process_zero or not state.max_steps or not ({"loss", measured} & logs.keys()):
             return
         if "loss" in logs and control.should_evaluate:  # the measurement of this step is next, and has the same line
             return
         values = [] if self._loss is None else [f"loss {float(self._loss):.4f}"]
-        if metric in logs and metric != "loss":
-            values.append(self._show(metric.removeprefix("eval_"), float(logs[metric])))
-            guards = (
-                name for name in logs if name.startswith("eval_guard") and name.endswith(metric.split("_", 2)[-1])
-            )
-            values += [self._show(name.removeprefix("eval_"), float(logs[name])) for name in list(guards)[:1]]
+        if measured in logs and metric != "loss":
+            values.append(self._show(metric, float(logs[measured])))
+            measure = metric.partition("_")[2]
+            guards = [name for name in logs if name.startswith("eval_guard") and name.endswith(f"_{measure}")]
+            guards.sort(key=lambda name: "-mean_" not in name)  # of several sets their mean
+            values += [self._show(name.removeprefix("eval_"), float(logs[name])) for name in guards[:1]]
         values += self._time_left(state)
         tqdm.write(f"step {state.global_step}/{state.max_steps}  {'  '.join(values)}", file=sys.stderr)
         self._loss = None

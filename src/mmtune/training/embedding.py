@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
@@ -13,16 +13,17 @@ from sentence_transformers.base.training_args import BaseTrainingArguments
 from torch import nn
 from transformers import TrainerCallback
 
-from mmtune.arguments import nearest_name, require_whole, require_wholes, shown
+from mmtune.arguments import MIXED, nearest_name, require_one_of, require_whole, require_wholes, shown
 from mmtune.data.dataset import RetrievalDataset
-from mmtune.data.documents import DocumentKind
-from mmtune.data.query_kinds import QueryKind
+from mmtune.data.documents import DOCUMENT_KINDS, DocumentKind, kinds_of_documents
+from mmtune.data.query_kinds import QUERY_KINDS, QueryKind
 from mmtune.errors import ConfigError
 from mmtune.evaluation.base import Retriever
 from mmtune.evaluation.mean import AnyEvaluator
 from mmtune.evaluation.retrieval import build_evaluator
+from mmtune.inference.recordings import count_cut
 from mmtune.models.late_interaction import is_late_interaction
-from mmtune.models.loading import check_checkpoint
+from mmtune.models.loading import check_checkpoint, check_kinds, takes_mixed
 from mmtune.models.lora import LoraChoice
 from mmtune.models.routes import ignores_prompt
 from mmtune.training.call import Finetuning
@@ -106,7 +107,8 @@ def finetune(
         prompts: ``"model"`` trains with the prompts that ``encode_query`` and ``encode_document`` will use. A text,
             or texts by column, become the model's own, so that measuring, saving and using agree: that of ``query`` and
             that of the documents; a column without one keeps the model's. ``None`` takes the model's prompts away.
-        documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
+        documents: What a document is made of: ``"image"``, ``"text"``, ``"audio"``, ``"video"``, several joined as in
+            ``"text+image"``, or ``"mixed"``, where each is what it has.
         lora: ``True`` trains adapters on the language model in place of all weights; or a config of peft.
         freeze: Parts of the model that stay as they are, e.g. ``("vision",)``; an unknown one is an error that lists
             those that the model has.
@@ -187,12 +189,13 @@ def finetune(
     return cast("FinetuneResult", run(call))  # a Plan for those who ask for one
 
 
-def kind_of(model: object, *kinds: object) -> Kind:
+def kind_of(model: object, documents: DocumentKind = "image", queries: QueryKind = "text") -> Kind:
     """The kind of a retriever or of its checkpoint, which is checked as far as its small files go.
 
     Args:
-        model: What was given.
-        *kinds: What it is to embed; what they join, it has to take in one input.
+        model: A model, or its checkpoint.
+        documents: What it is to embed; what is joined, it has to take in one input.
+        queries: Likewise.
 
     Raises:
         ConfigError: It is neither, a reranker, or a checkpoint that can't be loaded.
@@ -200,9 +203,10 @@ def kind_of(model: object, *kinds: object) -> Kind:
     if isinstance(model, (str, os.PathLike)):
         path = os.fspath(model)
         late = is_late_interaction(path)
-        joined = dict.fromkeys(kind for kind in kinds if isinstance(kind, str) and "+" in kind)
+        require_one_of("documents", documents, DOCUMENT_KINDS)
+        require_one_of("queries", queries, QUERY_KINDS)
         kind_class = MultiVectorEncoder if late else SentenceTransformer
-        check_checkpoint(path, model_class=kind_class, modalities=("image", "text", *joined))
+        check_checkpoint(path, model_class=kind_class, modalities=_modalities_for(documents, queries))
         return LATE_INTERACTION if late else EMBEDDING
     if isinstance(model, SentenceTransformer):
         return EMBEDDING
@@ -216,6 +220,15 @@ def kind_of(model: object, *kinds: object) -> Kind:
         f"model={shown(model)}: expected a SentenceTransformer, a MultiVectorEncoder, or a folder or name of one. "
         "Pass e.g. model='Qwen/Qwen3-VL-Embedding-2B'."
     )
+
+
+def _modalities_for(documents: DocumentKind, queries: QueryKind) -> tuple[str, ...]:
+    """What a checkpoint has to take: texts and images, but for sounds and clips; and what is joined."""
+    kinds = (documents, queries)
+    recordings = [name for name in ("audio", "video") if name in documents.split("+")]
+    asks_with_images = "image" in queries.split("+")
+    images = ["image"] if asks_with_images or not (recordings or documents == MIXED) else []
+    return (*dict.fromkeys([*recordings, *images, "text", *(kind for kind in kinds if "+" in kind)]),)
 
 
 def own_prompts(model: Retriever) -> dict[str, str]:
@@ -266,6 +279,8 @@ def prompts_by_side(given: Any, train: TrainingSets) -> dict[str, str | None]:
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingFinetuning(Finetuning):
     """A call of ``finetune``."""
+
+    function: ClassVar[str] = "finetune"
 
     num_negatives: int
     matryoshka_dims: Literal["auto"] | Sequence[int] | None
@@ -324,12 +339,17 @@ class EmbeddingFinetuning(Finetuning):
             documents=self.documents,
             seed=self.seed,
             queries=self.queries,
+            by_kind=self.documents == MIXED and not takes_mixed(self.model),
         )
 
     def check_data(
         self, train: TrainingSets, evaluation: Mapping[str, RetrievalDataset], args: BaseTrainingArguments
     ) -> None:
         """Make sure that prompts are for columns that there are, and that a batch has something to contrast."""
+        if self.documents == MIXED:
+            corpora = [part.data.corpus for part in train.by_name.values()]
+            corpora += [data.corpus for data in evaluation.values()]
+            check_kinds(self.model, {kind: None for corpus in corpora for kind in kinds_of_documents(corpus, MIXED)})
         prompts_by_side(args.prompts or self.prompts, train)
         if args.prompts and self.prompts not in ("model", None, args.prompts):
             warnings.warn(f"prompts={self.prompts!r} is not used: args.prompts is {args.prompts!r}.", stacklevel=5)
@@ -428,7 +448,12 @@ class EmbeddingFinetuning(Finetuning):
         }
         if self.queries != "text":
             facts["query_prompt_has_no_effect"] = ignores_prompt(model, self.queries)
-        return {"data": {"queries": self.queries}, "training": facts}
+        cut = {
+            name: count_cut(model, part.data.corpus, self.documents, part.view.source.reader.limits)
+            for name, part in train.by_name.items()
+        }
+        read_in_part = {"read_in_part": cut.get("", cut)} if any(cut.values()) else {}
+        return {"data": {"queries": self.queries, **read_in_part}, "training": facts}
 
     def _evaluated_dims(self, model: Retriever, loss: object) -> tuple[int, ...]:
         """The dimensions that the caller names, else those that the loss trains."""

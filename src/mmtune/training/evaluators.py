@@ -51,6 +51,11 @@ class RunEvaluator(BaseEvaluator):
         self._was_called = False
         self._step = BEGINNING
 
+    @property
+    def tells_values(self) -> bool:
+        """Whether there are values by query, so that there can be a verdict or a guard."""
+        return bool(self.parts or self.guard_parts)
+
     def __call__(
         self, model: Any, output_path: str | None = None, epoch: int = -1, steps: int = -1
     ) -> dict[str, float]:

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import numpy as np
 from datasets import Dataset, DatasetDict, are_progress_bars_disabled
 
+from mmtune.arguments import MIXED
 from mmtune.data.dataset import RetrievalDataset
-from mmtune.data.documents import DocumentKind, check_texts
+from mmtune.data.documents import DocumentKind, check_texts, kinds_of_documents
 from mmtune.data.intake import (
     DatasetsLike,
     as_retrieval_dataset,
@@ -78,9 +79,24 @@ class TrainingSets:
 
 
 def training_sets(
-    given: DatasetsLike, *, num_negatives: int, documents: DocumentKind, seed: int, queries: QueryKind = "text"
+    given: DatasetsLike,
+    *,
+    num_negatives: int,
+    documents: DocumentKind,
+    seed: int,
+    queries: QueryKind = "text",
+    by_kind: bool = False,
 ) -> TrainingSets:
-    """The training data with its rows; rows of ``training_rows`` stay as they are given."""
+    """The training data with its rows; rows of ``training_rows`` stay as they are given.
+
+    Args:
+        given: One dataset, or several by name.
+        num_negatives: Negatives a row.
+        documents: What a document is made of.
+        seed: Of filling up negatives.
+        queries: What a query is made of.
+        by_kind: Whether the rows of mixed documents become a set for each kind, as encoders and routes need them.
+    """
     by_name = {}
     for name, part in datasets_by_name(given).items():
         if isinstance(part, Dataset) and set(ID_COLUMNS) <= set(part.column_names):
@@ -91,7 +107,33 @@ def training_sets(
             data = _require_parts(data, documents, queries)
             rows = data.training_rows(num_negatives, documents=documents, seed=seed, queries=queries)
             by_name[name] = TrainingSet(data, rows)
+    if by_kind and documents == MIXED:
+        by_name = {
+            "-".join(filter(None, (name, kind))): of_kind
+            for name, part in by_name.items()
+            for kind, of_kind in _split_by_kind(part).items()
+        }
     return TrainingSets(by_name)
+
+
+def _split_by_kind(part: TrainingSet) -> dict[str, TrainingSet]:
+    """A set for each sequence of kinds in the columns of the rows, such as ``"image-text"`` with one negative."""
+    corpus = part.data.corpus
+    kind_by_id = dict(zip(corpus["document_id"][:], kinds_of_documents(corpus, MIXED), strict=True))
+    ids, rows_by_kinds = part.rows.with_format(None), {}
+    for row, (own, negatives) in enumerate(zip(ids["document_id"][:], ids["negative_document_ids"][:], strict=True)):
+        kinds = "-".join(kind_by_id[each] for each in (own, *negatives))
+        rows_by_kinds.setdefault(kinds, []).append(row)
+    least = 1 if part.view.num_negatives else 2
+    alone = sum(len(rows) for rows in rows_by_kinds.values() if len(rows) < least)
+    if alone:
+        warnings.warn(
+            f"{alone} rows are left out: no other row has documents of the same kinds, and a batch needs two "
+            "where there are no negatives.",
+            stacklevel=5,
+        )
+    kept = {kinds: rows for kinds, rows in rows_by_kinds.items() if len(rows) >= least}
+    return {kinds: TrainingSet(part.data, part.rows.select(rows)) for kinds, rows in kept.items()}
 
 
 def reranking_sets(
@@ -230,7 +272,7 @@ def check_pages(
     read = {id(data): data for data in (*(part.data for part in train.by_name.values()), *measured)}
     for data in read.values():
         shown = not are_progress_bars_disabled()
-        if "image" in documents.split("+"):
-            data.check_pages(show_progress_bar=shown)
-        if "image" in queries.split("+"):
+        if documents != "text":
+            data.check_pages(documents=documents, show_progress_bar=shown)
+        elif "image" in queries.split("+"):  # which ``check_pages`` looks at as well
             data.check_queries(show_progress_bar=shown)

@@ -22,6 +22,7 @@ from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.images import EncodedImages
 from mmtune.data.query_kinds import as_documents
 from mmtune.errors import ConfigError
+from mmtune.evaluation.history import CHECKPOINT_FILE
 from mmtune.training.inputs import TrainingSets
 
 RECORD = "mmtune_run.json"
@@ -152,6 +153,8 @@ def why_unusable(checkpoint: Path) -> str | None:
         sizes, settings = record["files"], record["settings"]
         processes = settings["world_size"]
         for name, size in sizes.items():
+            if name == CHECKPOINT_FILE and not (checkpoint / name).is_file():
+                continue  # it is never published: a checkpoint from the Hub is whole without it
             if not (checkpoint / name).is_file():
                 return f"{name} is missing"
             if (checkpoint / name).stat().st_size != size:

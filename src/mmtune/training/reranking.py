@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 from sentence_transformers import CrossEncoder, CrossEncoderTrainingArguments
 from sentence_transformers.base.evaluation import BaseEvaluator
@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from mmtune.arguments import listed, require_whole, shown
 from mmtune.data.dataset import RetrievalDataset
-from mmtune.data.documents import DocumentKind
+from mmtune.data.documents import DocumentKind, require_pairs_of
 from mmtune.data.judgements import Judgements
 from mmtune.data.query_kinds import QueryKind
 from mmtune.data.relevance import Direction
@@ -88,7 +88,7 @@ def finetune_reranker(
         loss: A host loss in place of binary cross-entropy, built, as a class, or as a callable that takes the model.
             Listwise losses get a list a query, graded; contrastive ones conflict-free batches.
         args: The host's training arguments, passed on as they are; only empty ``prompts`` are filled, on a copy.
-        documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
+        documents: What a document is made of: ``"image"``, ``"text"``, ``"text+image"`` or ``"video"``.
         num_candidates: The length of the lists that are ranked to measure, one relevant candidate included. A list is
             longer where more is relevant, as in ``build_reranking_evaluator``, and shorter where a small set has no
             more.
@@ -166,8 +166,9 @@ def finetune_reranker(
 
 def _require_reranker(model: object, documents: str) -> None:
     """Make sure that there is a reranker, or a checkpoint to build one from, before the data are read."""
+    require_pairs_of(documents)
     if isinstance(model, (str, os.PathLike)):  # a checkpoint for texts alone does for documents="text"
-        modality = "image" if "image" in str(documents) else "text"
+        modality = next((name for name in ("image", "video") if name in documents), "text")
         check_checkpoint(os.fspath(model), model_class=CrossEncoder, modalities=(modality,))
     elif not isinstance(model, CrossEncoder):
         raise ConfigError(
@@ -185,6 +186,8 @@ def _require_reranker(model: object, documents: str) -> None:
 @dataclass(frozen=True, kw_only=True)
 class RerankerFinetuning(Finetuning):
     """A call of ``finetune_reranker``."""
+
+    function: ClassVar[str] = "finetune_reranker"
 
     loss: Loss | None
     num_negatives: int

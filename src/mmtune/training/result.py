@@ -4,7 +4,7 @@ import json
 import logging
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -102,12 +102,7 @@ class FinetuneResult:
     @property
     def verdict_rows(self) -> list[list[str]]:
         """The verdict by size and by group, as cells: what, before, after, change, interval, p, queries."""
-        if self.verdict is None:
-            return []
-        named = {f"size {size}": each for size, each in self.verdict.by_size.items()}
-        for column, verdicts in self.verdict.by_group.items():
-            named |= {f"{column}: {group}": each for group, each in verdicts.items()}
-        return [[name, *each.cells] for name, each in {"all": self.verdict, **named}.items()]
+        return _list_verdicts(self.verdict)
 
     @property
     def rows(self) -> list[BeforeAfter]:
@@ -137,16 +132,21 @@ class FinetuneResult:
             thumbnails: Whether documents are shown there.
         """
         card = self.output_dir / "final" / "README.md"
+        # a card is published, and groups are named by the data, e.g. by the path of a file
+        of_all = self.verdict and replace(self.verdict, by_group={})
         if card.is_file():
-            name = getattr(self.trainer and self.trainer.args, "hub_model_id", None) or str(card.parent)
+            # the trainer's is there also where the arguments leave the name of the repository to the host
+            of_hub = getattr(self.trainer, "hub_model_id", None) or getattr(
+                self.trainer and self.trainer.args, "hub_model_id", None
+            )
             text = add_to_card(
                 card.read_text("utf-8"),
                 self.rows,
                 self.measure,
                 self.settings,
-                name=name,
-                verdict=f"{self.verdict}." if self.verdict else "",
-                verdicts=self.verdict_rows,
+                name=of_hub or str(card.parent),
+                verdict=f"{of_all}." if of_all else "",
+                verdicts=_list_verdicts(of_all),
             )
             card.write_text(text, "utf-8")
         self.save_metrics()
@@ -191,6 +191,15 @@ class FinetuneResult:
         written = self.output_dir / "metrics.json.part"
         written.write_text(json.dumps(metrics, indent=2, default=str) + "\n", "utf-8")
         written.replace(self.output_dir / "metrics.json")
+
+
+def _list_verdicts(verdict: Verdict | None) -> list[list[str]]:
+    if verdict is None:
+        return []
+    named = {f"size {size}": each for size, each in verdict.by_size.items()}
+    for column, verdicts in verdict.by_group.items():
+        named |= {f"{column}: {group}": each for group, each in verdicts.items()}
+    return [[name, *each.cells] for name, each in {"all": verdict, **named}.items()]
 
 
 def _versions() -> dict[str, str]:

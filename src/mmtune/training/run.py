@@ -22,12 +22,12 @@ from sentence_transformers.util.distributed import distributed_evaluation
 from torch import nn
 from tqdm.auto import tqdm
 
-from mmtune.arguments import listed
+from mmtune.arguments import MIXED, listed
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
 from mmtune.data.query_kinds import QueryKind
 from mmtune.errors import ConfigError
-from mmtune.evaluation.history import History
+from mmtune.evaluation.history import CHECKPOINT_FILE, PER_QUERY_FILE, History
 from mmtune.evaluation.mean import AnyEvaluator
 from mmtune.evaluation.significance import Verdict
 from mmtune.evaluation.verdict import describe_measuring, judge
@@ -42,7 +42,9 @@ from mmtune.models.lora import LoraChoice, add_lora, check_lora
 from mmtune.models.parts import describe_training, freeze_parts, model_parts, part_names
 from mmtune.models.pixels import PixelLimits, limit_pixels
 from mmtune.models.precision import convert_to_saved, learn_score_in_float32, score_in_float32
+from mmtune.models.recordings import read_all_frames
 from mmtune.models.routes import check_routes, freeze_unreached
+from mmtune.serving.gates import check_saved
 from mmtune.training import recipe
 from mmtune.training.call import Finetuning
 from mmtune.training.callbacks import AfterFirstSave, StartCompetes
@@ -188,6 +190,12 @@ def _run_in(folder: Path, call: Finetuning) -> FinetuneResult | Plan:
                 build_evaluator(guard, name=GUARD) if guard else None,
                 History.read(checkpoint) if checkpoint else None,
             )
+            if checkpoint and evaluator.tells_values and not evaluator.history.values:
+                warnings.warn(
+                    f"{checkpoint.name} has no {CHECKPOINT_FILE}, with what each query scored before: the run "
+                    f"goes on without a verdict{' and without its guard set' if guard else ''}.",
+                    stacklevel=4,
+                )
         rates = None if call.args else recipe.choose_rates(args, model, start.fresh, began, call.training_arguments)
         args = recipe.complete_arguments(
             args,
@@ -219,6 +227,7 @@ def _run_in(folder: Path, call: Finetuning) -> FinetuneResult | Plan:
             "data": {**found["data"], **own["data"], "seed_of_filling": call.seed},
             "training": {**describe_recipe(trainer), **describe_weights(trainer, weights), **own["training"]},
             "audit": found["audit"],
+            "call": call.describe_call(),
         }
         is_shared = trainer.args.world_size > 1 or trainer.args.dataloader_num_workers > 0
         with (
@@ -284,6 +293,8 @@ def _describe_beginning(
     choices = {field.name: as_json(getattr(call, field.name)) for field in fields(call)}
     given = {name: value for name, value in choices.items() if name not in _NOT_DECIDING}
     named = {"model": describe_checkpoint(os.fspath(call.model))} if isinstance(call.model, (str, os.PathLike)) else {}
+    sets = {"training": train.by_name, "evaluation": evaluation, "guard": guard}
+    names = {f"{what} sets": sorted(by_name) for what, by_name in sets.items()}
     measured = {
         f"{name}: {what}".removeprefix(": "): describe_content(data)
         for what, sets in (("evaluation data", evaluation), ("guard data", guard))
@@ -294,7 +305,7 @@ def _describe_beginning(
         **({} if guard else {"guard data": "none"}),
         **measured,
     }
-    return {**describe_arguments(args), **given, **named, **describe_training_data(train), **measured}
+    return {**describe_arguments(args), **given, **named, **describe_training_data(train), **names, **measured}
 
 
 @contextmanager
@@ -376,6 +387,8 @@ def _train(
     elif is_first_process:
         save_model(model, folder / "final")
     settings = {**settings, "training": {**settings["training"], **describe_steps(trainer), "kept": kept}}
+    if is_first_process and not is_in_parts(trainer):
+        settings["gates"] = check_saved(model, folder / "final", trainer.train_dataset, may_be_base=kept == KEPT_START)
     metric = primary_of(evaluator, model) or ((trainer.args.metric_for_best_model or "") if record.before else "")
     metric = metric.removeprefix("eval_") or None
     if measured:
@@ -385,6 +398,8 @@ def _train(
     result = FinetuneResult(model.eval(), trainer, record.before, after, metric, folder, settings, verdict)
     if is_first_process:
         record.write(folder)
+        for name in (PER_QUERY_FILE, "report.html"):  # of a run that was killed while it wrote its result
+            (folder / name).unlink(missing_ok=True)
         if evaluator is not None:
             evaluator.history.write_before_and_after(folder)
         result.save(writing.evaluation, writing.documents, thumbnails=writing.thumbnails)
@@ -514,6 +529,8 @@ def ready_model(
         score_in_float32(ready)
     check_documents(ready, documents, queries)
     check_routes(ready, documents, queries)
+    if documents == MIXED or "video" in documents:
+        read_all_frames(ready)
     names = part_names(freeze)
     before = [(parameter, parameter.requires_grad) for parameter in ready.parameters()]
     try:

@@ -49,6 +49,7 @@ from transformers import PrinterCallback, ProgressCallback
 from mmtune.arguments import listed
 from mmtune.data.documents import as_host_input
 from mmtune.errors import ConfigError
+from mmtune.evaluation.history import CHECKPOINT_FILE
 from mmtune.host import OwnCheckpoints, innermost_sampler, is_in_parts, uncompiled
 from mmtune.inference.preprocessing import prepare_pages
 from mmtune.models.adapters import has_lora, load_adapters
@@ -64,6 +65,8 @@ from mmtune.training.mini_batches import describe_mini_batches, halve_mini_batch
 from mmtune.training.records import RECORD, RunRecord, checkpoint_step
 
 _STATE_OF_TRAINING = ["*.pt", "*.pth", "trainer_state.json", "training_args.bin", RECORD, "global_step*", "optimizer*"]
+_OF_DATA = [CHECKPOINT_FILE]
+"""Ids of queries and documents are nobody's business but the owner's: they are never published."""
 _AGAINST_DIVERGENCE = (
     "The last checkpoint is as it was before. Lower learning_rate, lengthen the warm-up, or look at the pages of these "
     "queries, and start anew in another folder or with overwrite=True."
@@ -267,10 +270,13 @@ class PageTrainer(OwnCheckpoints, BaseTrainer):
         if strategy == "end" or not self.is_world_process_zero():
             return
         message = f"Training in progress, step {self.state.global_step}"
-        self._pushes.append(self._upload(folder, message, run_as_future=True, ignore_patterns=_STATE_OF_TRAINING))
+        self._pushes.append(
+            self._upload(folder, message, run_as_future=True, ignore_patterns=[*_STATE_OF_TRAINING, *_OF_DATA])
+        )
         if strategy in ("checkpoint", "all_checkpoints"):
             place = "last-checkpoint" if strategy == "checkpoint" else Path(folder).name
-            self._pushes.append(self._upload(folder, message, run_as_future=True, path_in_repo=place))
+            state: dict[str, Any] = {"path_in_repo": place, "ignore_patterns": _OF_DATA}
+            self._pushes.append(self._upload(folder, message, run_as_future=True, **state))
 
     def push_result(self, folder: Path) -> list[str]:
         """Publish the result, after the checkpoints that are still on their way; for the one process that writes.

@@ -1,0 +1,70 @@
+"""Sounds: from encoded bytes to samples, in one channel, at the rate that a model takes."""
+
+from typing import Any
+
+import numpy as np
+
+from mmtune.arguments import ALL_OF_IT, MediaLimits
+from mmtune.data.media import Recording, load_decoder
+from mmtune.errors import MediaDecodeError
+
+SHORTEST_S = 0.025
+"""In seconds: a window of the spectrum of speech. Feature extractors crash on less (transformers 5.23)."""
+
+
+class Sound(Recording):
+    """A sound that is decoded when its samples are asked for: WAV, FLAC, Ogg Vorbis and MP3, by soundfile."""
+
+    kind = "audio"
+
+    def decode(self, limits: MediaLimits = ALL_OF_IT) -> dict[str, Any]:
+        """``{"array", "sampling_rate"}``: float32 samples of the mean of all channels.
+
+        It is cut before it is decoded, so that of an hour only what is read takes time.
+
+        Raises:
+            MediaDecodeError: It is no sound, has no samples or too few, or holds numbers that are not finite.
+            MissingExtraError: soundfile or soxr is not installed.
+        """
+        bounds = self.limits.within(limits)
+        with self.opened() as source, load_decoder("soundfile", "Sounds", "audio").SoundFile(source) as file:
+            rate = file.samplerate
+            wanted = -1 if bounds.max_seconds is None else max(1, round(bounds.max_seconds * rate))
+            channels = file.read(wanted, dtype="float32", always_2d=True)
+        if len(channels) < SHORTEST_S * rate:
+            raise self.error(
+                f"has {len(channels)} samples at {rate} Hz, and models read {SHORTEST_S} seconds or more, which are "
+                f"{round(SHORTEST_S * rate)}"
+            )
+        samples = channels.mean(axis=1) if channels.shape[1] > 1 else channels[:, 0]
+        if not np.isfinite(samples).all():
+            raise self.error("holds samples that are not finite")
+        if bounds.sampling_rate not in (None, rate):
+            samples = load_decoder("soxr", "Sounds of another rate", "audio").resample(
+                samples, rate, bounds.sampling_rate
+            )
+        rate = bounds.sampling_rate or rate
+        if bounds.max_seconds is not None:  # resampling rounds up
+            samples = samples[: round(bounds.max_seconds * rate)]
+        return {"array": np.ascontiguousarray(samples), "sampling_rate": rate}
+
+    def is_cut(self, limits: MediaLimits) -> bool:
+        """Whether it is longer than what is read of it."""
+        longest = self.limits.within(limits).max_seconds
+        return longest is not None and self.seconds() > longest
+
+    def seconds(self) -> float:
+        """Its length, from its header; 0 where that can't be read.
+
+        Raises:
+            MissingExtraError: soundfile is not installed.
+        """
+        try:
+            with self.opened() as source, load_decoder("soundfile", "Sounds", "audio").SoundFile(source) as file:
+                return file.frames / file.samplerate
+        except MediaDecodeError:
+            return 0.0
+
+    def check(self) -> None:
+        """Make sure that its beginning can be decoded."""
+        self.decode(MediaLimits(max_seconds=1))
