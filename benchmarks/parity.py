@@ -38,6 +38,7 @@ HOST_BATCHES = {
     "max_steps": 4,
     "eval_strategy": "steps",
     "eval_steps": 2,
+    "logging_steps": 1,
     "save_steps": 2,
     # the last weights, whatever they are worth: the best of so few steps may be those that a run began with
     "load_best_model_at_end": False,
