@@ -144,6 +144,17 @@ def test_the_other_commands(run, place, capsys):
     assert (code, "holds something already" in err) == (1, True)
 
 
+def test_what_is_trained_is_encoded_exported_and_looked_for_at_a_server(run, place, capsys):
+    final, held_out = run / "final", place / "eval"
+    assert said(capsys, "encode", held_out, final, place / "shards", "--dtype", "float16")[0] == 0
+    ids = [each for part in mmtune.read_shards(place / "shards") for each in part[0]]
+    assert len(ids) == len(RetrievalDataset.load(held_out).corpus)
+    assert said(capsys, "export", final, place / "served")[0] == 0
+    assert (place / "served" / "serve.json").is_file()
+    code, _, err = said(capsys, "check-serving", "http://localhost:9", final, held_out)
+    assert (code, "Start the server" in err) == (1, True)
+
+
 def test_a_reranker_is_finetuned_and_evaluated(place, capsys):
     pytest.importorskip("torchvision")
     vlm = tiny_qwen3_vl(place / "vlm")

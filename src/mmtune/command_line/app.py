@@ -117,9 +117,11 @@ def _opened(flag: "Flag", value: Any, arguments: Mapping[str, Any]) -> Any:
     from sentence_transformers import CrossEncoder
 
     from mmtune.evaluation.pipeline import open_retriever
-    from mmtune.models.rerankers import build_reranker
+    from mmtune.models.opening import open_checkpoint
+    from mmtune.models.rerankers import build_reranker, is_reranker
 
-    if CrossEncoder in flag.spelling.models:
+    is_alone = flag.spelling.models == (CrossEncoder,)
+    if is_alone or (CrossEncoder in flag.spelling.models and is_reranker(open_checkpoint(value))):
         return build_reranker(value)
     return open_retriever(value, arguments.get("documents", "image"))
 
