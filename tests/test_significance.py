@@ -141,6 +141,16 @@ def test_order_and_direction_change_nothing_but_the_sign(values: list[float], se
     assert (one.wins, one.ties, one.losses) == (other.losses, other.ties, other.wins)
 
 
+def test_what_clusters_are_called_changes_nothing() -> None:
+    rng = np.random.default_rng(0)
+    before = {f"q{number:02}": float(rng.random()) for number in range(60)}
+    after = {name: value + float(rng.normal(0.05, 0.2)) for name, value in before.items()}
+    by_page = {name: f"p{number // 2}" for number, name in enumerate(before)}
+    called_otherwise = {name: f"{(number // 2 * 7) % 30:02}" for number, name in enumerate(before)}
+    p_values = {compare_per_query(before, after, groups=groups).p_value for groups in (by_page, called_otherwise)}
+    assert len(p_values) == 1
+
+
 def test_several_comparisons_are_corrected() -> None:
     assert correct_for_several([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert correct_for_several([0.9, 0.8]) == [1.0, 1.0]

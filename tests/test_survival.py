@@ -635,7 +635,7 @@ def test_the_result_is_published_and_a_push_that_fails_is_said(
     url = "https://huggingface.co/me/pages"
     monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **_: RepoUrl(url))
     monkeypatch.setattr(HfApi, "upload_folder", upload)
-    options = {**OPTIONS, "push_to_hub": True}
+    options = {**OPTIONS, "push_to_hub": True, "hub_token": "hf_secret"}
     if works:
         result = finetune(clip_path, *data, output_dir=tmp_path, **options)
     else:
@@ -650,6 +650,8 @@ def test_the_result_is_published_and_a_push_that_fails_is_said(
     published = [name for to, files in pushed for name in filter_repo_objects(files, ignore_patterns=to.get(IGNORED))]
     assert "model.safetensors" in published
     assert not [name for name in published if "per_query" in name], "ids of the data are never published"
+    assert not [name for _, files in pushed for name, content in files.items() if b"hf_secret" in content]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hf_secret" in path.read_bytes()]
     assert not [name for _, files in pushed for name in files if name.endswith((".png", ".jpg")) or "assets" in name]
 
 

@@ -128,8 +128,8 @@ class OwnCheckpoints:
     The host builds the whole model again for it, which fails for adapters in a Router, and does so on the GPU, beside
     the optimizer. ``read_best_checkpoint`` likewise, where the host goes on with the last weights if it fails. And it
     writes a checkpoint in every process at once, over one another (since transformers leaves it to the trainer to ask
-    which one writes). From the checkpoint of the last step it takes one step more where that lies within an epoch.
-    Public hooks would replace this class.
+    which one writes), and pickles the token for the Hub into each, which is published with it. From the checkpoint of
+    the last step it takes one step more where that lies within an epoch. Public hooks would replace this class.
     """
 
     def read_checkpoint(self, folder: str) -> None:
@@ -156,9 +156,15 @@ class OwnCheckpoints:
         """Begins to publish a checkpoint. The host publishes the whole folder of the run with it."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        args: Any = self.args  # type: ignore[attr-defined] - of the trainer beside this class
+        token = args.hub_token
         # a model in parts is put together by all processes, so all of them save
-        if self.args.should_save or is_in_parts(self):  # type: ignore[attr-defined] - of the trainer beside this class
-            super()._save(output_dir, state_dict)  # type: ignore[misc] - of the trainer beside this class
+        if args.should_save or is_in_parts(self):
+            try:
+                args.hub_token = None
+                super()._save(output_dir, state_dict)  # type: ignore[misc] - of the trainer beside this class
+            finally:
+                args.hub_token = token
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         trainer: Any = self

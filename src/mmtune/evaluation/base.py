@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -152,7 +153,7 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
             kinds = kinds_of_documents(data.corpus, documents)
             self._kind_by_document_id = dict(zip(document_ids, kinds, strict=True))
 
-    @property
+    @cached_property
     def groups(self) -> dict[str, str]:
         """``{query id: cluster}``: queries that share pages or texts, directly or by others, are of one cluster."""
         return connected_queries(self.data.relevance_of(self._reader.kind, self._reader.query_kind))

@@ -1,7 +1,6 @@
 """Several models on one dataset, side by side: how good, how large, how quick, and which differences are real."""
 
 import dataclasses
-import importlib.util
 import logging
 import math
 import os
@@ -30,7 +29,7 @@ from mmtune.data.clusters import connected_queries
 from mmtune.data.documents import DocumentKind, check_texts
 from mmtune.data.intake import DatasetLike, as_retrieval_dataset
 from mmtune.data.query_kinds import QueryKind
-from mmtune.errors import ConfigError, ImageDecodeError, MissingDocumentError, MissingExtraError, MmtuneError
+from mmtune.errors import ConfigError, ImageDecodeError, MissingDocumentError, MmtuneError
 from mmtune.evaluation.measuring import (
     AT_K,
     MOST_RERANKED,
@@ -44,17 +43,16 @@ from mmtune.evaluation.measuring import (
 )
 from mmtune.evaluation.significance import (
     FEWEST_CLUSTERS,
-    LEVEL,
     Verdict,
     compare_per_query,
-    correct_for_several,
+    correct_verdicts,
     mean_interval,
 )
 from mmtune.inference.shards import ShardFolder
-from mmtune.models.checkpoints import first_line, how_to_install
+from mmtune.models.checkpoints import first_line
 from mmtune.models.opening import check_host_kwargs
 from mmtune.report.markdown import text_table
-from mmtune.report.model_plot import PlottedModel, draw_models, show_count
+from mmtune.report.plots import PlottedModel, draw_models, show_count
 
 logger = logging.getLogger(__name__)
 
@@ -149,8 +147,6 @@ class Comparison:
             MissingExtraError: matplotlib is not installed.
         """
         require_path("path", path, what="a picture", advice="Pass e.g. 'models.png'.")
-        if importlib.util.find_spec("matplotlib") is None:
-            raise MissingExtraError(f"A plot needs matplotlib, which is not installed. {how_to_install('matplotlib')}")
         points = [PlottedModel(row.name, row.kind, row.parameters, row.ndcg, row.interval) for row in self.rows]
         draw_models(points, Path(path), title=self._title, measure=f"nDCG@{AT_K}")
 
@@ -316,16 +312,13 @@ def _explain(error: Exception) -> str:
 def _row(name: str, found: Measurement, prefix: str, clusters: Mapping[str, str]) -> ComparisonRow:
     sizes, per_query = [], {}
     for at, (dimension, values) in enumerate(zip(found.dimensions, found.values, strict=True)):
-        number_of = {cluster: number for number, cluster in enumerate(dict.fromkeys(clusters.values()))}
-        cluster = np.array([number_of[clusters[query_id]] for query_id in values])
+        cluster = np.unique([clusters[query_id] for query_id in values], return_inverse=True)[1]
         numbers = np.array(list(values.values()))
         stored = _NUMBER_BYTES * dimension * found.vectors_per_document
         sizes.append(SizeRow(dimension, float(numbers.mean()), mean_interval(numbers, cluster), stored))
         key = prefix if at == 0 else f"{prefix}-{dimension}d"
-        measure = f"ndcg@{AT_K}"
-        per_query[f"{key}-rerank_{measure}" if found.kind == "pipeline" else f"{key}_{found.similarity}_{measure}"] = (
-            values
-        )
+        how = "-rerank" if found.kind == "pipeline" else f"_{found.similarity}"
+        per_query[f"{key}{how}_ndcg@{AT_K}"] = values
     return ComparisonRow(name, found.kind, found.parameters, tuple(sizes), found.page_s, found.query_s, per_query)
 
 
@@ -334,14 +327,8 @@ def _test_against_best(rows: Sequence[ComparisonRow], clusters: Mapping[str, str
     best, *others = sorted(rows, key=lambda row: (-row.ndcg, row.parameters))
     values = [next(iter(row.per_query.values())) for row in (best, *others)]
     verdicts = [compare_per_query(values[0], own, groups=clusters, measure=f"nDCG@{AT_K}") for own in values[1:]]
-    corrected = correct_for_several([verdict.p_value for verdict in verdicts])
-    tested = [best]
-    for row, verdict, p_value in zip(others, verdicts, corrected, strict=True):
-        outcome = verdict.outcome if p_value < LEVEL else "MARGINAL"
-        tested.append(
-            dataclasses.replace(row, against_best=dataclasses.replace(verdict, p_value=p_value, outcome=outcome))
-        )
-    return tested
+    tested = zip(others, correct_verdicts(verdicts), strict=True)
+    return [best, *(dataclasses.replace(row, against_best=verdict) for row, verdict in tested)]
 
 
 # Names

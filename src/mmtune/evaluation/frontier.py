@@ -4,7 +4,6 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from mmtune.data.documents import DocumentKind, check_texts
 from mmtune.data.identity import document_digests
 from mmtune.data.intake import DatasetLike, as_retrieval_dataset
 from mmtune.data.query_kinds import QueryKind
-from mmtune.errors import ConfigError, DatasetError, MissingExtraError
+from mmtune.errors import ConfigError, DatasetError
 from mmtune.evaluation.base import CorpusEvaluator
 from mmtune.evaluation.metrics import expected_gains, ndcg
 from mmtune.evaluation.quantization import DTYPES, DType, Encoded, KeptDocuments, keep_each
@@ -47,8 +46,7 @@ from mmtune.inference.encoder import DatasetReader, Retriever, as_float32, encod
 from mmtune.inference.search import not_finite
 from mmtune.inference.store import Embeddings
 from mmtune.inference.vectors import Vectors
-from mmtune.models.checkpoints import how_to_install
-from mmtune.report.size_plot import draw_sizes
+from mmtune.report.plots import draw_frontier
 
 DIMS = (2048, 1536, 1024, 512, 256, 128, 64, 32)
 """What is measured below the size of a model where nothing else is asked for."""
@@ -137,14 +135,12 @@ class Frontier:
             MissingExtraError: matplotlib is not installed.
         """
         require_path("path", path, what="a picture", advice="Pass e.g. path='sizes.png'.")
-        if find_spec("matplotlib") is None:
-            raise MissingExtraError(f"plot needs matplotlib, which is not installed. {how_to_install('matplotlib')}")
         lines: dict[str, list[Any]] = {}
         for row in self.rows:
             name = row.dtype + (f", pooled by {row.pooling}" if (row.pooling or 1) > 1 else "")
             lines.setdefault(name, []).append((row.bytes_per_document, row.ndcg, row.interval))
         chosen = (self.recommended.bytes_per_document, self.recommended.ndcg, self.recommended.interval)
-        draw_sizes(lines, chosen, Path(path), measure=_MEASURE)
+        draw_frontier(lines, chosen, Path(path), measure=_MEASURE)
         return Path(path)
 
     def __str__(self) -> str:

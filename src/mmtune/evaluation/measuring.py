@@ -97,7 +97,7 @@ class Measurement:
 
 
 class MeasurementStore:
-    """History by key, in memory and, where there is a folder, in files that are written whole.
+    """Measurements by key, in memory and, where there is a folder, in files that are written whole.
 
     Args:
         folder: A folder that several processes and datasets may share; ``None`` keeps nothing beyond this object.

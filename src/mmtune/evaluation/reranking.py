@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -112,7 +113,7 @@ class RerankingEvaluator(BaseEvaluator):
             self._write_csv(Path(output_path), metrics, epoch, steps)
         return metrics
 
-    @property
+    @cached_property
     def groups(self) -> dict[str, str]:
         """``{id of what asks: cluster}``: what shares pages or texts, directly or by others, is of one cluster."""
         connected = connected_queries if self.direction == "text_to_image" else connected_documents

@@ -15,6 +15,7 @@ from scipy import stats
 
 from mmtune.arguments import require_whole, shown
 from mmtune.errors import ConfigError, DatasetError
+from mmtune.report.markdown import show_p
 
 Outcome: TypeAlias = Literal["WIN", "MARGINAL", "REGRESSION"]
 
@@ -90,7 +91,8 @@ class Verdict:
         span = f" [{self.interval[0]:+.2f}, {self.interval[1]:+.2f}]" if self.interval else ""
         found = (
             f"{self._judgement}: {self.measure} {self.before:.2f} to {self.after:.2f}, {self.delta:+.2f}{span}, "
-            f"{self.wins} queries better, {self.losses} worse, {show_p(self.p_value)}"
+            f"{self.wins} {'query' if self.wins == 1 else 'queries'} better, {self.losses} worse, "
+            f"{show_p(self.p_value)}"
         )
         if self.num_clusters < FEWEST_CLUSTERS:
             found += f"; {self.num_clusters} independent groups of queries, and {FEWEST_CLUSTERS} are needed to tell"
@@ -171,15 +173,12 @@ def _on_one_line(name: str) -> str:
     return line if len(line) <= _LONGEST_NAME else f"{line[: _LONGEST_NAME - 3]}..."
 
 
-def show_p(value: float) -> str:
-    """A p-value as a person reads it."""
-    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}" if value < 0.1 else f"p = {value:.2f}"
-
-
-def with_p_value(verdict: Verdict, p_value: float) -> Verdict:
-    """The same comparison with a p-value that was corrected."""
-    outcome = _outcome(p_value, verdict.num_clusters, verdict.delta, verdict.guard)
-    return replace(verdict, p_value=p_value, outcome=outcome)
+def correct_verdicts(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """The same comparisons with p-values that are corrected for their number (Holm), and what these say."""
+    return [
+        replace(each, p_value=p_value, outcome=_outcome(p_value, each.num_clusters, each.delta, each.guard))
+        for each, p_value in zip(verdicts, correct_for_several([each.p_value for each in verdicts]), strict=True)
+    ]
 
 
 def _outcome(p_value: float, num_clusters: int, delta: float, guard: Verdict | None) -> Outcome:
@@ -268,7 +267,11 @@ def compare_sets(
     differences = np.concatenate([values[1:] - values[0] for values, _ in read], axis=1)
     differences[np.abs(differences) <= _TIE] = 0.0
     stratum = np.repeat(np.arange(len(read)), [values.shape[1] for values, _ in read])
-    cluster = np.unique(np.concatenate([clusters for _, clusters in read]), return_inverse=True)[1]
+    # numbered as they come in the order of the queries' ids: how clusters are called changes no flip
+    _, first, cluster = np.unique(
+        np.concatenate([clusters for _, clusters in read]), return_index=True, return_inverse=True
+    )
+    cluster = np.argsort(np.argsort(first))[cluster]
     weight = 1 / (len(read) * np.bincount(stratum)[stratum])
     sums = np.stack([np.bincount(cluster, weights=each * weight) for each in differences])
     p_value, num_clusters = flip_signs(sums, seed=seed), sums.shape[1]

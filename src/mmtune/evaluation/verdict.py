@@ -13,7 +13,7 @@ from scipy import stats
 from mmtune.data.arrow import column, is_text
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.evaluation.history import BEGINNING, DEPTH, END, History
-from mmtune.evaluation.significance import ValuesOfSet, Verdict, compare_sets, correct_for_several, with_p_value
+from mmtune.evaluation.significance import ValuesOfSet, Verdict, compare_sets, correct_verdicts
 
 _MOST_GROUPS = 12
 """A column with more different values names no groups."""
@@ -123,10 +123,7 @@ _Key = TypeVar("_Key")
 
 
 def _correct(verdicts: Mapping[_Key, Verdict]) -> dict[_Key, Verdict]:
-    p_values = correct_for_several([verdict.p_value for verdict in verdicts.values()])
-    return {
-        key: with_p_value(verdict, p_value) for (key, verdict), p_value in zip(verdicts.items(), p_values, strict=True)
-    }
+    return dict(zip(verdicts, correct_verdicts([*verdicts.values()]), strict=True))
 
 
 def _groups_of(parts: Sequence[Any]) -> list[dict[str, str] | None]:

@@ -16,6 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from mmtune.arguments import require_path
+from mmtune.data.arrow import ENCODED
 from mmtune.data.documents import DocumentKind
 from mmtune.data.identity import text_digest
 from mmtune.errors import ConfigError, DatasetError
@@ -26,9 +27,6 @@ from mmtune.inference.vectors import NumberType, dequantize
 logger = logging.getLogger(__name__)
 
 EMBEDDING, POOLED = "embedding", "pooled_embedding"
-_MEDIA = ("image", "audio", "video")
-"""Columns of a corpus that no shard repeats."""
-
 KEY = b"mmtune"
 """Where the schema of a shard says what it holds."""
 _ENCODING, _RANGES, _LIST = "_encoding.json", "_ranges.json", "_shards.json"
@@ -87,7 +85,8 @@ def metadata_columns(reader: DatasetReader) -> list[str]:
     Raises:
         DatasetError: A column has the name of one of the embeddings.
     """
-    names = [name for name in reader.corpus.column_names if name not in ("document_id", *_MEDIA)]
+    # ids stand in every shard anyway, encoded media in none
+    names = [name for name in reader.corpus.column_names if name not in ("document_id", *ENCODED)]
     taken = [name for name in names if name in (EMBEDDING, POOLED)]
     if taken:
         raise DatasetError(

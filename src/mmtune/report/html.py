@@ -19,7 +19,7 @@ from mmtune.data.relevance import Direction
 from mmtune.errors import MissingExtraError
 from mmtune.report.charts import draw_changes, draw_loss, draw_measure, draw_sizes, name_measure
 from mmtune.report.gallery import MOST_SHOWN, Gallery, at_full_size, changes_of, choose_changes
-from mmtune.report.markdown import BeforeAfter, show
+from mmtune.report.markdown import BeforeAfter, show, show_p
 
 _PACKAGES = ("jinja2", "matplotlib")
 _COSTS = {
@@ -297,9 +297,7 @@ def _signed(value: Any) -> str:
 
 
 def _p(value: Any) -> str:
-    if not _is_known(value):
-        return "-"
-    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}" if value < 0.1 else f"p = {value:.2f}"
+    return show_p(value) if _is_known(value) else "-"
 
 
 def _interval(each: Mapping[str, Any]) -> str:

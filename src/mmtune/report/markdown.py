@@ -131,6 +131,11 @@ def show(value: Any) -> str:
     return str(value)
 
 
+def show_p(value: float) -> str:
+    """A p-value as a person reads it."""
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}" if value < 0.1 else f"p = {value:.2f}"
+
+
 def show_seconds(value: float) -> str:
     """A time in the unit that a person would choose."""
     if value < 2 * _SECONDS_A_MINUTE:

@@ -73,11 +73,13 @@ class Finetuning(ABC):
     def describe_call(self) -> dict[str, Any]:
         """What was called with which arguments, so that the same can be called again.
 
-        ``resume``, ``overwrite`` and ``dry_run`` are of the moment, and left out. Objects that no file can hold stand
-        under ``in_memory`` by their names.
+        ``resume``, ``overwrite`` and ``dry_run`` are of the moment, and left out, as is what gives access, such as
+        ``hub_token``: what a run leaves behind is shown to others. Objects that no file can hold stand under
+        ``in_memory`` by their names.
         """
         given = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _OF_THE_MOMENT}
         given |= given.pop("training_arguments")
+        given = {name: value for name, value in given.items() if not name.endswith("_token")}
         written = {name: as_json(value) for name, value in given.items() if _is_writable(value)}
         return {
             "function": self.function,

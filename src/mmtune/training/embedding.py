@@ -448,12 +448,15 @@ class EmbeddingFinetuning(Finetuning):
         }
         if self.queries != "text":
             facts["query_prompt_has_no_effect"] = ignores_prompt(model, self.queries)
+        # a mixed corpus may stand in several sets, one for each kind
+        distinct = {id(part.data): (name, part) for name, part in train.by_name.items()}.values()
         cut = {
             name: count_cut(model, part.data.corpus, self.documents, part.view.source.reader.limits)
-            for name, part in train.by_name.items()
+            for name, part in distinct
         }
-        read_in_part = {"read_in_part": cut.get("", cut)} if any(cut.values()) else {}
-        return {"data": {"queries": self.queries, **read_in_part}, "training": facts}
+        read_in_part = next(iter(cut.values())) if len(cut) == 1 else cut
+        own = {"read_in_part": read_in_part} if any(cut.values()) else {}
+        return {"data": {"queries": self.queries, **own}, "training": facts}
 
     def _evaluated_dims(self, model: Retriever, loss: object) -> tuple[int, ...]:
         """The dimensions that the caller names, else those that the loss trains."""

@@ -101,18 +101,11 @@ from mmtune.training.weights import (
 
 _WEIGHTS = "type of the weights"
 _NOT_DECIDING = {
-    *(
-        "kind",
-        "model",
-        "train_dataset",
-        "eval_dataset",
-        "guard_dataset",
-        "output_dir",
-        "args",
-        "training_arguments",
-        "overwrite",
-    ),
-    *("resume", "allow_overlap", "mini_batch_size", "callbacks", "evaluator", "page_store", "dry_run", "thumbnails"),
+    # told apart by what they hold
+    *("model", "train_dataset", "eval_dataset", "guard_dataset", "args", "training_arguments"),
+    # may change from call to call of one run
+    *("kind", "output_dir", "overwrite", "resume", "allow_overlap", "mini_batch_size", "callbacks", "evaluator"),
+    *("page_store", "dry_run", "thumbnails"),
 }
 
 
@@ -379,13 +372,14 @@ def _train(
     for layer in start.fresh.values():
         mark_fresh(layer, fresh=False)
     after = measure(trainer, evaluator)
-    verdict, measured = _judge(trainer, evaluator, was_chosen=competes)
     trainer.become_saved()
     settings["training"] |= writing.settle_size()
     if is_in_parts(trainer):
         trainer.save_model(str(folder / "final"))
     elif is_first_process:
         save_model(model, folder / "final")
+    # after saving: a run without checkpoints has no other copy, should this fail
+    verdict, measured = _judge(trainer, evaluator, was_chosen=competes)
     settings = {**settings, "training": {**settings["training"], **describe_steps(trainer), "kept": kept}}
     if is_first_process and not is_in_parts(trainer):
         settings["gates"] = check_saved(model, folder / "final", trainer.train_dataset, may_be_base=kept == KEPT_START)
@@ -440,12 +434,11 @@ class Writing:
 def _judge(
     trainer: PageTrainer, evaluator: RunEvaluator | None, *, was_chosen: bool
 ) -> tuple[Verdict | None, dict[str, Any]]:
-    """The verdict on the model as it will be saved, and what else its measurement tells; alike in all processes."""
+    """The verdict on the model as it was saved, and what else its measurement tells; alike in all processes."""
     found: tuple[Verdict | None, dict[str, Any]] = (None, {})
     if evaluator is not None and trainer.is_world_process_zero():
         verdict = judge(evaluator.history, evaluator, trainer.model, was_chosen=was_chosen)
-        with trainer.as_saved():
-            found = verdict, describe_measuring(evaluator, None if is_in_parts(trainer) else trainer.model)
+        found = verdict, describe_measuring(evaluator, None if is_in_parts(trainer) else trainer.model)
     return broadcast_object_list([found])[0]
 
 

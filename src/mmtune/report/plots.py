@@ -1,11 +1,16 @@
-"""Models by size and quality as a picture: the smaller ones to the left, the better ones above."""
+"""Comparisons as pictures: models by size and quality, and quality by the bytes of a document."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from mmtune.errors import ConfigError
+from mmtune.errors import ConfigError, MissingExtraError
+
+Interval: TypeAlias = tuple[float, float]
+Point: TypeAlias = tuple[float, float, Interval | None]
+"""Bytes a document, a measure, and the interval of the measure; ``None`` where it has none."""
 
 _MARKERS, _COLOURS = "osD^vP*X", ("#1d4ed8", "#b91c1c", "#15803d", "#7c3aed", "#ca8a04")
 _ROOM = 1.4
@@ -31,7 +36,41 @@ class PlottedModel:
     kind: str
     parameters: int
     value: float
-    interval: tuple[float, float] | None
+    interval: Interval | None
+
+
+def _open_figure(path: Path, size: tuple[float, float]) -> Any:
+    """An empty figure for a file, in inches.
+
+    Raises:
+        ConfigError: The ending is of no format that matplotlib writes.
+        MissingExtraError: matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise MissingExtraError("A plot needs matplotlib, which is not installed. Run: pip install matplotlib")
+    # without pyplot: nothing is opened, and the caller's backend and figures stay as they are
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    known = sorted(figure.canvas.get_supported_filetypes())
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise ConfigError(f"path={str(path)!r}: expected a name that ends in one of {', '.join(known)}.")
+    return figure
+
+
+def _reach(values: Sequence[float], intervals: Sequence[Interval | None]) -> list[list[float]]:
+    """How far error bars go down and up from each value."""
+    spans = [interval or (value, value) for value, interval in zip(values, intervals, strict=True)]
+    down = [value - low for value, (low, _) in zip(values, spans, strict=True)]
+    return [down, [high - value for value, (_, high) in zip(values, spans, strict=True)]]
+
+
+def _write_figure(figure: Any, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110)
+    except OSError as error:
+        raise ConfigError(f"path={str(path)!r} can't be written to: {error}. Pass another.") from error
 
 
 def draw_models(models: Sequence[PlottedModel], path: Path, *, title: str, measure: str) -> None:
@@ -45,15 +84,11 @@ def draw_models(models: Sequence[PlottedModel], path: Path, *, title: str, measu
 
     Raises:
         ConfigError: The ending is of no format that matplotlib writes, or the file can't be written.
+        MissingExtraError: matplotlib is not installed.
     """
-    # without pyplot: nothing is opened, and the caller's backend and figures stay as they are
-    from matplotlib.figure import Figure
+    figure = _open_figure(path, (10, 5.5))
     from matplotlib.ticker import LogLocator
 
-    figure = Figure(figsize=(10, 5.5), layout="constrained")
-    known = sorted(figure.canvas.get_supported_filetypes())
-    if path.suffix.removeprefix(".").lower() not in known:
-        raise ConfigError(f"path={str(path)!r}: expected a name that ends in one of {', '.join(known)}.")
     axes = figure.add_subplot()
     axes.set_xscale("log")
     counts = [max(model.parameters, 1) for model in models]
@@ -61,9 +96,7 @@ def draw_models(models: Sequence[PlottedModel], path: Path, *, title: str, measu
     for at, kind in enumerate(dict.fromkeys(model.kind for model in models)):
         own = [model for model in models if model.kind == kind]
         values = [model.value for model in own]
-        spans = [model.interval or (model.value, model.value) for model in own]
-        reach = [[value - low for value, (low, _) in zip(values, spans, strict=True)]]
-        reach.append([high - value for value, (_, high) in zip(values, spans, strict=True)])
+        reach = _reach(values, [model.interval for model in own])
         style = {"fmt": _MARKERS[at % len(_MARKERS)], "color": _COLOURS[at % len(_COLOURS)], "label": kind}
         axes.errorbar([max(model.parameters, 1) for model in own], values, reach, capsize=2, elinewidth=0.8, **style)
     axes.margins(y=0.08)
@@ -76,11 +109,36 @@ def draw_models(models: Sequence[PlottedModel], path: Path, *, title: str, measu
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=5, frameon=False)
     _name_marks(axes, models)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110)
-    except OSError as error:
-        raise ConfigError(f"path={str(path)!r} can't be written to: {error}. Pass another.") from error
+    _write_figure(figure, path)
+
+
+def draw_frontier(lines: Mapping[str, Sequence[Point]], chosen: Point, path: Path, *, measure: str) -> None:
+    """Draw a line for each kind of number, bytes a document from small to large, and a ring around the chosen point.
+
+    Args:
+        lines: Points by the name of their line.
+        chosen: The point to mark.
+        path: Where the picture goes; its folder is made, and its ending is the format.
+        measure: What stands on the upright axis.
+
+    Raises:
+        ConfigError: The ending is of no format that matplotlib writes, or the file can't be written.
+        MissingExtraError: matplotlib is not installed.
+    """
+    figure = _open_figure(path, (7, 4.5))
+    axes = figure.add_subplot()
+    for at, (name, points) in enumerate(lines.items()):
+        sizes, values, intervals = zip(*sorted(points), strict=True)
+        marker = _MARKERS[at % len(_MARKERS)]
+        axes.errorbar(sizes, values, _reach(values, intervals), label=name, marker=marker, capsize=2, linewidth=1)
+    axes.plot(*chosen[:2], "o", markersize=14, markerfacecolor="none", markeredgecolor="black", label="recommended")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+    axes.set_xlabel("bytes a document")
+    axes.set_ylabel(measure)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _write_figure(figure, path)
 
 
 def _name_marks(axes: Any, models: Sequence[PlottedModel]) -> None:
