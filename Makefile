@@ -4,6 +4,8 @@
 
 PYTHON ?= python3
 ARGS ?=
+# of the tests that learn, e.g. `make slow SEEDS="0 1 2"`
+SEEDS ?= 0
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,7 +20,8 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constr
 TORCHVISION_FOR_TESTS := $(VENV)/test-only
 
 # One thread: two threads on two busy cores ran up to ten times slower. The tests never reach for the Hub.
-TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 MMTUNE_TEST_TORCHVISION="$(CURDIR)/$(TORCHVISION_FOR_TESTS)"
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 MMTUNE_TEST_SEEDS="$(SEEDS)" \
+	MMTUNE_TEST_TORCHVISION="$(CURDIR)/$(TORCHVISION_FOR_TESTS)"
 
 # A process for each core, a file of tests at a time: a file builds its models and runs once.
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest --numprocesses auto --dist loadfile

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from seeds import SEEDS
+
 DEMO = Path(__file__).parents[1] / "examples" / "demo.py"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", SEEDS)
 def test_the_demo_learns_to_find_unseen_pages(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

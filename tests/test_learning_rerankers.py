@@ -14,6 +14,7 @@ from sentence_transformers.cross_encoder.evaluation import CrossEncoderReranking
 from mmtune import FinetuneResult, RetrievalDataset, build_reranker, build_reranking_evaluator, finetune_reranker
 from mmtune.models.rerankers import HEADS
 from mmtune.testing import tiny_qwen3_vl
+from seeds import SEEDS
 
 pytestmark = [
     pytest.mark.slow,
@@ -125,7 +126,7 @@ def ndcg_of_empty_queries(model: CrossEncoder, data: RetrievalDataset) -> float:
     return host(model)[host.primary_metric]
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("head", HEADS)
 def test_a_reranker_learns_both_directions_and_uses_both_sides(
     head: str, seed: int, qwen3_vl_path: str, tmp_path: Path, capsys: pytest.CaptureFixture

@@ -10,6 +10,7 @@ from sentence_transformers import SentenceTransformer
 
 from mmtune import RetrievalDataset, compose_router, finetune
 from mmtune.testing import generated_pages, tiny_siglip, tiny_text_encoder
+from seeds import SEEDS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -42,7 +43,7 @@ def is_unchanged(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]
     return all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("freeze", list(LEAST_NDCG), ids=lambda sides: "-".join(sides) or "nothing")
 def test_a_router_learns_to_find_unseen_pages(
     freeze: tuple[str, ...], seed: int, tmp_path: Path, capsys: pytest.CaptureFixture
