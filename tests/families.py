@@ -33,6 +33,8 @@ from transformers import (
     SiglipImageProcessorPil,
     SiglipModel,
     SiglipProcessor,
+    VJEPA2Config,
+    VJEPA2Model,
 )
 
 from mmtune import testing
@@ -151,3 +153,14 @@ def tiny_siglip2_naflex(folder: Path) -> str:
     model = _draw(Siglip2Model, Siglip2Config(text_config=text, vision_config=vision), 0)
     image_processor = Siglip2ImageProcessorPil(patch_size=PATCH_SIZE, max_num_patches=16)
     return _save(folder, model, Siglip2Processor(image_processor, tokenizer))
+
+
+def tiny_vjepa2(folder: Path) -> str:
+    """An encoder of clips that takes any number of frames, and a predictor that nobody reads."""
+    from transformers import VJEPA2VideoProcessor  # needs torchvision
+
+    sizes = {"hidden_size": SIZE, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2.0}
+    predictor = {"pred_hidden_size": SIZE, "pred_num_attention_heads": 2, "pred_num_hidden_layers": 1}
+    config = VJEPA2Config(crop_size=IMAGE_SIZE, patch_size=PATCH_SIZE, frames_per_clip=8, **sizes, **predictor)
+    processor = VJEPA2VideoProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=SQUARE)
+    return _save(folder, _draw(VJEPA2Model, config, 0), processor)

@@ -20,6 +20,7 @@ from sentence_transformers import (
 )
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+from transformers import AutoModel, AutoVideoProcessor
 
 from comparing import assert_same_weights, weights, without_weights
 from mmtune import (
@@ -369,6 +370,20 @@ def test_what_a_model_can_not_take_is_refused_by_name_before_weights(tmp_path):
     with pytest.raises(ConfigError, match="Pass image=, audio= or video="):
         compose_router(tmp_path / "bert")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("qwen3_vl_path")  # torchvision
+def test_an_encoder_of_clips_that_lies_beside_an_image_processor_is_told_what_to_save(tmp_path):
+    folder = tiny_videomae(tmp_path / "videomae")
+    for file in (tmp_path / "videomae").glob("*processor*.json"):
+        file.unlink()
+    kinds = {"image_processor_type": "VideoMAEImageProcessor", "size": {"shortest_edge": 64}}
+    (tmp_path / "videomae" / "preprocessor_config.json").write_text(json.dumps(kinds))
+    with pytest.raises(ConfigError, match=r"embeds no videos, only image .*the one that AutoVideoProcessor makes"):
+        compose_router(tiny_text_encoder(tmp_path / "text"), video=folder)
+    for of_folder in (AutoModel, AutoVideoProcessor):
+        of_folder.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    assert compose_router(tmp_path / "text", video=tmp_path / "saved", device="cpu").supports("video")
 
 
 @pytest.fixture(scope="module")

@@ -23,12 +23,10 @@ def media_limits_of(encoder: Transformer) -> MediaLimits:
     """What an encoder reads of sounds and clips, by itself and by the limits that it was loaded with."""
     asked = MediaLimits(**(getattr(encoder.config, _LIMITS, None) or {}))
     extractor = _feature_extractor(encoder)
-    # a language model takes any number of frames
-    fixed = "video" in encoder.modalities and "message" not in encoder.modalities
     return asked.within(
         MediaLimits(
             max_seconds=_window_s(extractor, encoder.processing_kwargs.get("audio", {})),
-            num_frames=getattr(encoder.config, "num_frames", None) if fixed else None,
+            num_frames=_num_frames(encoder, asked.max_frames),
             sampling_rate=getattr(extractor, "sampling_rate", None),
         )
     )
@@ -92,6 +90,15 @@ def sample_clip(limits: MediaLimits) -> dict[str, Any]:
 def _feature_extractor(encoder: Transformer) -> Any:
     processor = encoder.processor
     return processor if isinstance(processor, FeatureExtractionMixin) else getattr(processor, "feature_extractor", None)
+
+
+def _num_frames(encoder: Transformer, max_frames: int | None) -> int | None:
+    """How many frames an encoder of clips takes, of each clip as many; a language model takes any number."""
+    if "video" not in encoder.modalities or "message" in encoder.modalities:
+        return None
+    fixed, most = (getattr(encoder.config, name, None) for name in ("num_frames", "frames_per_clip"))
+    # V-JEPA 2 was trained with that many, and reads fewer as well; VideoMAE has a position for each
+    return fixed or (min(most, max_frames or most) if most else None)
 
 
 def _window_s(extractor: Any, options: Mapping[str, Any]) -> float | None:
