@@ -114,6 +114,24 @@ def test_a_table_of_ones_own_in_tiny_mode(run, tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "final" / "modules.json").is_file()
 
 
+def test_sounds_of_ones_own_in_tiny_mode(run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("soundfile")
+    run("examples/own_sounds.py", "--tiny", "--output", "mine", "--search", "two beats of a low bell, rising")
+    found = capsys.readouterr().out.splitlines()[-3:]
+    assert all(line.endswith(".wav") and Path(line.split()[1]).is_file() for line in found)
+    assert (tmp_path / "mine" / "final" / "modules.json").is_file()
+
+
+@pytest.mark.usefixtures("qwen3_vl_path")
+def test_clips_of_ones_own_in_tiny_mode(run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("av")
+    run("examples/own_clips.py", "--tiny", "--output", "mine", "--search", "a red square creeps left")
+    printed = capsys.readouterr().out.splitlines()
+    assert "  corpus     48 documents (video)" in printed
+    assert "  queries    32" in printed
+    assert all(line.endswith(".mp4") and Path(line.split()[1]).is_file() for line in printed[-3:])
+
+
 def test_a_folder_of_ones_own_pdfs_in_eight_lines(monkeypatch, tmp_path: Path, clip_path: str) -> None:
     pytest.importorskip("pypdfium2")
     script = ROOT / "examples" / "own_pdfs.py"
