@@ -41,7 +41,7 @@ from mmtune import (
     load_model,
     mine_hard_negatives,
 )
-from mmtune.arguments import MediaLimits
+from mmtune.arguments import MODALITIES, MediaLimits
 from mmtune.data.arrow import with_encoded_images
 from mmtune.data.clips import Clip
 from mmtune.data.documents import kinds_of_documents
@@ -377,8 +377,9 @@ def test_an_encoder_of_clips_that_lies_beside_an_image_processor_is_told_what_to
     folder = tiny_videomae(tmp_path / "videomae")
     for file in (tmp_path / "videomae").glob("*processor*.json"):
         file.unlink()
-    kinds = {"image_processor_type": "VideoMAEImageProcessor", "size": {"shortest_edge": 64}}
-    (tmp_path / "videomae" / "preprocessor_config.json").write_text(json.dumps(kinds))
+    sizes = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
+    config = {"image_processor_type": "VideoMAEImageProcessor", **sizes}
+    (tmp_path / "videomae" / "preprocessor_config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=r"embeds no videos, only image .*the one that AutoVideoProcessor makes"):
         compose_router(tiny_text_encoder(tmp_path / "text"), video=folder)
     for of_folder in (AutoModel, AutoVideoProcessor):
@@ -523,7 +524,7 @@ def test_a_reranker_is_given_each_clip_with_its_own_frames_and_times(qwen3_vl_pa
 
 def test_routes_get_batches_of_one_kind_that_hold_every_row():
     data = RetrievalDataset.from_id_rows(mixed_rows(8))
-    sets = training_sets(data, num_negatives=0, documents="mixed", seed=0, by_kind=True)
+    sets = training_sets(data, num_negatives=0, documents="mixed", seed=0, apart=MODALITIES)
     assert sorted(sets.by_name) == ["audio", "image", "text"]
     for kind, part in sets.by_name.items():
         sampler = ConflictFreeBatchSampler(part.rows, batch_size=3, drop_last=False)

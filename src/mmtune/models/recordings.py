@@ -19,13 +19,13 @@ _LIMITS = "media_limits"
 _AST_HOP_S, _AST_WINDOW_S = 0.010, 0.025
 
 
-def media_limits_of(encoder: Transformer) -> MediaLimits:
-    """What an encoder reads of sounds and clips, by itself and by the limits that it was loaded with."""
+def media_limits_of(encoder: Transformer, kind: str = "audio") -> MediaLimits:
+    """What an encoder reads of sounds, or of clips (``"video"``), by itself and by the limits it was loaded with."""
     asked = MediaLimits(**(getattr(encoder.config, _LIMITS, None) or {}))
     extractor = _feature_extractor(encoder)
     return asked.within(
         MediaLimits(
-            max_seconds=_window_s(extractor, encoder.processing_kwargs.get("audio", {})),
+            max_seconds=_window_s(extractor, encoder.processing_kwargs.get("audio", {})) if kind == "audio" else None,
             num_frames=_num_frames(encoder, asked.max_frames),
             sampling_rate=getattr(extractor, "sampling_rate", None),
         )
@@ -37,7 +37,7 @@ def apply_media_limits(model: SameModel, limits: MediaLimits) -> SameModel:
 
     Args:
         model: Any host model; encoders of texts and images stay as they are.
-        limits: The limits; where none is given, only CLAP changes.
+        limits: The limits; where none is given, only encoders of texts and sounds change.
 
     Returns:
         The same model, changed in place.
@@ -48,7 +48,7 @@ def apply_media_limits(model: SameModel, limits: MediaLimits) -> SameModel:
         if limits.given():
             saved = {**(getattr(encoder.config, _LIMITS, None) or {}), **limits.given()}
             setattr(encoder.config, _LIMITS, saved)
-        if encoder.config.model_type == "clap":
+        if {"audio", "text"} <= {*encoder.modalities}:
             _keep_length(encoder)
     return model
 
@@ -112,13 +112,15 @@ def _window_s(extractor: Any, options: Mapping[str, Any]) -> float | None:
 
 
 def _keep_length(encoder: Transformer) -> None:
-    """Say how long the sounds of a CLAP are.
+    """Say how long the sounds of an encoder are that reads texts, too, such as CLAP or Qwen2-Audio.
 
     The tokenizer remembers the length at which it cut texts, and is saved with it; loaded again, the host cuts sounds
-    at as many samples, at random (sentence-transformers 6.2).
+    at as many samples (sentence-transformers 6.2), and CLAP at random.
     """
     own = encoder.processing_kwargs.get("audio", {})
     extractor: Any = _feature_extractor(encoder)
-    seconds = media_limits_of(encoder).max_seconds or extractor.max_length_s
-    length = {"max_length": round(seconds * extractor.sampling_rate)}
-    encoder.processing_kwargs = {**encoder.processing_kwargs, "audio": {**own, **length}}
+    seconds = media_limits_of(encoder).max_seconds or getattr(extractor, "max_length_s", None)
+    # the window of a Whisper is filled up, whatever is read of a sound
+    samples = getattr(extractor, "n_samples", None) or (seconds and round(seconds * extractor.sampling_rate))
+    if samples:
+        encoder.processing_kwargs = {**encoder.processing_kwargs, "audio": {**own, "max_length": samples}}
