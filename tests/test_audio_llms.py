@@ -23,6 +23,7 @@ from mmtune.models.loading import parts_apart
 from mmtune.models.recordings import media_limits_of
 from mmtune.testing import generated_audio, generated_clips, generated_pages
 from mmtune.training.inputs import training_sets
+from test_learning_recordings import learn_sounds
 
 pytest.importorskip("soundfile")
 ONE_STEP = {"max_steps": 1, "per_device_train_batch_size": 4, "mini_batch_size": 2, "num_negatives": 0}
@@ -207,3 +208,12 @@ def test_clips_are_refused_by_name_before_weights(qwen2_audio, tmp_path):
         ):
             finetune(folder, data, documents=documents, output_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_language_model_learns_to_find_sounds_it_has_not_heard(qwen2_audio, tmp_path):
+    result = learn_sounds(load_model(qwen2_audio, device="cpu"), tmp_path, steps=192, rate=1e-3)
+    before, after = (metrics[result.primary_metric] for metrics in (result.before, result.after))
+    assert before < 0.2
+    assert after >= 0.7

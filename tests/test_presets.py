@@ -83,7 +83,7 @@ def test_clips_of_a_preset_are_read_in_as_many_frames_as_fit(
     model.save_pretrained(str(tmp_path / "saved"))
     model = load_model(tmp_path / "saved", max_frames=max_frames, device="cpu")
     encoder = model[0].sub_modules["video"][0]
-    assert media_limits_of(encoder).num_frames == read
+    assert media_limits_of(encoder, "video").num_frames == read
     clips = RetrievalDataset.from_id_rows(generated_clips(3))
     found = build_evaluator(clips, documents="video", show_progress_bar=False).encode(model).corpus
     frames = [Clip(each, "d").decode(MediaLimits(num_frames=read)) for each in clips.corpus["video"][:]]

@@ -48,7 +48,8 @@ def load_model(
     Args:
         name_or_path: The folder of a checkpoint or its name on the Hub, with or without ``modules.json``.
         max_pixels: Largest number of pixels per image after resizing, such as ``600 * 600``; sides are whole patches.
-            It is saved with the model. ``None`` leaves the checkpoint's own limit.
+            It is saved with the model, and mmtune reads frames of clips no larger. ``None`` leaves the checkpoint's own
+            limit.
         min_pixels: Smallest number of pixels per image, likewise.
         max_seconds: How much is read of a sound or a clip, from its beginning; ``None`` is what the encoder takes. Like
             the next two it is saved with the model, for mmtune; the plain host reads what it is given.

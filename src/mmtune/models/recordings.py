@@ -14,6 +14,7 @@ from transformers import ASTFeatureExtractor, FeatureExtractionMixin
 from mmtune.arguments import MediaLimits
 from mmtune.models.adapters import encoders_of
 from mmtune.models.kinds import HostModel, SameModel
+from mmtune.models.pixels import image_processor_of, input_size_of
 
 _LIMITS = "media_limits"
 _AST_HOP_S, _AST_WINDOW_S = 0.010, 0.025
@@ -22,14 +23,14 @@ _AST_HOP_S, _AST_WINDOW_S = 0.010, 0.025
 def media_limits_of(encoder: Transformer, kind: str = "audio") -> MediaLimits:
     """What an encoder reads of sounds, or of clips (``"video"``), by itself and by the limits it was loaded with."""
     asked = MediaLimits(**(getattr(encoder.config, _LIMITS, None) or {}))
+    if kind == "video":
+        # a frame is as large as an image may be, where that is a number of pixels
+        size = input_size_of(image_processor_of(encoder), encoder.processing_kwargs.get("image", {}))
+        max_pixels = size if isinstance(size, int) else None
+        return asked.within(MediaLimits(max_pixels=max_pixels, num_frames=_num_frames(encoder, asked.max_frames)))
     extractor = _feature_extractor(encoder)
-    return asked.within(
-        MediaLimits(
-            max_seconds=_window_s(extractor, encoder.processing_kwargs.get("audio", {})) if kind == "audio" else None,
-            num_frames=_num_frames(encoder, asked.max_frames),
-            sampling_rate=getattr(extractor, "sampling_rate", None),
-        )
-    )
+    window_s = _window_s(extractor, encoder.processing_kwargs.get("audio", {}))
+    return asked.within(MediaLimits(window_s, sampling_rate=getattr(extractor, "sampling_rate", None)))
 
 
 def apply_media_limits(model: SameModel, limits: MediaLimits) -> SameModel:
