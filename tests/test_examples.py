@@ -132,6 +132,18 @@ def test_clips_of_ones_own_in_tiny_mode(run, tmp_path: Path, capsys: pytest.Capt
     assert all(line.endswith(".mp4") and Path(line.split()[1]).is_file() for line in printed[-3:])
 
 
+@pytest.mark.usefixtures("qwen3_vl_path")
+def test_one_model_of_four_routes_in_tiny_mode(run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("soundfile")
+    pytest.importorskip("av")
+    run("examples/mixed_corpus.py", "--tiny", "--output", "one")
+    measured = [line.split(":")[0].strip() for line in capsys.readouterr().out.splitlines() if ": nDCG@10 " in line]
+    assert sorted(measured) == ["audio", "image", "text", "video"]
+    metrics = json.loads((tmp_path / "one" / "metrics.json").read_text())
+    batched = {key.partition(": ")[0] for key in metrics["settings"]["data"] if key.endswith(": training_rows")}
+    assert batched == {"audio", "image", "text", "video"}
+
+
 def test_a_folder_of_ones_own_pdfs_in_eight_lines(monkeypatch, tmp_path: Path, clip_path: str) -> None:
     pytest.importorskip("pypdfium2")
     script = ROOT / "examples" / "own_pdfs.py"
