@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -137,7 +138,7 @@ def test_one_model_of_four_routes_in_tiny_mode(run, tmp_path: Path, capsys: pyte
     pytest.importorskip("soundfile")
     pytest.importorskip("av")
     run("examples/mixed_corpus.py", "--tiny", "--output", "one")
-    measured = [line.split(":")[0].strip() for line in capsys.readouterr().out.splitlines() if ": nDCG@10 " in line]
+    measured = re.findall(r"^ *(\w+): nDCG@10 ", capsys.readouterr().out, re.MULTILINE)
     assert sorted(measured) == ["audio", "image", "text", "video"]
     metrics = json.loads((tmp_path / "one" / "metrics.json").read_text())
     batched = {key.partition(": ")[0] for key in metrics["settings"]["data"] if key.endswith(": training_rows")}
