@@ -25,6 +25,12 @@ from transformers import (
     PaliGemmaForConditionalGeneration,
     PaliGemmaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2_5OmniThinkerConfig,
+    Qwen2_5OmniThinkerForConditionalGeneration,
+    Qwen2AudioConfig,
+    Qwen2AudioForConditionalGeneration,
+    Qwen2AudioProcessor,
+    Qwen2VLImageProcessorPil,
     Siglip2Config,
     Siglip2ImageProcessorPil,
     Siglip2Model,
@@ -33,6 +39,9 @@ from transformers import (
     SiglipImageProcessorPil,
     SiglipModel,
     SiglipProcessor,
+    VJEPA2Config,
+    VJEPA2Model,
+    WhisperFeatureExtractor,
 )
 
 from mmtune import testing
@@ -151,3 +160,110 @@ def tiny_siglip2_naflex(folder: Path) -> str:
     model = _draw(Siglip2Model, Siglip2Config(text_config=text, vision_config=vision), 0)
     image_processor = Siglip2ImageProcessorPil(patch_size=PATCH_SIZE, max_num_patches=16)
     return _save(folder, model, Siglip2Processor(image_processor, tokenizer))
+
+
+def tiny_vjepa2(folder: Path) -> str:
+    """An encoder of clips that takes any number of frames, and a predictor that nobody reads."""
+    from transformers import VJEPA2VideoProcessor  # needs torchvision
+
+    sizes = {"hidden_size": SIZE, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2.0}
+    predictor = {"pred_hidden_size": SIZE, "pred_num_attention_heads": 2, "pred_num_hidden_layers": 1}
+    config = VJEPA2Config(crop_size=IMAGE_SIZE, patch_size=PATCH_SIZE, frames_per_clip=8, **sizes, **predictor)
+    processor = VJEPA2VideoProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=SQUARE)
+    return _save(folder, _draw(VJEPA2Model, config, 0), processor)
+
+
+OMNI_TOKENS = {
+    "audio_token": "<|AUDIO|>",
+    "audio_bos_token": "<|audio_bos|>",
+    "audio_eos_token": "<|audio_eos|>",
+    "image_token": "<|IMAGE|>",
+    "video_token": "<|VIDEO|>",
+    "vision_bos_token": "<|vision_bos|>",
+    "vision_eos_token": "<|vision_eos|>",
+}
+OMNI_CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+<|im_start|>{{ message.role }}
+{% if message.content is string -%}{{ message.content }}{%- else -%}
+{%- for item in message.content -%}
+{%- if item.type == "audio" -%}<|audio_bos|><|AUDIO|><|audio_eos|>
+{%- elif item.type == "image" -%}<|vision_bos|><|IMAGE|><|vision_eos|>
+{%- elif item.type == "video" -%}<|vision_bos|><|VIDEO|><|vision_eos|>
+{%- elif item.type == "text" -%}{{ item.text }}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}<|im_start|>assistant
+{% endif -%}
+"""
+LISTENING = {
+    "d_model": SIZE,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 2 * SIZE,
+    "num_mel_bins": 32,
+    "max_source_positions": 50,
+}
+"""An encoder of sounds of a second."""
+
+
+def _listening_tokenizer() -> PreTrainedTokenizerFast:
+    special = ("<|im_start|>", "<|im_end|>", *OMNI_TOKENS.values())
+    tokenizer = _tokenizer(max_length=1024, eos="<|im_end|>", special=special, append=False)
+    tokenizer.padding_side = "left"
+    # the processor asks the tokenizer for these, by name
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        model_max_length=1024,
+        padding_side="left",
+        pad_token="<pad>",
+        eos_token="<|im_end|>",
+        extra_special_tokens=OMNI_TOKENS,
+    )
+
+
+def tiny_qwen2_audio(folder: Path) -> str:
+    """A language model that reads texts and sounds."""
+    tokenizer = _listening_tokenizer()
+    config = Qwen2AudioConfig(
+        audio_config={"model_type": "qwen2_audio_encoder", **LISTENING},
+        text_config=_causal(tokenizer, "qwen2"),
+        audio_token_index=tokenizer.convert_tokens_to_ids("<|AUDIO|>"),
+    )
+    processor = Qwen2AudioProcessor(
+        WhisperFeatureExtractor(feature_size=32, chunk_length=1), tokenizer, chat_template=OMNI_CHAT_TEMPLATE
+    )
+    return _save(folder, _draw(Qwen2AudioForConditionalGeneration, config, 0), processor)
+
+
+def tiny_omni(folder: Path) -> str:
+    """The Thinker of a Qwen2.5-Omni: a language model that reads texts, images, sounds and clips."""
+    from transformers import Qwen2_5OmniProcessor, Qwen2VLVideoProcessor  # need torchvision
+
+    tokenizer = _listening_tokenizer()
+    index = {name: tokenizer.convert_tokens_to_ids(token) for name, token in OMNI_TOKENS.items()}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 4, 4]}
+    vision = {"depth": 2, "hidden_size": SIZE, "intermediate_size": SIZE, "num_heads": 2, "out_hidden_size": SIZE}
+    config = Qwen2_5OmniThinkerConfig(
+        audio_config={**LISTENING, "output_dim": SIZE, "n_window": 25},
+        text_config={**_causal(tokenizer, "qwen2_5_omni_text"), "rope_parameters": rope},
+        vision_config={**vision, "patch_size": PATCH_SIZE, "fullatt_block_indexes": [1]},
+        audio_token_index=index["audio_token"],
+        image_token_index=index["image_token"],
+        video_token_index=index["video_token"],
+        audio_start_token_id=index["audio_bos_token"],
+        audio_end_token_id=index["audio_eos_token"],
+        vision_start_token_id=index["vision_bos_token"],
+        vision_end_token_id=index["vision_eos_token"],
+    )
+    area = {"shortest_edge": 32 * 32, "longest_edge": 8 * 64 * 64}
+    processor = Qwen2_5OmniProcessor(
+        Qwen2VLImageProcessorPil(patch_size=PATCH_SIZE, size=area),
+        Qwen2VLVideoProcessor(patch_size=PATCH_SIZE, size=area),
+        WhisperFeatureExtractor(feature_size=32, chunk_length=1),
+        tokenizer,
+        chat_template=OMNI_CHAT_TEMPLATE,
+    )
+    return _save(folder, _draw(Qwen2_5OmniThinkerForConditionalGeneration, config, 0), processor)

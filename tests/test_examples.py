@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -112,6 +113,36 @@ def test_the_recipes_for_rerankers_ask_for_what_the_guide_trains(run, monkeypatc
 def test_a_table_of_ones_own_in_tiny_mode(run, tmp_path: Path) -> None:
     run("examples/own_table.py", "--tiny", "--output", "mine")
     assert (tmp_path / "mine" / "final" / "modules.json").is_file()
+
+
+def test_sounds_of_ones_own_in_tiny_mode(run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("soundfile")
+    run("examples/own_sounds.py", "--tiny", "--output", "mine", "--search", "two beats of a low bell, rising")
+    found = capsys.readouterr().out.splitlines()[-3:]
+    assert all(line.endswith(".wav") and Path(line.split()[1]).is_file() for line in found)
+    assert (tmp_path / "mine" / "final" / "modules.json").is_file()
+
+
+@pytest.mark.usefixtures("qwen3_vl_path")
+def test_clips_of_ones_own_in_tiny_mode(run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("av")
+    run("examples/own_clips.py", "--tiny", "--output", "mine", "--search", "a red square creeps left")
+    printed = capsys.readouterr().out.splitlines()
+    assert "  corpus     48 documents (video)" in printed
+    assert "  queries    32" in printed
+    assert all(line.endswith(".mp4") and Path(line.split()[1]).is_file() for line in printed[-3:])
+
+
+@pytest.mark.usefixtures("qwen3_vl_path")
+def test_one_model_of_four_routes_in_tiny_mode(run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("soundfile")
+    pytest.importorskip("av")
+    run("examples/mixed_corpus.py", "--tiny", "--output", "one")
+    measured = re.findall(r"^ *(\w+): nDCG@10 ", capsys.readouterr().out, re.MULTILINE)
+    assert sorted(measured) == ["audio", "image", "text", "video"]
+    metrics = json.loads((tmp_path / "one" / "metrics.json").read_text())
+    batched = {key.partition(": ")[0] for key in metrics["settings"]["data"] if key.endswith(": training_rows")}
+    assert batched == {"audio", "image", "text", "video"}
 
 
 def test_a_folder_of_ones_own_pdfs_in_eight_lines(monkeypatch, tmp_path: Path, clip_path: str) -> None:

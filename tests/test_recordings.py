@@ -20,6 +20,7 @@ from sentence_transformers import (
 )
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+from transformers import AutoModel, AutoVideoProcessor
 
 from comparing import assert_same_weights, weights, without_weights
 from mmtune import (
@@ -40,7 +41,7 @@ from mmtune import (
     load_model,
     mine_hard_negatives,
 )
-from mmtune.arguments import MediaLimits
+from mmtune.arguments import MODALITIES, MediaLimits
 from mmtune.data.arrow import with_encoded_images
 from mmtune.data.clips import Clip
 from mmtune.data.documents import kinds_of_documents
@@ -371,6 +372,21 @@ def test_what_a_model_can_not_take_is_refused_by_name_before_weights(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("qwen3_vl_path")  # torchvision
+def test_an_encoder_of_clips_that_lies_beside_an_image_processor_is_told_what_to_save(tmp_path):
+    folder = tiny_videomae(tmp_path / "videomae")
+    for file in (tmp_path / "videomae").glob("*processor*.json"):
+        file.unlink()
+    sizes = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
+    config = {"image_processor_type": "VideoMAEImageProcessor", **sizes}
+    (tmp_path / "videomae" / "preprocessor_config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"embeds no videos, only image .*the one that AutoVideoProcessor makes"):
+        compose_router(tiny_text_encoder(tmp_path / "text"), video=folder)
+    for of_folder in (AutoModel, AutoVideoProcessor):
+        of_folder.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    assert compose_router(tmp_path / "text", video=tmp_path / "saved", device="cpu").supports("video")
+
+
 @pytest.fixture(scope="module")
 def listener(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("listener")
@@ -508,7 +524,7 @@ def test_a_reranker_is_given_each_clip_with_its_own_frames_and_times(qwen3_vl_pa
 
 def test_routes_get_batches_of_one_kind_that_hold_every_row():
     data = RetrievalDataset.from_id_rows(mixed_rows(8))
-    sets = training_sets(data, num_negatives=0, documents="mixed", seed=0, by_kind=True)
+    sets = training_sets(data, num_negatives=0, documents="mixed", seed=0, apart=MODALITIES)
     assert sorted(sets.by_name) == ["audio", "image", "text"]
     for kind, part in sets.by_name.items():
         sampler = ConflictFreeBatchSampler(part.rows, batch_size=3, drop_last=False)
@@ -586,6 +602,15 @@ def test_a_model_that_reads_messages_gets_mixed_batches(qwen3_vl_path):
     data = RetrievalDataset.from_id_rows(concatenate_datasets([rows, pages]))
     metrics = build_evaluator(data, documents="mixed", show_progress_bar=False)(model)
     assert {"vdr_cosine_ndcg@10_image", "vdr_cosine_ndcg@10_video"} <= metrics.keys()
+
+
+@pytest.mark.parametrize(("max_pixels", "grid"), [(None, [4, 4, 4]), (64 * 64, [4, 4, 4]), (32 * 32, [4, 2, 2])])
+def test_a_frame_is_no_larger_than_a_page_may_be(qwen3_vl_path, max_pixels, grid, tmp_path):
+    load_model(qwen3_vl_path, device="cpu", max_pixels=max_pixels).save_pretrained(str(tmp_path))
+    model = load_model(tmp_path, device="cpu", max_frames=8)
+    with reading_pages(model):
+        clip = Clip(generated_clips(1)[0]["video"], "d")
+        assert model.preprocess([{"video": clip}])["video_grid_thw"].tolist() == [grid]
 
 
 @pytest.mark.usefixtures("qwen3_vl_path")

@@ -28,7 +28,7 @@ def decode_recordings(encoder: Transformer, inputs: Inputs) -> Inputs:
         MediaDecodeError: One can't be decoded; the message names the document.
         MissingExtraError: A package that decodes it is not installed.
     """
-    return _replace(inputs, media_limits_of(encoder), {}) if _holds_recordings(inputs) else inputs
+    return _replace(inputs, encoder, {}) if _holds_recordings(inputs) else inputs
 
 
 def decode_ahead(model: Any, inputs: Inputs) -> Inputs:
@@ -37,7 +37,7 @@ def decode_ahead(model: Any, inputs: Inputs) -> Inputs:
     for kind in ("audio", "video"):
         of_kind = [encoder for encoder in readers if kind in encoder.modalities]
         if len(of_kind) == 1 and _holds_recordings(inputs, kind):
-            inputs = _replace(inputs, media_limits_of(of_kind[0]), {}, kind)
+            inputs = _replace(inputs, of_kind[0], {}, kind)
     return inputs
 
 
@@ -54,7 +54,7 @@ def count_cut(model: Any, corpus: Dataset, documents: str, limits: MediaLimits =
         return {}
     encoders = encoders_of(model)
     by_kind = {kind: [each for each in encoders if kind in each.modalities] for kind in ("audio", "video")}
-    read = {kind: media_limits_of(found[0]) for kind, found in by_kind.items() if found}
+    read = {kind: media_limits_of(found[0], kind) for kind, found in by_kind.items() if found}
     cut = [each.kind for each in recordings_of(corpus, documents, limits) if each.is_cut(read.get(each.kind, limits))]
     return {kind: cut.count(kind) for kind in sorted({*cut})}
 
@@ -105,15 +105,15 @@ def _recordings_in(inputs: Any) -> Iterator[Recording]:
             yield from _recordings_in(part)
 
 
-def _replace(inputs: Any, limits: MediaLimits, known: dict[int, Any], kind: str | None = None) -> Any:
+def _replace(inputs: Any, encoder: Transformer, known: dict[int, Any], kind: str | None = None) -> Any:
     if isinstance(inputs, Recording):
         if kind not in (None, inputs.kind):
             return inputs
         if id(inputs) not in known:
-            known[id(inputs)] = inputs.decode(limits)
+            known[id(inputs)] = inputs.decode(media_limits_of(encoder, inputs.kind))
         return known[id(inputs)]
     if isinstance(inputs, dict):
-        return {name: _replace(part, limits, known, kind) for name, part in inputs.items()}
+        return {name: _replace(part, encoder, known, kind) for name, part in inputs.items()}
     if isinstance(inputs, (list, tuple)):
-        return type(inputs)(_replace(part, limits, known, kind) for part in inputs)
+        return type(inputs)(_replace(part, encoder, known, kind) for part in inputs)
     return inputs

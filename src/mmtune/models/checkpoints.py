@@ -486,8 +486,9 @@ def require_modality(
         "compose_router(text, image)",
         "audio": "a checkpoint with a feature extractor of sounds, such as CLAP, AST or Whisper. Pass one of those, or "
         "join one with a text encoder by compose_router(text, audio=...)",
-        "video": "a checkpoint with a video processor, such as Qwen3-VL or VideoMAE. Pass one of those, or join one "
-        "with a text encoder by compose_router(text, video=...)",
+        "video": "a checkpoint with a video processor, such as Qwen3-VL or V-JEPA 2. Pass one of those, or join one "
+        "with a text encoder by compose_router(text, video=...); an encoder of clips that lies beside an image "
+        "processor, as VideoMAE does, goes into a new folder with the one that AutoVideoProcessor makes of it",
     }
     if model_class is CrossEncoder:
         expected["image"] = (

@@ -10,9 +10,10 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
-from mmtune.arguments import MIXED, MediaLimits, require_type
+from mmtune.arguments import MIXED, MODALITIES, MediaLimits, require_type
 from mmtune.errors import ConfigError
 from mmtune.host import attention_of
+from mmtune.models.adapters import encoders_of
 from mmtune.models.checkpoints import lay_out, read_encoders, require_modality
 from mmtune.models.fitting import check_prompts, fit_padding, fit_pooling
 from mmtune.models.kinds import HostModel, SameModel, require_model
@@ -47,7 +48,8 @@ def load_model(
     Args:
         name_or_path: The folder of a checkpoint or its name on the Hub, with or without ``modules.json``.
         max_pixels: Largest number of pixels per image after resizing, such as ``600 * 600``; sides are whole patches.
-            It is saved with the model. ``None`` leaves the checkpoint's own limit.
+            It is saved with the model, and mmtune reads frames of clips no larger. ``None`` leaves the checkpoint's own
+            limit.
         min_pixels: Smallest number of pixels per image, likewise.
         max_seconds: How much is read of a sound or a clip, from its beginning; ``None`` is what the encoder takes. Like
             the next two it is saved with the model, for mmtune; the plain host reads what it is given.
@@ -178,16 +180,34 @@ def check_documents(model: HostModel, documents: str = "image", queries: str = "
 def takes_mixed(model: HostModel | str | os.PathLike[str]) -> bool:
     """Whether a model reads texts, images, sounds and clips in one batch: as messages, and not by encoder or route.
 
+    Raises:
+        ConfigError: There is no checkpoint, or it can't be read.
+    """
+    return parts_apart(model) != frozenset(MODALITIES)
+
+
+def parts_apart(model: HostModel | str | os.PathLike[str]) -> frozenset[str]:
+    """Which parts all documents of a training batch have, or none of them.
+
+    Encoders side by side take one kind of document at a time. A model that reads messages takes all of them, but losses
+    with a cache cut a batch into pieces, document by document (sentence-transformers 6.2): of sounds, and of the times
+    of clips in the Qwen2.5 families, there are fewer rows than documents, and the pieces would get those of others.
+
     Args:
         model: A host model, or its checkpoint.
 
     Raises:
         ConfigError: There is no checkpoint, or it can't be read.
     """
-    if not isinstance(model, (str, os.PathLike)):
-        return find_router(model) is None and "message" in model.modalities
-    files = open_checkpoint(os.fspath(model))
-    return not files.has_router and "message" in lay_out(files, SentenceTransformer).modalities
+    if isinstance(model, (str, os.PathLike)):
+        files = open_checkpoint(os.fspath(model))
+        encoder = None if files.has_router else lay_out(files, SentenceTransformer)
+    else:
+        encoder = None if find_router(model) is not None else next(iter(encoders_of(model)), None)
+    if encoder is None or "message" not in encoder.modalities:
+        return frozenset(MODALITIES)
+    times_clips = any("second_per_grid" in name for name in getattr(encoder.processor, "model_input_names", ()))
+    return frozenset({"audio", *(["video"] if times_clips else [])}) & {*encoder.modalities}
 
 
 def check_kinds(model: HostModel | str | os.PathLike[str], kinds: Iterable[str]) -> None:

@@ -15,16 +15,20 @@ from mmtune.models.routers import compose_router
 
 @dataclass(frozen=True)
 class RouterPreset:
-    """Two checkpoints that go well together, and how.
+    """Checkpoints that go well together, and how.
 
     Attributes:
         name: As ``router_preset`` takes it.
         purpose: What it is for.
         text: Checkpoint of the text encoder.
-        image: Checkpoint of the image encoder.
         dimension: Of the embeddings.
         text_license: License of the text checkpoint, as the Hub names it.
+        image: Checkpoint of the image encoder; ``None`` where there is none, as of the next two.
         image_license: License of the image checkpoint.
+        audio: Checkpoint of the encoder of sounds.
+        audio_license: Its license.
+        video: Checkpoint of the encoder of clips.
+        video_license: Its license.
         route_by: See ``compose_router``.
         freeze: Sides that are not trained.
         prompts: What the text checkpoint wants in front of texts and does not bring along.
@@ -33,10 +37,14 @@ class RouterPreset:
     name: str
     purpose: str
     text: str
-    image: str
     dimension: int
     text_license: str
-    image_license: str
+    image: str | None = None
+    image_license: str | None = None
+    audio: str | None = None
+    audio_license: str | None = None
+    video: str | None = None
+    video_license: str | None = None
     route_by: Literal["modality", "task"] = "modality"
     freeze: tuple[str, ...] = ()
     prompts: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
@@ -51,11 +59,13 @@ class RouterPreset:
         for name in overrides:
             if name not in known:
                 raise ConfigError(f"A Router has no argument {name!r}. {_hint(name, known)} Rename or remove it.")
-        own = {name: getattr(self, name) for name in ("text", "image", "dimension", "route_by", "freeze")}
+        own = {name: getattr(self, name) for name in _COMPOSED}
         if "text" not in overrides:
             own["text_prompts"] = self.prompts
         return compose_router(**{**own, **overrides})
 
+
+_COMPOSED = ("text", "image", "audio", "video", "dimension", "route_by", "freeze")
 
 _PRESETS = (
     RouterPreset(
@@ -106,6 +116,24 @@ _PRESETS = (
         text_license="mit",
         image_license="mit",
     ),
+    RouterPreset(
+        name="sounds",
+        purpose="English queries on ten seconds of noise, music or nature",
+        text="sentence-transformers/all-MiniLM-L6-v2",
+        audio="MIT/ast-finetuned-audioset-10-10-0.4593",
+        dimension=768,
+        text_license="apache-2.0",
+        audio_license="bsd-3-clause",
+    ),
+    RouterPreset(
+        name="clips",
+        purpose="English queries on clips of up to 64 frames, by what moves in them",
+        text="sentence-transformers/all-MiniLM-L6-v2",
+        video="facebook/vjepa2-vitl-fpc64-256",
+        dimension=1024,
+        text_license="apache-2.0",
+        video_license="mit",
+    ),
 )
 
 ROUTER_PRESETS: Mapping[str, RouterPreset] = MappingProxyType({preset.name: preset for preset in _PRESETS})
@@ -118,7 +146,7 @@ def router_preset(name: str, **overrides: Any) -> SentenceTransformer:
     Args:
         name: A preset.
         **overrides: Arguments of ``compose_router`` in place of the preset's, such as ``text``, ``image``,
-            ``dimension`` and ``device``.
+            ``audio``, ``video``, ``dimension`` and ``device``.
 
     Raises:
         ConfigError: There is no such preset or argument; the message names the nearest. Or as in ``compose_router``.

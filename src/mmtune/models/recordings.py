@@ -14,24 +14,23 @@ from transformers import ASTFeatureExtractor, FeatureExtractionMixin
 from mmtune.arguments import MediaLimits
 from mmtune.models.adapters import encoders_of
 from mmtune.models.kinds import HostModel, SameModel
+from mmtune.models.pixels import image_processor_of, input_size_of
 
 _LIMITS = "media_limits"
 _AST_HOP_S, _AST_WINDOW_S = 0.010, 0.025
 
 
-def media_limits_of(encoder: Transformer) -> MediaLimits:
-    """What an encoder reads of sounds and clips, by itself and by the limits that it was loaded with."""
+def media_limits_of(encoder: Transformer, kind: str = "audio") -> MediaLimits:
+    """What an encoder reads of sounds, or of clips (``"video"``), by itself and by the limits it was loaded with."""
     asked = MediaLimits(**(getattr(encoder.config, _LIMITS, None) or {}))
+    if kind == "video":
+        # a frame is as large as an image may be, where that is a number of pixels
+        size = input_size_of(image_processor_of(encoder), encoder.processing_kwargs.get("image", {}))
+        max_pixels = size if isinstance(size, int) else None
+        return asked.within(MediaLimits(max_pixels=max_pixels, num_frames=_num_frames(encoder, asked.max_frames)))
     extractor = _feature_extractor(encoder)
-    # a language model takes any number of frames
-    fixed = "video" in encoder.modalities and "message" not in encoder.modalities
-    return asked.within(
-        MediaLimits(
-            max_seconds=_window_s(extractor, encoder.processing_kwargs.get("audio", {})),
-            num_frames=getattr(encoder.config, "num_frames", None) if fixed else None,
-            sampling_rate=getattr(extractor, "sampling_rate", None),
-        )
-    )
+    window_s = _window_s(extractor, encoder.processing_kwargs.get("audio", {}))
+    return asked.within(MediaLimits(window_s, sampling_rate=getattr(extractor, "sampling_rate", None)))
 
 
 def apply_media_limits(model: SameModel, limits: MediaLimits) -> SameModel:
@@ -39,7 +38,7 @@ def apply_media_limits(model: SameModel, limits: MediaLimits) -> SameModel:
 
     Args:
         model: Any host model; encoders of texts and images stay as they are.
-        limits: The limits; where none is given, only CLAP changes.
+        limits: The limits; where none is given, only encoders of texts and sounds change.
 
     Returns:
         The same model, changed in place.
@@ -50,7 +49,7 @@ def apply_media_limits(model: SameModel, limits: MediaLimits) -> SameModel:
         if limits.given():
             saved = {**(getattr(encoder.config, _LIMITS, None) or {}), **limits.given()}
             setattr(encoder.config, _LIMITS, saved)
-        if encoder.config.model_type == "clap":
+        if {"audio", "text"} <= {*encoder.modalities}:
             _keep_length(encoder)
     return model
 
@@ -94,6 +93,15 @@ def _feature_extractor(encoder: Transformer) -> Any:
     return processor if isinstance(processor, FeatureExtractionMixin) else getattr(processor, "feature_extractor", None)
 
 
+def _num_frames(encoder: Transformer, max_frames: int | None) -> int | None:
+    """How many frames an encoder of clips takes, of each clip as many; a language model takes any number."""
+    if "video" not in encoder.modalities or "message" in encoder.modalities:
+        return None
+    fixed, most = (getattr(encoder.config, name, None) for name in ("num_frames", "frames_per_clip"))
+    # V-JEPA 2 was trained with that many, and reads fewer as well; VideoMAE has a position for each
+    return fixed or (min(most, max_frames or most) if most else None)
+
+
 def _window_s(extractor: Any, options: Mapping[str, Any]) -> float | None:
     """The seconds that a feature extractor keeps of a sound: what is longer it cuts, some at random."""
     if isinstance(extractor, ASTFeatureExtractor):
@@ -105,13 +113,15 @@ def _window_s(extractor: Any, options: Mapping[str, Any]) -> float | None:
 
 
 def _keep_length(encoder: Transformer) -> None:
-    """Say how long the sounds of a CLAP are.
+    """Say how long the sounds of an encoder are that reads texts, too, such as CLAP or Qwen2-Audio.
 
     The tokenizer remembers the length at which it cut texts, and is saved with it; loaded again, the host cuts sounds
-    at as many samples, at random (sentence-transformers 6.2).
+    at as many samples (sentence-transformers 6.2), and CLAP at random.
     """
     own = encoder.processing_kwargs.get("audio", {})
     extractor: Any = _feature_extractor(encoder)
-    seconds = media_limits_of(encoder).max_seconds or extractor.max_length_s
-    length = {"max_length": round(seconds * extractor.sampling_rate)}
-    encoder.processing_kwargs = {**encoder.processing_kwargs, "audio": {**own, **length}}
+    seconds = media_limits_of(encoder).max_seconds or getattr(extractor, "max_length_s", None)
+    # the window of a Whisper is filled up, whatever is read of a sound
+    samples = getattr(extractor, "n_samples", None) or (seconds and round(seconds * extractor.sampling_rate))
+    if samples:
+        encoder.processing_kwargs = {**encoder.processing_kwargs, "audio": {**own, "max_length": samples}}

@@ -244,7 +244,7 @@ def sample_of(kind: str, model: HostModel | None = None) -> Any:
     chosen: dict[str, Any] = {}
     for part in kind.split("+"):
         readers = [encoder for encoder in encoders_of(model) if part in encoder.modalities] if model is not None else []
-        limits = media_limits_of(readers[0]) if readers else MediaLimits()
+        limits = media_limits_of(readers[0], part) if readers else MediaLimits()
         makers = {"audio": sample_sound, "video": sample_clip}
         chosen[part] = makers[part](limits) if part in makers else SAMPLES[part]
     return chosen if len(chosen) > 1 or kind not in SAMPLES else chosen[kind]

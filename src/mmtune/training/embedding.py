@@ -23,7 +23,7 @@ from mmtune.evaluation.mean import AnyEvaluator
 from mmtune.evaluation.retrieval import build_evaluator
 from mmtune.inference.recordings import count_cut
 from mmtune.models.late_interaction import is_late_interaction
-from mmtune.models.loading import check_checkpoint, check_kinds, takes_mixed
+from mmtune.models.loading import check_checkpoint, check_kinds, parts_apart
 from mmtune.models.lora import LoraChoice
 from mmtune.models.routes import ignores_prompt
 from mmtune.training.call import Finetuning
@@ -339,7 +339,7 @@ class EmbeddingFinetuning(Finetuning):
             documents=self.documents,
             seed=self.seed,
             queries=self.queries,
-            by_kind=self.documents == MIXED and not takes_mixed(self.model),
+            apart=parts_apart(self.model) if self.documents == MIXED else frozenset(),
         )
 
     def check_data(

@@ -1,7 +1,7 @@
 """The data of a run: one set or several by name, built and checked before weights load."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -85,7 +85,7 @@ def training_sets(
     documents: DocumentKind,
     seed: int,
     queries: QueryKind = "text",
-    by_kind: bool = False,
+    apart: Collection[str] = (),
 ) -> TrainingSets:
     """The training data with its rows; rows of ``training_rows`` stay as they are given.
 
@@ -95,7 +95,7 @@ def training_sets(
         documents: What a document is made of.
         seed: Of filling up negatives.
         queries: What a query is made of.
-        by_kind: Whether the rows of mixed documents become a set for each kind, as encoders and routes need them.
+        apart: The parts that all mixed documents of a batch have, or none: their rows become a set for each case.
     """
     by_name = {}
     for name, part in datasets_by_name(given).items():
@@ -107,23 +107,26 @@ def training_sets(
             data = _require_parts(data, documents, queries)
             rows = data.training_rows(num_negatives, documents=documents, seed=seed, queries=queries)
             by_name[name] = TrainingSet(data, rows)
-    if by_kind and documents == MIXED:
+    if apart and documents == MIXED:
         by_name = {
             "-".join(filter(None, (name, kind))): of_kind
             for name, part in by_name.items()
-            for kind, of_kind in _split_by_kind(part).items()
+            for kind, of_kind in _split_by_kind(part, apart).items()
         }
     return TrainingSets(by_name)
 
 
-def _split_by_kind(part: TrainingSet) -> dict[str, TrainingSet]:
-    """A set for each sequence of kinds in the columns of the rows, such as ``"image-text"`` with one negative."""
+def _split_by_kind(part: TrainingSet, apart: Collection[str]) -> dict[str, TrainingSet]:
+    """A set for each sequence of kinds in the columns of the rows, such as ``"image-text"`` with one negative.
+
+    What has none of the parts that count is of the kind ``"other"``.
+    """
     corpus = part.data.corpus
-    kind_by_id = dict(zip(corpus["document_id"][:], kinds_of_documents(corpus, MIXED), strict=True))
+    kinds = ["+".join(name for name in kind.split("+") if name in apart) for kind in kinds_of_documents(corpus, MIXED)]
+    kind_by_id = dict(zip(corpus["document_id"][:], (kind or "other" for kind in kinds), strict=True))
     ids, rows_by_kinds = part.rows.with_format(None), {}
     for row, (own, negatives) in enumerate(zip(ids["document_id"][:], ids["negative_document_ids"][:], strict=True)):
-        kinds = "-".join(kind_by_id[each] for each in (own, *negatives))
-        rows_by_kinds.setdefault(kinds, []).append(row)
+        rows_by_kinds.setdefault("-".join(kind_by_id[each] for each in (own, *negatives)), []).append(row)
     least = 1 if part.view.num_negatives else 2
     alone = sum(len(rows) for rows in rows_by_kinds.values() if len(rows) < least)
     if alone:
