@@ -29,7 +29,7 @@ from mmtune.errors import DatasetError, MissingDocumentError
 from mmtune.host import stored_positions
 
 _LARGEST_SCORE = 2.0**31
-_ASKING = ("image",)
+ASKING = ("image", "audio")
 """Columns of the queries that ask beside a text, or without one."""
 
 
@@ -289,8 +289,8 @@ def _check_queries(queries: Dataset) -> Dataset:
     parts = query_parts(queries)
     require_columns(queries, ("query_id", "text") if parts == ["text"] else ("query_id",), "The table of queries")
     queries = _with_unique_ids(queries, "query")
-    if "image" in parts:
-        queries = with_encoded_images(queries, "image")
+    for name in parts[1:]:
+        queries = with_encoded_images(queries, name, name)
     texts = text_column(queries, "text") if "text" in queries.column_names else pa.nulls(len(queries), pa.string())
     if "text" not in queries.column_names:
         queries = with_columns(queries, {"text": texts})
@@ -308,7 +308,7 @@ def _check_queries(queries: Dataset) -> Dataset:
 
 def query_parts(queries: Dataset) -> list[str]:
     """What the queries of a table are made of: ``"text"``, and each other column that may ask beside it or alone."""
-    return ["text", *(name for name in _ASKING if name in queries.column_names)]
+    return ["text", *(name for name in ASKING if name in queries.column_names)]
 
 
 def _check_qrels(qrels: Dataset, corpus: Dataset, queries: Dataset) -> Dataset:
