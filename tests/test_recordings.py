@@ -189,6 +189,44 @@ def test_frames_far_into_a_clip_are_found_by_seeking(tmp_path):
     assert of(path=path, kind=Clip).decode(MediaLimits(max_pixels=256))["array"].shape == (120, 16, 16, 3)
 
 
+def clip_of(num_frames: int, path, *, seconds_of_sound: float = 0) -> bytes:
+    """A clip of frames that brighten, each a key frame, its header first; beside a silence where one is asked for."""
+    options = {"movflags": "faststart"} if path.suffix == ".mp4" else {}
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream("libx264rgb", rate=8, options={"qp": "0", "g": "1"})
+        stream.height, stream.width, stream.pix_fmt = 64, 64, "rgb24"
+        if seconds_of_sound:
+            audio = container.add_stream("pcm_s16le", rate=8_000, layout="mono")
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, int(8_000 * seconds_of_sound)), np.int16), layout="mono")
+            silence.sample_rate = 8_000
+            container.mux([*audio.encode(silence), *audio.encode()])
+        noise = np.random.default_rng(0).integers(0, 2, (num_frames, 64, 64, 3), dtype=np.uint8)
+        for at in range(num_frames):
+            frame = av.VideoFrame.from_ndarray(noise[at] + np.uint8(2 * at), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_frames": 4}, {"num_frames": 16}])
+@pytest.mark.parametrize("kind", ["mp4", "mkv"])
+def test_a_clip_that_is_cut_off_is_named_with_what_is_there(kind, limits, tmp_path):
+    whole = clip_of(60, tmp_path / f"clip.{kind}")
+    assert of(whole, kind=Clip).decode(MediaLimits(**limits))["video_metadata"]["total_num_frames"] == 60
+    problem = r"(is cut off: its header promises 60 frames in 7.5 s, and there are|can't be decoded)"
+    for share in (0.3, 0.6):
+        with pytest.raises(MediaDecodeError, match=rf"Document \"d'ö/1\" {problem}"):
+            of(whole[: int(share * len(whole))], kind=Clip).decode(MediaLimits(**limits))
+
+
+def test_a_clip_beside_a_longer_sound_is_read_evenly_and_in_full(tmp_path):
+    clip = of(clip_of(8, tmp_path / "clip.mkv", seconds_of_sound=4), kind=Clip)
+    found = clip.decode(MediaLimits(max_frames=4))
+    assert [int(frame.min()) // 2 for frame in found["array"]] == [0, 2, 4, 6]
+    assert found["video_metadata"]["total_num_frames"] == 8
+    assert clip.decode()["array"].shape[0] == 8
+
+
 # What is refused
 
 
@@ -255,6 +293,64 @@ def test_a_table_from_elsewhere_names_no_sounds_outside_its_folder(tmp_path):
 def test_columns_of_other_types_are_named(column, values):
     with pytest.raises(DatasetError, match=rf"Column '{column}' holds .*Expected datasets\.{column.title()}"):
         dataset(column, values)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int16", "int32"])
+def test_samples_beside_their_rate_are_sounds_of_the_same_numbers(dtype):
+    wave_form = np.sin(np.arange(4_000) / 10) * (20_000 if dtype.startswith("int") else 1)
+    samples = wave_form.astype(dtype)
+    rows = [{"array": samples, "sampling_rate": 8_000}, None, {"array": samples[::-1], "sampling_rate": 8_000.0}]
+    table = Dataset.from_dict(
+        {"id": ["a", "b", "c"], "query": ["one", None, "two"], "audio": rows, "text": [None, "b", None]}
+    )
+    shuffled = table.select([2, 0])
+    data = RetrievalDataset.from_id_rows(shuffled, negatives_column=None)
+    found = data.training_rows(0, documents="audio")[0]["image"]["audio"]
+    scale = np.iinfo(dtype).max + 1 if dtype.startswith("int") else 1
+    assert found["sampling_rate"] == 8_000
+    assert np.array_equal(found["array"], (samples[::-1] / scale).astype(np.float32))
+    twice = RetrievalDataset.from_columns(table.select([0, 0]).remove_columns(["id", "text"]))
+    assert twice.relevance.page.tolist() == [0, 0]
+    asking = (
+        table.select([0, 2]).remove_columns("query").rename_column("audio", "query").add_column("image", [b"x", b"y"])
+    )
+    assert RetrievalDataset.from_id_rows(asking, negatives_column=None).queries[1]["audio"]["bytes"][:4] == b".snd"
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ([[0.1, 0.2]], "Samples stand beside their rate"),
+        ([{"array": [[0.1], [0.2]], "sampling_rate": 8_000}], "holds arrays of list.*mean of the channels"),
+        ([{"array": [1, 2], "sampling_rate": 8_000}], "holds arrays of int64"),
+        ([{"array": ["a"], "sampling_rate": 8_000}], "holds arrays of string"),
+        *(
+            ([{"array": [0.1], "sampling_rate": rate}], f"sampling_rate={rate!r}")
+            for rate in (0, -1, None, "8", 0.5, 1e9)
+        ),
+        ([{"array": [0.1], "sampling_rate": float("nan")}], "sampling_rate=nan"),
+    ],
+)
+def test_samples_that_are_no_sound_are_named(values, problem):
+    with pytest.raises(DatasetError, match=rf"Column 'audio' .*{problem}"):
+        dataset("audio", values)
+
+
+def test_arrays_without_samples_and_with_nan_are_named_where_they_are_read():
+    for array, problem in (
+        ([], "'d0' has 0 samples"),
+        ([float("nan")] * 800, "'d0' holds samples that are not finite"),
+    ):
+        data = dataset("audio", [{"array": np.array(array, np.float32), "sampling_rate": 8_000}])
+        with pytest.raises(MediaDecodeError, match=problem):
+            data.check_pages(show_progress_bar=False)
+
+
+def test_frames_in_a_table_are_refused_with_what_to_do():
+    frames = {"array": np.zeros((2, 4, 4, 3), np.uint8), "video_metadata": {"fps": 2.0}}
+    for values in ([frames], [[b"a", b"b"]]):
+        with pytest.raises(DatasetError, match=r"Column 'video' .*Frames that are decoded are not read: encode them"):
+            dataset("video", values)
 
 
 @pytest.mark.parametrize(("package", "kind"), [("soundfile", Sound), ("soxr", Sound), ("av", Clip)])
@@ -593,6 +689,30 @@ def test_a_model_that_reads_messages_gets_mixed_batches(qwen3_vl_path):
     data = RetrievalDataset.from_id_rows(concatenate_datasets([rows, pages]))
     metrics = build_evaluator(data, documents="mixed", show_progress_bar=False)(model)
     assert {"vdr_cosine_ndcg@10_image", "vdr_cosine_ndcg@10_video"} <= metrics.keys()
+
+
+@pytest.mark.usefixtures("qwen3_vl_path")
+def test_a_limit_of_pixels_bounds_the_frames_of_a_language_model(qwen3_vl_path, tmp_path):
+    clip = of(generated_clips(1)[0]["video"]["bytes"], kind=Clip)
+
+    def grid(model: SentenceTransformer) -> list[list[int]]:
+        encoder = next(module for module in model.modules() if isinstance(module, Transformer))
+        with reading_pages(model):
+            return encoder.preprocess([{"video": clip}])["video_grid_thw"].tolist()
+
+    limited = load_model(qwen3_vl_path, device="cpu", max_pixels=32 * 32)
+    assert grid(limited) == [[4, 2, 2]]
+    limited.save_pretrained(str(tmp_path / "saved"))
+    assert grid(load_model(tmp_path / "saved", device="cpu")) == [[4, 2, 2]]
+    whole = load_model(qwen3_vl_path, device="cpu")
+    assert grid(whole) == [[4, 4, 4]]
+    data = own_rows(generated_clips(4), "video")
+    steps = {"max_steps": 1, "per_device_train_batch_size": 2, "num_negatives": 0, "matryoshka_dims": None}
+    result = finetune(whole, data, documents="video", output_dir=tmp_path / "run", max_pixels=32 * 32, **steps)
+    assert grid(result.model) == [[4, 2, 2]]
+    with pytest.warns(UserWarning, match="max_pixels=1024 is not applied"):
+        fixed = load_model(tiny_videomae(tmp_path / "videomae"), device="cpu", max_pixels=32 * 32)
+    assert media_limits_of(fixed[0]).max_pixels is None
 
 
 @pytest.mark.usefixtures("qwen3_vl_path")

@@ -47,7 +47,8 @@ def load_model(
     Args:
         name_or_path: The folder of a checkpoint or its name on the Hub, with or without ``modules.json``.
         max_pixels: Largest number of pixels per image after resizing, such as ``600 * 600``; sides are whole patches.
-            It is saved with the model. ``None`` leaves the checkpoint's own limit.
+            It is saved with the model. ``None`` leaves the checkpoint's own limit. Of a VLM it also bounds each frame
+            of a clip, before the processor sees it; that is saved for mmtune, as ``max_frames`` is.
         min_pixels: Smallest number of pixels per image, likewise.
         max_seconds: How much is read of a sound or a clip, from its beginning; ``None`` is what the encoder takes. Like
             the next two it is saved with the model, for mmtune; the plain host reads what it is given.
@@ -127,7 +128,8 @@ def load_host_model(
             fit_pooling(model)
         fit_padding(model, model.device)
         check_prompts(model)
-    return apply_media_limits(apply_pixel_limits(model, options.limits), MediaLimits())
+    of_frames = MediaLimits(max_pixels=options.limits.max_pixels)
+    return apply_media_limits(apply_pixel_limits(model, options.limits), of_frames)
 
 
 def check_checkpoint(

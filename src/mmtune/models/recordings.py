@@ -5,6 +5,7 @@ else reads: they hold wherever mmtune reads the file. What the plain host can ke
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,8 @@ def apply_media_limits(model: SameModel, limits: MediaLimits) -> SameModel:
 
     Args:
         model: Any host model; encoders of texts and images stay as they are.
-        limits: The limits; where none is given, only CLAP changes.
+        limits: The limits; where none is given, only CLAP changes. ``max_pixels`` bounds the frames of clips for
+            language models alone: other encoders bring frames to a size of their own.
 
     Returns:
         The same model, changed in place.
@@ -47,8 +49,9 @@ def apply_media_limits(model: SameModel, limits: MediaLimits) -> SameModel:
     for encoder in encoders_of(model):
         if not {"audio", "video"} & {*encoder.modalities}:
             continue
-        if limits.given():
-            saved = {**(getattr(encoder.config, _LIMITS, None) or {}), **limits.given()}
+        given = limits if {"video", "message"} <= {*encoder.modalities} else replace(limits, max_pixels=None)
+        if given.given():
+            saved = {**(getattr(encoder.config, _LIMITS, None) or {}), **given.given()}
             setattr(encoder.config, _LIMITS, saved)
         if encoder.config.model_type == "clap":
             _keep_length(encoder)

@@ -22,7 +22,7 @@ from sentence_transformers.util.distributed import distributed_evaluation
 from torch import nn
 from tqdm.auto import tqdm
 
-from mmtune.arguments import MIXED, listed
+from mmtune.arguments import MIXED, MediaLimits, listed
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
 from mmtune.data.query_kinds import QueryKind
@@ -42,7 +42,7 @@ from mmtune.models.lora import LoraChoice, add_lora, check_lora
 from mmtune.models.parts import describe_training, freeze_parts, model_parts, part_names
 from mmtune.models.pixels import PixelLimits, limit_pixels
 from mmtune.models.precision import convert_to_saved, learn_score_in_float32, score_in_float32
-from mmtune.models.recordings import read_all_frames
+from mmtune.models.recordings import apply_media_limits, read_all_frames
 from mmtune.models.routes import check_routes, freeze_unreached
 from mmtune.serving.gates import check_saved
 from mmtune.training import recipe
@@ -523,7 +523,7 @@ def ready_model(
     if isinstance(model, (str, os.PathLike)):
         ready = kind.load(os.fspath(model), max_pixels=max_pixels, **{"dtype": weights.dtype} if weights else {})
     else:
-        limit_pixels(model, PixelLimits(max_pixels=max_pixels))
+        apply_media_limits(limit_pixels(model, PixelLimits(max_pixels=max_pixels)), MediaLimits(max_pixels=max_pixels))
     let_read_typed_texts(ready)
     if isinstance(ready, CrossEncoder):
         score_in_float32(ready)
