@@ -44,6 +44,8 @@ from mmtune.arguments import MediaLimits
 from mmtune.data.arrow import with_encoded_images
 from mmtune.data.clips import Clip
 from mmtune.data.documents import kinds_of_documents
+from mmtune.data.findings import LOOKED_FOR
+from mmtune.data.identity import match_documents
 from mmtune.data.media import load_decoder
 from mmtune.data.rows import view_of
 from mmtune.data.sounds import Sound
@@ -427,6 +429,115 @@ def test_a_split_shares_no_sound():
     assert len(relevant) == 6
     assert not relevant & {*train.qrels["document_id"][:]}
     assert sounds[1] - sounds[0]
+
+
+def as_flac(content: bytes) -> bytes:
+    samples, rate = soundfile.read(io.BytesIO(content), dtype="int16")
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format="FLAC")
+    return buffer.getvalue()
+
+
+def remuxed(content: bytes) -> bytes:
+    """The same packets of a clip in Matroska."""
+    buffer = io.BytesIO()
+    with av.open(io.BytesIO(content)) as source, av.open(buffer, "w", format="matroska") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    return buffer.getvalue()
+
+
+def test_an_audit_hears_silence_damage_and_the_same_samples_in_another_file():
+    sounds = [tone(), tone(hertz=300), tone(0.5, hertz=0), as_flac(tone()), tone()[:20], tone(0.01), tone(0.5), tone()]
+    data = dataset("audio", [*sounds])
+    report = data.audit(content=True, show_progress_bar=False)
+    named = {
+        key: [each.document_ids for each in report[key].examples] for key in ("damaged_recordings", "silent_sounds")
+    }
+    assert named == {"damaged_recordings": [("d4",), ("d5",)], "silent_sounds": [("d2",)]}
+    assert [each.document_ids for each in report["same_recordings"].examples] == [("d0", "d3", "d7")]
+    assert (report["same_recordings"].count, report["still_clips"].count, report["damaged_pages"].count) == (2, 0, 0)
+    kept = data.without([report[key] for key in ("damaged_recordings", "silent_sounds", "same_recordings")])
+    assert kept.corpus["document_id"][:] == ["d0", "d1", "d6"]
+    assert {*kept.qrels["document_id"]} == {"d0", "d1", "d6"}
+
+
+def test_an_audit_sees_clips_that_stand_still_and_the_same_frames_in_another_file(tmp_path):
+    moving = generated_clips(2)["video"]
+    still = clip_of(1, tmp_path / "still.mp4")
+    clips = [moving[0]["bytes"], still, remuxed(moving[0]["bytes"]), moving[1]["bytes"], b"none"]
+    report = dataset("video", clips).audit(content=True, show_progress_bar=False)
+    found = {
+        key: [each.document_ids for each in report[key].examples]
+        for key in LOOKED_FOR["content=True"]
+        if report[key].count
+    }
+    assert found.pop("short_queries")
+    assert found == {"damaged_recordings": [("d4",)], "still_clips": [("d1",)], "same_recordings": [("d0", "d2")]}
+
+
+def test_what_else_a_document_has_keeps_it_from_being_the_same():
+    texts = ["one", "another", "one"]
+    data = dataset("audio", [tone(), as_flac(tone()), as_flac(tone())], text=texts)
+    assert data.audit(content=True, show_progress_bar=False)["same_recordings"].count == 0
+    once = dataset("audio", [tone(), as_flac(tone())], text=texts[::2])
+    assert once.audit(content=True, show_progress_bar=False)["same_recordings"].count == 1
+    words = " ".join(f"word{at}" for at in range(30))
+    spoken = dataset(
+        "audio", [tone(), tone(hertz=300), None, None], text=[words, words, words + " more", words + " more"]
+    )
+    copies = spoken.audit(content=True, show_progress_bar=False)["near_copies"]
+    assert [each.document_ids for each in copies.examples] == [("d2", "d3")]
+
+
+def test_leaks_are_found_by_samples_and_of_passages_by_their_text():
+    corpus = {"text": [None, None, "a passage", "a passage that is elsewhere"]}
+    train = dataset("audio", [tone(), tone(hertz=300), None, None], **corpus)
+    corpus = {"text": ["a passage", None, "another", None], "image": [None, None, None, b"no page"]}
+    evaluation = dataset("audio", [None, as_flac(tone()), None, None], **corpus)
+    report = train.audit(content=True, against=evaluation, show_progress_bar=False)
+    pairs = {
+        key: [each.document_ids for each in report[key].examples] for key in ("leaked_documents", "leaked_near_copies")
+    }
+    assert pairs == {"leaked_documents": [("d2", "d0")], "leaked_near_copies": [("d0", "d1")]}
+    assert [each.document_ids for each in report["unread_answers"].examples] == [("d3",)]
+    assert report["damaged_pages"].count == 0
+    everything = np.arange(4)
+    assert match_documents(train.corpus, evaluation.corpus, everything, everything) == [(2, 0)]
+
+
+@pytest.mark.parametrize("kind", ["audio", "video", "mixed"])
+def test_a_split_keeps_equal_documents_on_one_side(kind):
+    made = {"audio": generated_audio, "video": generated_clips, "mixed": mixed_rows}[kind](4)
+    rows = concatenate_datasets([made, made.select(range(len(made)))])
+    ids = [f"r{at}" for at in range(len(rows))]
+    names = [name for name in ("audio", "video", "image", "text") if name in made.column_names]
+    rows = rows.select_columns(names).add_column("id", ids).add_column("query", [f"query {each}" for each in ids])
+    data = RetrievalDataset.from_id_rows(rows)
+    half = len(made)
+    page = data.relevance_of(kind).page
+    assert page[half:].tolist() == [*range(half)]
+    for train, evaluation in (data.split(2), data.split(2, documents=kind)):
+        sides = [{page[ids.index(each)] for each in side.qrels["document_id"]} for side in (train, evaluation)]
+        assert not sides[0] & sides[1]
+    assert len(data.deduplicate(documents=kind).corpus) == half
+
+
+def test_equal_passages_beside_sounds_are_one_where_that_is_said():
+    data = dataset("audio", [tone(), tone(hertz=300), None, None], text=[None, None, "same", "same"])
+    assert data.relevance_of("mixed").page.tolist() == [0, 1, 2, 2]
+    for seed in range(6):
+        train, evaluation = data.split(1, documents="mixed", seed=seed)
+        assert not ({"d2", "d3"} & {*train.qrels["document_id"]} and {"d2", "d3"} & {*evaluation.qrels["document_id"]})
+
+
+def test_texts_of_mixed_corpora_that_are_cut_are_said(listener, caplog):
+    data = dataset("audio", [tone(), None], text=[None, "a very long passage " * 200])
+    build_evaluator(data, documents="mixed", show_progress_bar=False)(load_model(listener, device="cpu"))
+    assert "1 of 1 documents have more tokens than" in caplog.text
 
 
 # Models

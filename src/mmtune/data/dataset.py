@@ -611,7 +611,8 @@ class RetrievalDataset:
             content: Whether to decode every page, for near-copies, look-alikes, blank and damaged pages, and to read
                 the texts, for queries that are short or copied from their page; with sizes and lengths. Of a page a
                 thumbnail and a hash are kept, whatever their number. Minutes for 10,000 pages, where the tables alone
-                take a second.
+                take a second. Sounds are decoded from end to end, and of clips 16 frames: for silence, for frames that
+                hardly differ, and for the same samples or frames in another file.
             against: Another dataset, such as the one to evaluate on, as a ``RetrievalDataset``, rows in a known layout,
                 or what ``load`` takes. Documents here that answer a query there are found by their bytes and, with
                 ``content=True``, as near-copies, and queries by their words.
@@ -702,7 +703,7 @@ class RetrievalDataset:
         Args:
             documents: What a document is made of, and so which are the same: ``"text"`` keeps all texts of one page
                 image, ``"text+image"`` asks for both parts to be equal. ``None`` is ``"image"`` where the corpus has
-                images, else ``"text"``.
+                images, so ``"audio"`` and ``"video"``; ``"mixed"`` where it has several of these, else ``"text"``.
 
         Raises:
             ConfigError: ``documents`` is unknown, or the corpus lacks a column of it.
@@ -758,6 +759,7 @@ class RetrievalDataset:
         stratify_column: str | None = None,
         together: Sequence[Sequence[str]] = (),
         queries: QueryKind | None = None,
+        documents: DocumentKind | None = None,
     ) -> tuple["RetrievalDataset", ...]:
         """Two datasets ``(train, evaluation)`` such that no document relevant on one side is relevant on the other.
 
@@ -778,6 +780,8 @@ class RetrievalDataset:
             together: Lists of ids of documents that stay on one side, such as near-copies; also as negatives.
             queries: What a query is made of, which decides which are the same: pass what will be trained with. ``None``
                 is everything that the queries have.
+            documents: What a document is made of, likewise; ``None`` as in ``deduplicate``. Equal passages of a corpus
+                that also has sounds are one with ``"mixed"``.
 
         Raises:
             DatasetError: The pages that queries share allow no split, there are no queries, a column is missing, or an
@@ -788,7 +792,7 @@ class RetrievalDataset:
         Warns:
             UserWarning: Fewer queries are left to train on than to evaluate.
         """
-        relevance = self.relevance if queries is None else self.relevance_of(self.relevance.documents, queries)
+        relevance = self.relevance_of(documents or self.relevance.documents, queries)
         relevance.require_queries()
         for name, value in {"eval_queries": eval_queries, "test_queries": test_queries}.items():
             if isinstance(value, float) and 0 < value < 1:

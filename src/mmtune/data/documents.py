@@ -31,7 +31,8 @@ DOCUMENT_KINDS = (
 )
 """All kinds of documents."""
 
-_RECORDINGS: dict[str, type[Recording]] = {"audio": Sound, "video": Clip}
+RECORDINGS: dict[str, type[Recording]] = {"audio": Sound, "video": Clip}
+"""What stands for the sounds and clips of documents, by column."""
 
 Reader = TypeVar("Reader", bound="DocumentReader")
 
@@ -146,10 +147,10 @@ class DocumentReader:
             raise DatasetError(
                 f"{name_item(document_id)} has no text: it is {parts['text']!r}. Give it one, or leave it out."
             )
-        for name in _RECORDINGS.keys() & parts.keys():
-            recording = _RECORDINGS[name](parts[name], document_id, self.limits)
+        for name in RECORDINGS.keys() & parts.keys():
+            recording = RECORDINGS[name](parts[name], document_id, self.limits)
             parts[name] = recording if self._is_lazy else recording.decode()
-        if len(parts) > 1 or _RECORDINGS.keys() & parts.keys():
+        if len(parts) > 1 or RECORDINGS.keys() & parts.keys():
             return parts
         return next(iter(parts.values()))
 
@@ -212,7 +213,7 @@ def require_pairs_of(documents: DocumentKind, queries: DocumentKind = "text") ->
             'queries="text" where the queries have texts.'
         )
     require_one_of("documents", documents, DOCUMENT_KINDS)
-    if documents != "video" and (documents == MIXED or not _RECORDINGS.keys().isdisjoint(documents.split("+"))):
+    if documents != "video" and (documents == MIXED or not RECORDINGS.keys().isdisjoint(documents.split("+"))):
         raise ConfigError(
             f"documents={documents!r}: rerankers read texts, pages, both together, and clips alone. Rank others by an "
             'embedding model, or pass documents="text" to rerank what is written about them.'
@@ -246,11 +247,11 @@ def recordings_of(
     ``id_class`` is what the ids are, as for ``EncodedImages``.
     """
     for name in document_columns(corpus, documents):
-        if name in _RECORDINGS:
+        if name in RECORDINGS:
             files, ids = EncodedImages(corpus, name), column(corpus, "document_id")
             for row in range(len(corpus)):
                 if documents != MIXED or files.lengths[row] >= 0 or files.path(row):
-                    yield _RECORDINGS[name](files.encoded(row), id_class(ids[row].as_py()), limits)
+                    yield RECORDINGS[name](files.encoded(row), id_class(ids[row].as_py()), limits)
 
 
 def check_recordings(recordings: Iterable[Recording], *, show_progress_bar: bool = True) -> None:

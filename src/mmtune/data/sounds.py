@@ -6,14 +6,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import xxhash
 
 from mmtune.arguments import ALL_OF_IT, MediaLimits, is_whole
-from mmtune.data.media import Recording, load_decoder
+from mmtune.data.media import Look, Recording, load_decoder
 from mmtune.errors import DatasetError, MediaDecodeError
 
 SHORTEST_S = 0.025
 """In seconds: a window of the spectrum of speech. Feature extractors crash on less (transformers 5.23)."""
 
+_SILENT = 1e-4  # of full scale; two steps of 16 bits, as dither has, are 6e-5
+_SAMPLES_AT_ONCE = 1 << 20
 _HIGHEST_RATE = 1_000_000
 _SUBTYPES = {"float": "FLOAT", "double": "FLOAT", "halffloat": "FLOAT", "int16": "PCM_16", "int32": "PCM_32"}
 
@@ -37,14 +40,9 @@ class Sound(Recording):
             rate = file.samplerate
             wanted = -1 if bounds.max_seconds is None else max(1, round(bounds.max_seconds * rate))
             channels = file.read(wanted, dtype="float32", always_2d=True)
-        if len(channels) < SHORTEST_S * rate:
-            raise self.error(
-                f"has {len(channels)} samples at {rate} Hz, and models read {SHORTEST_S} seconds or more, which are "
-                f"{round(SHORTEST_S * rate)}"
-            )
+        self._require_enough(len(channels), rate)
         samples = channels.mean(axis=1) if channels.shape[1] > 1 else channels[:, 0]
-        if not np.isfinite(samples).all():
-            raise self.error("holds samples that are not finite")
+        self._require_finite(samples)
         if bounds.sampling_rate not in (None, rate):
             samples = load_decoder("soxr", "Sounds of another rate", "audio").resample(
                 samples, rate, bounds.sampling_rate
@@ -53,6 +51,29 @@ class Sound(Recording):
         if bounds.max_seconds is not None:  # resampling rounds up
             samples = samples[: round(bounds.max_seconds * rate)]
         return {"array": np.ascontiguousarray(samples), "sampling_rate": rate}
+
+    def _require_enough(self, count: int, rate: int) -> None:
+        if count < SHORTEST_S * rate:
+            raise self.error(
+                f"has {count} samples at {rate} Hz, and models read {SHORTEST_S} seconds or more, which are "
+                f"{round(SHORTEST_S * rate)}"
+            )
+
+    def _require_finite(self, samples: np.ndarray) -> None:
+        if not np.isfinite(samples).all():
+            raise self.error("holds samples that are not finite")
+
+    def look(self) -> Look:
+        """A digest of all samples of all channels, and whether none is louder than -80 dB; a portion at a time."""
+        count, peak = 0, 0.0
+        with self.opened() as source, load_decoder("soundfile", "Sounds", "audio").SoundFile(source) as file:
+            rate, digest = file.samplerate, xxhash.xxh3_128(f"{file.samplerate} {file.channels}".encode())
+            for block in file.blocks(_SAMPLES_AT_ONCE, dtype="float32", always_2d=True):
+                self._require_finite(block)
+                digest.update(np.ascontiguousarray(block))
+                count, peak = count + len(block), max(peak, float(np.abs(block).max(initial=0)))
+        self._require_enough(count, rate)
+        return Look(digest.hexdigest(), peak < _SILENT)
 
     def is_cut(self, limits: MediaLimits) -> bool:
         """Whether it is longer than what is read of it."""

@@ -253,6 +253,12 @@ def has_content(table: Dataset, name: str) -> np.ndarray:
     return ~empty.to_numpy() if order is None else ~empty.to_numpy()[order]
 
 
+def has_file(table: Dataset) -> np.ndarray:
+    """Which rows have an image, a sound or a clip."""
+    has = [has_content(table, name) for name in media_columns(table.column_names)]
+    return np.any([np.zeros(len(table), dtype=bool), *has], axis=0)
+
+
 def is_number(kind: pa.DataType) -> bool:
     """Whether a column of this type holds integers or floats."""
     return pa.types.is_integer(kind) or pa.types.is_floating(kind)
