@@ -186,6 +186,20 @@ def test_a_sound_that_asks_for_itself_is_found_at_its_first_rank(hums, listener)
     assert [len(ids) for ids in mined.negatives["document_ids"]] == [2] * len(own)
 
 
+def test_a_prompt_that_stands_before_no_sound_is_said(hums, listener, monkeypatch, caplog):
+    monkeypatch.setitem(listener.prompts, "query", "Find the sound: ")
+    build_evaluator(hums, documents="audio", queries="audio", show_progress_bar=False)(listener)
+    assert "prompt for queries has no effect with queries='audio'" in caplog.text
+
+
+def test_mining_with_a_reranker_refuses_sounds_before_anything_is_embedded(hums, listener, monkeypatch):
+    monkeypatch.setattr("mmtune.inference.mining.require_reranker", lambda *args: None)
+    monkeypatch.setattr(listener, "encode_query", None)
+    for kinds in ({"documents": "audio"}, {"documents": "text", "queries": "audio"}):
+        with pytest.raises(ConfigError, match="rerankers read"):
+            mine_hard_negatives(hums, listener, reranker=object(), **kinds)
+
+
 def test_training_says_what_asked_and_what_was_read_in_part(hums, listener, tmp_path, caplog):
     queries = hums.queries.remove_columns("audio")
     longer = [hum(each["bytes"], seconds=1.0) for each in hums.corpus["audio"]]

@@ -70,7 +70,7 @@ class Sound(Recording):
             rate, digest = file.samplerate, xxhash.xxh3_128(f"{file.samplerate} {file.channels}".encode())
             for block in file.blocks(_SAMPLES_AT_ONCE, dtype="float32", always_2d=True):
                 self._require_finite(block)
-                digest.update(np.ascontiguousarray(block))
+                digest.update(np.ascontiguousarray(block).data)
                 count, peak = count + len(block), max(peak, float(np.abs(block).max(initial=0)))
         self._require_enough(count, rate)
         return Look(digest.hexdigest(), peak < _SILENT)

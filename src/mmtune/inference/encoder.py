@@ -294,8 +294,8 @@ def warn_of_unread_prompt(model: Retriever, reader: DatasetReader) -> None:
         )
 
 
-def warn_of_cut_texts(model: Retriever, reader: DatasetReader) -> None:
-    """Log a warning where queries, or the texts of documents, are longer than a model reads."""
+def warn_of_cut_inputs(model: Retriever, reader: DatasetReader) -> None:
+    """Log a warning where queries or documents, texts or recordings, are longer than what a model reads of them."""
     warn_of_unread_prompt(model, reader)
     for task, what in (("query", "queries"), ("document", "documents")):
         texts = reader.texts(task)
@@ -309,10 +309,6 @@ def warn_of_cut_texts(model: Retriever, reader: DatasetReader) -> None:
                 what,
                 _text_encoder(model, task).max_seq_length,
             )
-
-
-def warn_of_cut_recordings(model: Retriever, reader: DatasetReader) -> None:
-    """Log a warning where sounds or clips are longer than what a model reads of them."""
     cut = {
         "": count_cut(model, reader.corpus, reader.kind),
         "that ask ": count_cut(model, as_documents(reader.queries), reader.query_kind, task="query"),
