@@ -260,6 +260,18 @@ def test_pages_may_ask_for_texts(data: RetrievalDataset) -> None:
     assert [each.text for each in change.found[1]] == [QUERIES["q2"], ATTACK]
 
 
+def test_the_name_of_a_metric_says_what_asks_in_any_words(data: RetrievalDataset) -> None:
+    row = {**per_query().slice(0, 1).to_pylist()[0], "query_id": "p1"}
+    gallery = Gallery({"a": data}, "text+image", "text_to_image", thumbnails=True)
+    for metric, direction in (
+        ("vdr-rerank-a-text+image-to-text_ndcg@10", "image_to_text"),
+        ("vdr-rerank-a-text-to-text+image_ndcg@10", "text_to_image"),
+        ("vdr-rerank-a-image-to-text_ndcg@10", "image_to_text"),
+    ):
+        change = gallery.show([{**row, "metric": metric}])[0]
+        assert (change.set_name, change.asking.picture is not None) == ("a", direction == "image_to_text")
+
+
 def test_sets_are_told_apart_by_the_name_of_the_metric(data: RetrievalDataset, tmp_path: Path) -> None:
     other = data.select_queries(["q1"])
     for metric, name in (("vdr-b-a_cosine_ndcg@10", "b-a"), ("vdr-a_cosine_ndcg@10", "a"), ("guard_ndcg@10", "")):

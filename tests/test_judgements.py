@@ -5,6 +5,8 @@ from datasets import Dataset
 
 from mmtune import ConfigError, RetrievalDataset
 from mmtune.data.judgements import Judgements
+from mmtune.data.relevance import resolve_direction
+from mmtune.testing import generated_audio
 
 
 @pytest.fixture
@@ -47,3 +49,47 @@ def test_a_judgement_belongs_to_the_row_of_its_content(dataset, direction, each_
 def test_an_unknown_direction(dataset) -> None:
     with pytest.raises(ConfigError, match="direction='sideways' is unknown"):
         Judgements.of(dataset.relevance, "sideways")
+
+
+@pytest.mark.parametrize(
+    ("name", "documents", "queries", "expected"),
+    [
+        ("text_to_image", "video", "text", "text_to_image"),
+        ("image_to_text", "video", "image", "image_to_text"),
+        ("text_to_video", "video", "text", "text_to_image"),
+        ("video_to_text", "video", "text", "image_to_text"),
+        ("audio_to_audio", "audio", "audio", "text_to_image"),
+        ("text+image_to_text", "text+image", "text", "image_to_text"),
+        ("text_to_mixed", "mixed", "text", "text_to_image"),
+        ("image_to_text", "text", "image", "image_to_text"),
+    ],
+)
+def test_a_direction_may_name_what_asks_and_what_is_asked_for(name, documents, queries, expected):
+    assert resolve_direction(name, queries, documents) == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["text_to_audio", "video_to_video", "video", "", None, 3, ["text_to_video"], "TEXT_TO_VIDEO"]
+)
+def test_a_direction_that_names_other_kinds_is_refused_with_those_that_there_are(name):
+    expected = "'text_to_image', 'image_to_text', 'text_to_video', 'video_to_text'"
+    with pytest.raises(ConfigError, match=rf"is unknown where queries='text' and documents='video'.*{expected}"):
+        resolve_direction(name, "text", "video")
+
+
+def test_pairs_are_the_same_under_either_name_of_a_direction():
+    rows = generated_audio(6)
+    data = RetrievalDataset.from_id_rows(rows)
+    for general, named in (("text_to_image", "text_to_audio"), ("image_to_text", "audio_to_text")):
+        pairs = [
+            data.labeled_pairs(2, direction=each, documents="audio").with_format(None)[:] for each in (general, named)
+        ]
+        lists = [
+            data.labeled_lists(2, direction=each, documents="audio").with_format(None)[:] for each in (general, named)
+        ]
+        assert pairs[0] == pairs[1]
+        assert lists[0] == lists[1]
+    with pytest.raises(
+        ConfigError, match="direction='text_to_video' is unknown where queries='text' and documents='audio'"
+    ):
+        data.labeled_pairs(2, direction="text_to_video", documents="audio")

@@ -45,6 +45,8 @@ from mmtune.arguments import MODALITIES, MediaLimits
 from mmtune.data.arrow import with_encoded_images
 from mmtune.data.clips import Clip
 from mmtune.data.documents import kinds_of_documents
+from mmtune.data.findings import LOOKED_FOR
+from mmtune.data.identity import match_documents
 from mmtune.data.media import load_decoder
 from mmtune.data.rows import view_of
 from mmtune.data.sounds import Sound
@@ -190,6 +192,44 @@ def test_frames_far_into_a_clip_are_found_by_seeking(tmp_path):
     assert of(path=path, kind=Clip).decode(MediaLimits(max_pixels=256))["array"].shape == (120, 16, 16, 3)
 
 
+def clip_of(num_frames: int, path, *, seconds_of_sound: float = 0) -> bytes:
+    """A clip of frames that brighten, each a key frame, its header first; beside a silence where one is asked for."""
+    options = {"movflags": "faststart"} if path.suffix == ".mp4" else {}
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream("libx264rgb", rate=8, options={"qp": "0", "g": "1"})
+        stream.height, stream.width, stream.pix_fmt = 64, 64, "rgb24"
+        if seconds_of_sound:
+            audio = container.add_stream("pcm_s16le", rate=8_000, layout="mono")
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, int(8_000 * seconds_of_sound)), np.int16), layout="mono")
+            silence.sample_rate = 8_000
+            container.mux([*audio.encode(silence), *audio.encode()])
+        noise = np.random.default_rng(0).integers(0, 2, (num_frames, 64, 64, 3), dtype=np.uint8)
+        for at in range(num_frames):
+            frame = av.VideoFrame.from_ndarray(noise[at] + np.uint8(2 * at), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_frames": 4}, {"num_frames": 16}])
+@pytest.mark.parametrize("kind", ["mp4", "mkv"])
+def test_a_clip_that_is_cut_off_is_named_with_what_is_there(kind, limits, tmp_path):
+    whole = clip_of(60, tmp_path / f"clip.{kind}")
+    assert of(whole, kind=Clip).decode(MediaLimits(**limits))["video_metadata"]["total_num_frames"] == 60
+    problem = r"(is cut off: its header promises 60 frames in 7.5 s, and there are|can't be decoded)"
+    for share in (0.3, 0.6):
+        with pytest.raises(MediaDecodeError, match=rf"Document \"d'ö/1\" {problem}"):
+            of(whole[: int(share * len(whole))], kind=Clip).decode(MediaLimits(**limits))
+
+
+def test_a_clip_beside_a_longer_sound_is_read_evenly_and_in_full(tmp_path):
+    clip = of(clip_of(8, tmp_path / "clip.mkv", seconds_of_sound=4), kind=Clip)
+    found = clip.decode(MediaLimits(max_frames=4))
+    assert [int(frame.min()) // 2 for frame in found["array"]] == [0, 2, 4, 6]
+    assert found["video_metadata"]["total_num_frames"] == 8
+    assert clip.decode()["array"].shape[0] == 8
+
+
 # What is refused
 
 
@@ -256,6 +296,64 @@ def test_a_table_from_elsewhere_names_no_sounds_outside_its_folder(tmp_path):
 def test_columns_of_other_types_are_named(column, values):
     with pytest.raises(DatasetError, match=rf"Column '{column}' holds .*Expected datasets\.{column.title()}"):
         dataset(column, values)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int16", "int32"])
+def test_samples_beside_their_rate_are_sounds_of_the_same_numbers(dtype):
+    wave_form = np.sin(np.arange(4_000) / 10) * (20_000 if dtype.startswith("int") else 1)
+    samples = wave_form.astype(dtype)
+    rows = [{"array": samples, "sampling_rate": 8_000}, None, {"array": samples[::-1], "sampling_rate": 8_000.0}]
+    table = Dataset.from_dict(
+        {"id": ["a", "b", "c"], "query": ["one", None, "two"], "audio": rows, "text": [None, "b", None]}
+    )
+    shuffled = table.select([2, 0])
+    data = RetrievalDataset.from_id_rows(shuffled, negatives_column=None)
+    found = data.training_rows(0, documents="audio")[0]["image"]["audio"]
+    scale = np.iinfo(dtype).max + 1 if dtype.startswith("int") else 1
+    assert found["sampling_rate"] == 8_000
+    assert np.array_equal(found["array"], (samples[::-1] / scale).astype(np.float32))
+    twice = RetrievalDataset.from_columns(table.select([0, 0]).remove_columns(["id", "text"]))
+    assert twice.relevance.page.tolist() == [0, 0]
+    asking = (
+        table.select([0, 2]).remove_columns("query").rename_column("audio", "query").add_column("image", [b"x", b"y"])
+    )
+    assert RetrievalDataset.from_id_rows(asking, negatives_column=None).queries[1]["audio"]["bytes"][:4] == b".snd"
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ([[0.1, 0.2]], "Samples stand beside their rate"),
+        ([{"array": [[0.1], [0.2]], "sampling_rate": 8_000}], "holds arrays of list.*mean of the channels"),
+        ([{"array": [1, 2], "sampling_rate": 8_000}], "holds arrays of int64"),
+        ([{"array": ["a"], "sampling_rate": 8_000}], "holds arrays of string"),
+        *(
+            ([{"array": [0.1], "sampling_rate": rate}], f"sampling_rate={rate!r}")
+            for rate in (0, -1, None, "8", 0.5, 1e9)
+        ),
+        ([{"array": [0.1], "sampling_rate": float("nan")}], "sampling_rate=nan"),
+    ],
+)
+def test_samples_that_are_no_sound_are_named(values, problem):
+    with pytest.raises(DatasetError, match=rf"Column 'audio' .*{problem}"):
+        dataset("audio", values)
+
+
+def test_arrays_without_samples_and_with_nan_are_named_where_they_are_read():
+    for array, problem in (
+        ([], "'d0' has 0 samples"),
+        ([float("nan")] * 800, "'d0' holds samples that are not finite"),
+    ):
+        data = dataset("audio", [{"array": np.array(array, np.float32), "sampling_rate": 8_000}])
+        with pytest.raises(MediaDecodeError, match=problem):
+            data.check_pages(show_progress_bar=False)
+
+
+def test_frames_in_a_table_are_refused_with_what_to_do():
+    frames = {"array": np.zeros((2, 4, 4, 3), np.uint8), "video_metadata": {"fps": 2.0}}
+    for values in ([frames], [[b"a", b"b"]]):
+        with pytest.raises(DatasetError, match=r"Column 'video' .*Frames that are decoded are not read: encode them"):
+            dataset("video", values)
 
 
 @pytest.mark.parametrize(("package", "kind"), [("soundfile", Sound), ("soxr", Sound), ("av", Clip)])
@@ -332,6 +430,115 @@ def test_a_split_shares_no_sound():
     assert len(relevant) == 6
     assert not relevant & {*train.qrels["document_id"][:]}
     assert sounds[1] - sounds[0]
+
+
+def as_flac(content: bytes) -> bytes:
+    samples, rate = soundfile.read(io.BytesIO(content), dtype="int16")
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format="FLAC")
+    return buffer.getvalue()
+
+
+def remuxed(content: bytes) -> bytes:
+    """The same packets of a clip in Matroska."""
+    buffer = io.BytesIO()
+    with av.open(io.BytesIO(content)) as source, av.open(buffer, "w", format="matroska") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    return buffer.getvalue()
+
+
+def test_an_audit_hears_silence_damage_and_the_same_samples_in_another_file():
+    sounds = [tone(), tone(hertz=300), tone(0.5, hertz=0), as_flac(tone()), tone()[:20], tone(0.01), tone(0.5), tone()]
+    data = dataset("audio", [*sounds])
+    report = data.audit(content=True, show_progress_bar=False)
+    named = {
+        key: [each.document_ids for each in report[key].examples] for key in ("damaged_recordings", "silent_sounds")
+    }
+    assert named == {"damaged_recordings": [("d4",), ("d5",)], "silent_sounds": [("d2",)]}
+    assert [each.document_ids for each in report["same_recordings"].examples] == [("d0", "d3", "d7")]
+    assert (report["same_recordings"].count, report["still_clips"].count, report["damaged_pages"].count) == (2, 0, 0)
+    kept = data.without([report[key] for key in ("damaged_recordings", "silent_sounds", "same_recordings")])
+    assert kept.corpus["document_id"][:] == ["d0", "d1", "d6"]
+    assert {*kept.qrels["document_id"]} == {"d0", "d1", "d6"}
+
+
+def test_an_audit_sees_clips_that_stand_still_and_the_same_frames_in_another_file(tmp_path):
+    moving = generated_clips(2)["video"]
+    still = clip_of(1, tmp_path / "still.mp4")
+    clips = [moving[0]["bytes"], still, remuxed(moving[0]["bytes"]), moving[1]["bytes"], b"none"]
+    report = dataset("video", clips).audit(content=True, show_progress_bar=False)
+    found = {
+        key: [each.document_ids for each in report[key].examples]
+        for key in LOOKED_FOR["content=True"]
+        if report[key].count
+    }
+    assert found.pop("short_queries")
+    assert found == {"damaged_recordings": [("d4",)], "still_clips": [("d1",)], "same_recordings": [("d0", "d2")]}
+
+
+def test_what_else_a_document_has_keeps_it_from_being_the_same():
+    texts = ["one", "another", "one"]
+    data = dataset("audio", [tone(), as_flac(tone()), as_flac(tone())], text=texts)
+    assert data.audit(content=True, show_progress_bar=False)["same_recordings"].count == 0
+    once = dataset("audio", [tone(), as_flac(tone())], text=texts[::2])
+    assert once.audit(content=True, show_progress_bar=False)["same_recordings"].count == 1
+    words = " ".join(f"word{at}" for at in range(30))
+    spoken = dataset(
+        "audio", [tone(), tone(hertz=300), None, None], text=[words, words, words + " more", words + " more"]
+    )
+    copies = spoken.audit(content=True, show_progress_bar=False)["near_copies"]
+    assert [each.document_ids for each in copies.examples] == [("d2", "d3")]
+
+
+def test_leaks_are_found_by_samples_and_of_passages_by_their_text():
+    corpus = {"text": [None, None, "a passage", "a passage that is elsewhere"]}
+    train = dataset("audio", [tone(), tone(hertz=300), None, None], **corpus)
+    corpus = {"text": ["a passage", None, "another", None], "image": [None, None, None, b"no page"]}
+    evaluation = dataset("audio", [None, as_flac(tone()), None, None], **corpus)
+    report = train.audit(content=True, against=evaluation, show_progress_bar=False)
+    pairs = {
+        key: [each.document_ids for each in report[key].examples] for key in ("leaked_documents", "leaked_near_copies")
+    }
+    assert pairs == {"leaked_documents": [("d2", "d0")], "leaked_near_copies": [("d0", "d1")]}
+    assert [each.document_ids for each in report["unread_answers"].examples] == [("d3",)]
+    assert report["damaged_pages"].count == 0
+    everything = np.arange(4)
+    assert match_documents(train.corpus, evaluation.corpus, everything, everything) == [(2, 0)]
+
+
+@pytest.mark.parametrize("kind", ["audio", "video", "mixed"])
+def test_a_split_keeps_equal_documents_on_one_side(kind):
+    made = {"audio": generated_audio, "video": generated_clips, "mixed": mixed_rows}[kind](4)
+    rows = concatenate_datasets([made, made.select(range(len(made)))])
+    ids = [f"r{at}" for at in range(len(rows))]
+    names = [name for name in ("audio", "video", "image", "text") if name in made.column_names]
+    rows = rows.select_columns(names).add_column("id", ids).add_column("query", [f"query {each}" for each in ids])
+    data = RetrievalDataset.from_id_rows(rows)
+    half = len(made)
+    page = data.relevance_of(kind).page
+    assert page[half:].tolist() == [*range(half)]
+    for train, evaluation in (data.split(2), data.split(2, documents=kind)):
+        sides = [{page[ids.index(each)] for each in side.qrels["document_id"]} for side in (train, evaluation)]
+        assert not sides[0] & sides[1]
+    assert len(data.deduplicate(documents=kind).corpus) == half
+
+
+def test_equal_passages_beside_sounds_are_one_where_that_is_said():
+    data = dataset("audio", [tone(), tone(hertz=300), None, None], text=[None, None, "same", "same"])
+    assert data.relevance_of("mixed").page.tolist() == [0, 1, 2, 2]
+    for seed in range(6):
+        train, evaluation = data.split(1, documents="mixed", seed=seed)
+        assert not ({"d2", "d3"} & {*train.qrels["document_id"]} and {"d2", "d3"} & {*evaluation.qrels["document_id"]})
+
+
+def test_texts_of_mixed_corpora_that_are_cut_are_said(listener, caplog):
+    data = dataset("audio", [tone(), None], text=[None, "a very long passage " * 200])
+    build_evaluator(data, documents="mixed", show_progress_bar=False)(load_model(listener, device="cpu"))
+    assert "1 of 1 documents have more tokens than" in caplog.text
 
 
 # Models
@@ -505,12 +712,19 @@ def test_a_reranker_is_given_each_clip_with_its_own_frames_and_times(qwen3_vl_pa
         direction: build_reranking_evaluator(
             data, direction=direction, documents="video", num_candidates=2, show_progress_bar=False
         )
-        for direction in ("text_to_image", "image_to_text")
+        for direction in ("text_to_image", "image_to_text", "text_to_video", "video_to_text")
     }
-    for direction, evaluator in evaluators.items():
-        assert 0 < evaluator(reranker)["vdr-rerank_ndcg@10"] <= 1, direction
+    scores = {direction: evaluator(reranker) for direction, evaluator in evaluators.items()}
+    assert 0 < scores["text_to_image"]["vdr-rerank_ndcg@10"] <= 1
+    assert scores["text_to_image"] == scores["text_to_video"] != scores["image_to_text"] == scores["video_to_text"]
+    choice = {"documents": "video", "directions": ("text_to_video", "video_to_text"), "allow_overlap": True}
     one_step = {"max_steps": 1, "per_device_train_batch_size": 4, "num_negatives": 1}
-    finetune_reranker(qwen3_vl_path, data, documents="video", output_dir=tmp_path / "run", **one_step)
+    prompts = {"video_to_text": "Does the text say what moves?"}
+    result = finetune_reranker(
+        qwen3_vl_path, data, data, output_dir=tmp_path / "run", prompts=prompts, **choice, **one_step
+    )
+    assert {f"vdr-rerank-{each}_ndcg@10" for each in ("text-to-video", "video-to-text", "mean")} <= result.after.keys()
+    assert result.model.prompts["image_to_text"] == prompts["video_to_text"]
     made = encoder.preprocess
     clip = Clip(data.corpus[0]["video"], "d").decode()
     with reading_pages(reranker):
@@ -614,6 +828,30 @@ def test_a_frame_is_no_larger_than_a_page_may_be(qwen3_vl_path, max_pixels, grid
 
 
 @pytest.mark.usefixtures("qwen3_vl_path")
+def test_a_limit_of_pixels_bounds_the_frames_of_a_language_model(qwen3_vl_path, tmp_path):
+    clip = of(generated_clips(1)[0]["video"]["bytes"], kind=Clip)
+
+    def grid(model: SentenceTransformer) -> list[list[int]]:
+        encoder = next(module for module in model.modules() if isinstance(module, Transformer))
+        with reading_pages(model):
+            return encoder.preprocess([{"video": clip}])["video_grid_thw"].tolist()
+
+    limited = load_model(qwen3_vl_path, device="cpu", max_pixels=32 * 32)
+    assert grid(limited) == [[4, 2, 2]]
+    limited.save_pretrained(str(tmp_path / "saved"))
+    assert grid(load_model(tmp_path / "saved", device="cpu")) == [[4, 2, 2]]
+    whole = load_model(qwen3_vl_path, device="cpu")
+    assert grid(whole) == [[4, 4, 4]]
+    data = own_rows(generated_clips(4), "video")
+    steps = {"max_steps": 1, "per_device_train_batch_size": 2, "num_negatives": 0, "matryoshka_dims": None}
+    result = finetune(whole, data, documents="video", output_dir=tmp_path / "run", max_pixels=32 * 32, **steps)
+    assert grid(result.model) == [[4, 2, 2]]
+    with pytest.warns(UserWarning, match="max_pixels=1024 is not applied"):
+        fixed = load_model(tiny_videomae(tmp_path / "videomae"), device="cpu", max_pixels=32 * 32)
+    assert media_limits_of(fixed[0], "video").max_pixels is None
+
+
+@pytest.mark.usefixtures("qwen3_vl_path")
 def test_a_clip_encoder_gets_as_many_frames_as_it_takes(tmp_path):
     model = compose_router(
         tiny_text_encoder(tmp_path / "text"), video=tiny_videomae(tmp_path / "videomae"), device="cpu"
@@ -665,8 +903,8 @@ def test_a_photo_finds_the_sound(router, tmp_path):
     assert result.settings["evaluation"]["largest_change_by_batch_size"] < 1e-5
 
 
-@pytest.mark.parametrize("queries", ["audio", "video", "mixed"])
-def test_sounds_clips_and_mixed_queries_are_refused_by_name(queries):
+@pytest.mark.parametrize("queries", ["video", "mixed"])
+def test_clips_and_mixed_queries_are_refused_by_name(queries):
     with pytest.raises(ConfigError, match=rf"queries='{queries}' is unknown\. Expected one of 'text', 'image'"):
         photos_that_ask(2).training_rows(documents="audio", queries=queries)
 

@@ -17,6 +17,11 @@ from mmtune.host import stored_positions
 ENCODED = {"image": Image(decode=False), "audio": Audio(decode=False), "video": Video(decode=False)}
 """The columns of files that stay encoded until they are used, by what they hold: ``{"bytes", "path"}`` each."""
 PLURALS = {"image": "images", "audio": "sounds", "video": "clips"}
+_HOW_TO_ENCODE = {
+    "audio": "Samples stand beside their rate: {'array': samples, 'sampling_rate': 16_000}. ",
+    # in a table they take a hundred times the space of a file, and may be of any times
+    "video": "Frames that are decoded are not read: encode them, e.g. by av, and store bytes or paths. ",
+}
 
 
 def column(dataset: Dataset, name: str) -> pa.Array:
@@ -241,7 +246,7 @@ def with_encoded_images(rows: Dataset, name: str, kind: str = "image") -> Datase
     """``rows`` with column ``name`` typed ``Image(decode=False)``; bytes and paths stay where they are.
 
     Accepts ``Image`` columns, structs of ``bytes`` and ``path``, plain binary (encoded images) and plain strings
-    (paths).
+    (paths). Samples with their ``sampling_rate`` are written as sounds, which keeps every number.
 
     Args:
         rows: Any dataset.
@@ -257,16 +262,25 @@ def with_encoded_images(rows: Dataset, name: str, kind: str = "image") -> Datase
     stored = rows.data.table.column(name).type
     if pa.types.is_struct(stored) and {"bytes", "path"} <= {field.name for field in stored}:
         return rows.cast_column(name, encoded)
+    chunks = rows.data.table.column(name).chunks
+    if (
+        kind == "audio"
+        and pa.types.is_struct(stored)
+        and {"array", "sampling_rate"} <= {field.name for field in stored}
+    ):
+        from mmtune.data.sounds import write_samples  # it stands on this module
+
+        chunks, stored = [write_samples(chunk, name) for chunk in chunks], pa.binary()
     if not (
         is_text(stored) or pa.types.is_binary(stored) or pa.types.is_large_binary(stored) or pa.types.is_null(stored)
     ):
         raise DatasetError(
             f"Column {name!r} holds {stored}, which can't be {PLURALS[kind]}. Expected datasets.{kind.title()}, a "
-            "struct of bytes and path, encoded bytes, or paths. Name the right column, or cast this one to "
-            f"datasets.{kind.title()}()."
+            f"struct of bytes and path, encoded bytes, or paths. {_HOW_TO_ENCODE.get(kind, '')}Name the right column, "
+            f"or cast this one to datasets.{kind.title()}()."
         )
     structs = []
-    for chunk in rows.data.table.column(name).chunks:
+    for chunk in chunks:
         paths = chunk if is_text(stored) else pa.nulls(len(chunk))
         content = pa.nulls(len(chunk)) if is_text(stored) else chunk
         fields = [content.cast(pa.binary()), paths.cast(pa.string())]

@@ -4,15 +4,19 @@ import math
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from mmtune.arguments import ALL_OF_IT, MediaLimits
-from mmtune.data.media import Recording, load_decoder
+from mmtune.data.media import Look, Recording, load_decoder
 from mmtune.errors import MediaDecodeError
 
 MAX_FRAMES = 768
 """Frames that are read of a clip where nobody says; as many as Qwen3-VL reads at most."""
 
 _WORTH_SEEKING_S = 5.0
+_LOOK = MediaLimits(max_frames=16, max_pixels=512 * 512)
+_HARDLY = 24  # of 255, at the pixel that differs most: more than what codecs leave where nothing moves
+_MOST_LOST = 0.05  # of what a header promises: many are a frame or two too long
 
 
 class Clip(Recording):
@@ -23,22 +27,35 @@ class Clip(Recording):
     def decode(self, limits: MediaLimits = ALL_OF_IT) -> dict[str, Any]:
         """``{"array", "video_metadata"}``: uint8 of shape ``(frames, height, width, 3)``, and when each was taken.
 
-        Frames are chosen evenly, by their time; only those are turned into pixels.
+        Frames are chosen evenly, by their time; only those are turned into pixels. The last one stands in for one or
+        two that a header promises beyond it.
 
         Raises:
-            MediaDecodeError: It is no clip, has no frames, or is damaged.
+            MediaDecodeError: It is no clip, has no frames, or is damaged, or cut off.
             MissingExtraError: PyAV is not installed.
         """
         bounds = self.limits.within(limits)
         with self.opened() as source, load_decoder("av", "Clips", "video").open(source) as container:
             stream = self._stream(container)
             rate = float(stream.average_rate or stream.guessed_rate or 24)
-            total = max(1, round(self._seconds_of(container, stream) * rate)) if not stream.frames else stream.frames
+            seconds = self._seconds_of(container, stream)
+            total = stream.frames or max(1, round(seconds * rate))
             chosen = choose_frames(total, rate, bounds)
-            frames = list(_read_frames(container, stream, chosen, rate, bounds.max_pixels))
-        if not frames:
-            raise self.error("has no frames that can be decoded")
-        # the header may promise more frames than there are: the last one stands in for these
+            frames, end_s = _read_frames(container, stream, chosen, rate, bounds.max_pixels)
+            if not frames:
+                raise self.error("has no frames that can be decoded")
+            there = max(1, round(end_s * rate))
+            if len(frames) < len(chosen) and total - there > max(1, _MOST_LOST * total):
+                is_promised = stream.duration is not None or len(container.streams) == 1
+                if is_promised and seconds - end_s > max(1 / rate, _MOST_LOST * seconds):
+                    raise self.error(
+                        f"is cut off: its header promises {total} frames in {seconds:.1f} s, and there are {there} in "
+                        f"{end_s:.1f} s"
+                    )
+                # the length was that of another stream, or of what was there before the clip was trimmed
+                total, chosen = there, choose_frames(there, rate, bounds)
+                container.seek(0)
+                frames, _ = _read_frames(container, stream, chosen, rate, bounds.max_pixels)
         frames += [frames[-1]] * (len(chosen) - len(frames))
         metadata = {
             "fps": rate,
@@ -58,6 +75,14 @@ class Clip(Recording):
         except MediaDecodeError:
             return False
         return len(set(choose_frames(total, rate, self.limits.within(limits)))) < total
+
+    def look(self) -> Look:
+        """A digest of 16 frames, made small, with the number of all, and whether these 16 hardly differ."""
+        found = self.decode(_LOOK)
+        frames = found["array"].astype(np.int16)
+        digest = xxhash.xxh3_128(f"{found['video_metadata']['total_num_frames']} {frames.shape}".encode())
+        digest.update(found["array"])
+        return Look(digest.hexdigest(), bool(np.abs(frames - frames[0]).max() <= _HARDLY))
 
     def check(self) -> None:
         """Make sure that its first frame can be decoded."""
@@ -100,26 +125,28 @@ def choose_frames(total: int, rate: float, limits: MediaLimits) -> list[int]:
     return [at * read // count for at in range(count)]
 
 
-def _read_frames(container: Any, stream: Any, chosen: list[int], rate: float, max_pixels: int | None) -> Any:
-    """The chosen frames, each as often as it is chosen."""
+def _read_frames(
+    container: Any, stream: Any, chosen: list[int], rate: float, max_pixels: int | None
+) -> tuple[list[np.ndarray], float]:
+    """The chosen frames, each as often as it is chosen, and the second at which the last one that was seen ends."""
     start = float((stream.start_time or 0) * stream.time_base)
-    at = 0  # the next that is wanted
-    frames, last_s = container.decode(stream), 0.0
-    while at < len(chosen):
+    found: list[np.ndarray] = []
+    frames, last_s, end_s = container.decode(stream), 0.0, 0.0
+    while (at := len(found)) < len(chosen):
         wanted_s = chosen[at] / rate
         if wanted_s - last_s > _WORTH_SEEKING_S:
             container.seek(int((wanted_s + start) / stream.time_base), stream=stream)
             frames = container.decode(stream)
         for frame in frames:
             last_s = wanted_s if frame.time is None else frame.time - start
+            end_s = last_s + (float(frame.duration * frame.time_base) if frame.duration else 1 / rate)
             if last_s >= wanted_s - 0.5 / rate:
                 break
         else:
-            return
+            break
         pixels = _to_rgb(frame, max_pixels)
-        while at < len(chosen) and chosen[at] / rate - 0.5 / rate <= last_s:
-            yield pixels
-            at += 1
+        found += [pixels] * sum(each / rate - 0.5 / rate <= last_s for each in chosen[at:])
+    return found, end_s
 
 
 def _to_rgb(frame: Any, max_pixels: int | None) -> np.ndarray:

@@ -14,14 +14,16 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from tqdm.auto import tqdm
 
-from mmtune.data.arrow import IntLists, column
+from mmtune.data.arrow import IntLists, column, media_columns
+from mmtune.data.documents import RECORDINGS
 from mmtune.data.findings import Example
-from mmtune.data.identity import match_documents, match_queries, text_digest
+from mmtune.data.identity import identical_documents, match_documents, match_queries, text_digest
 from mmtune.data.images import EncodedImages, decode_page, stored_size
+from mmtune.data.media import Look
 from mmtune.data.near_copies import RASTER_PX, AlignedPage, Sketch, find_candidates, make_raster, sketch_page
 from mmtune.data.relevance import Relevance
-from mmtune.data.tables import has_content, query_parts
-from mmtune.errors import ImageDecodeError
+from mmtune.data.tables import has_content, has_file, query_parts
+from mmtune.errors import ImageDecodeError, MediaDecodeError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -73,6 +75,7 @@ def look_into(
     if content:
         entries |= {**_find_odd_queries(pages), **pages.find_odd()}
         entries["near_copies"], entries["look_alikes"] = _group_alike(pages)
+        entries["same_recordings"] = pages.group_recordings()
         measures = {name: _spread(values) for name, values in pages.measure().items() if len(values)}
     if against is not None:
         others = _Pages(against, run, rows=_find_answers(against))
@@ -80,10 +83,11 @@ def look_into(
         entries["unread_answers"] = others.find_unread(decode=content)
         if content:
             known = {example.document_ids[0] for example in entries["leaked_documents"]}
+            copies = [(one, other) for one, other, is_copy in _compare(pages, others) if is_copy]
             entries["leaked_near_copies"] = [
                 Example((), (pages.ids[one], others.ids[other]))
-                for one, other, is_copy in _compare(pages, others)
-                if is_copy and pages.ids[one] not in known
+                for one, other in [*copies, *pages.match_recordings(others)]
+                if pages.ids[one] not in known
             ]
     return Content({key: tuple(found) for key, found in entries.items()}, measures)
 
@@ -138,8 +142,8 @@ class _Pages:
         self.corpus = relevance.tables.corpus
         self.ids: list[str] = relevance.document_ids.to_pylist()
         self.rows = np.unique(relevance.page if rows is None else relevance.page[rows])
-        self.has_images = "image" in self.corpus.column_names
-        self._images = self.corpus.select_columns(["image"]) if self.has_images else None
+        self._media = media_columns(self.corpus.column_names)
+        self._images = self.corpus.select_columns(["image"]) if "image" in self._media else None
         self._texts = column(self.corpus, "text") if "text" in self.corpus.column_names else None
         page = relevance.page
         self._documents_of_page = IntLists.grouped(page, np.arange(len(page)), len(page))
@@ -149,8 +153,37 @@ class _Pages:
     @cached_property
     def looked(self) -> dict[int, _Looked]:
         """Each page after one look, by its row."""
-        rows = self.rows.tolist() if self.has_images else []
+        rows = self.rows_with("image")
         return dict(zip(rows, self.run.map(self._look, rows, "Looking at pages"), strict=True))
+
+    def rows_with(self, name: str) -> list[int]:
+        """The pages that have a file in a column, or should have: where there are several columns each has some."""
+        if name not in self._media:
+            return []
+        has = has_content(self.corpus, name)[self.rows] if len(self._media) > 1 else slice(None)
+        return self.rows[has].tolist()
+
+    @cached_property
+    def are_texts(self) -> frozenset[int]:
+        """The pages that are texts and nothing else; none in a corpus of images, which all should have one."""
+        if self._media == ["image"]:
+            return frozenset()
+        return frozenset(self.rows[~has_file(self.corpus)[self.rows]].tolist())
+
+    @cached_property
+    def recordings(self) -> dict[tuple[int, str], Look | None]:
+        """What a look at each sound and clip found, by its page and column; ``None`` where it can't be decoded."""
+        files = {name: EncodedImages(self.corpus, name) for name in self._media if name in RECORDINGS}
+
+        def decode(recording: tuple[int, str]) -> Look | None:
+            row, name = recording
+            try:
+                return RECORDINGS[name](files[name].encoded(row), self.ids[row]).look()
+            except MediaDecodeError:
+                return None
+
+        todo = [(row, name) for name in files for row in self.rows_with(name)]
+        return dict(zip(todo, self.run.map(decode, todo, "Decoding sounds and clips"), strict=True))
 
     def _look(self, row: int) -> _Looked:
         try:
@@ -199,21 +232,47 @@ class _Pages:
         return tuple(word for k in self._documents_of_page[row] for word in split_words(self._texts[int(k)].as_py()))
 
     def find_odd(self) -> dict[str, list[Example]]:
-        """Every document whose page can't be decoded, or is blank."""
+        """Every document whose page can't be decoded, or is blank, and whose sound or clip is."""
         damaged = {row for row, page in self.looked.items() if page.sketch is None}
         blank = set(self.looked) - damaged - set(self.compared_rows)
-        kinds = {"damaged_pages": damaged, "blank_pages": blank}
+        says_nothing = [key for key, look in self.recordings.items() if look is not None and look.says_nothing]
+        kinds = {
+            "damaged_pages": damaged,
+            "blank_pages": blank,
+            "damaged_recordings": {row for (row, _), look in self.recordings.items() if look is None},
+            "silent_sounds": {row for row, name in says_nothing if name == "audio"},
+            "still_clips": {row for row, name in says_nothing if name == "video"},
+        }
         page = self.relevance.page.tolist()
         return {key: [Example((), (self.ids[k],)) for k in range(len(page)) if page[k] in kinds[key]] for key in kinds}
 
     def find_unread(self, *, decode: bool) -> list[Example]:
-        """Every page that can't be compared: its image is missing or empty or, where all are decoded, damaged."""
-        if not self.has_images:
-            return []
-        unread = self.rows[EncodedImages(self.corpus).lengths[self.rows] <= 0].tolist()
+        """Every page that can't be compared: its file is missing or empty or, where all are decoded, damaged."""
+        lengths = {name: EncodedImages(self.corpus, name).lengths for name in self._media}
+        unread = [row for name in self._media for row in self.rows_with(name) if lengths[name][row] <= 0]
         if decode:
             unread += [row for row, page in self.looked.items() if page.sketch is None]
+            unread += [row for (row, _), look in self.recordings.items() if look is None]
         return [Example((), (self.ids[row],)) for row in sorted(set(unread))]
+
+    def group_recordings(self) -> list[Example]:
+        """Groups of documents whose sounds and clips are the same, and all else that they have."""
+        images = identical_documents(self.corpus, "image") if self._images is not None else np.array([])
+        with_image, found = {*self.rows_with("image")}, defaultdict(list)
+        for (row, name), look in self.recordings.items():
+            found[row].append((name, None if look is None else look.digest))
+        rows_by_content: dict[object, list[int]] = defaultdict(list)
+        for row, parts in found.items():
+            if all(digest for _, digest in parts):
+                image = int(images[row]) if row in with_image else None
+                rows_by_content[tuple(parts), image, self.read_words(row)].append(row)
+        return [Example((), self.documents_of(rows)) for rows in rows_by_content.values() if len(rows) > 1]
+
+    def match_recordings(self, others: "_Pages") -> list[tuple[int, int]]:
+        """Pairs of pages here and there with the same sound or clip."""
+        first = {look.digest: row for (row, _), look in reversed(others.recordings.items()) if look is not None}
+        found = ((row, look.digest) for (row, _), look in self.recordings.items() if look is not None)
+        return [(row, first[digest]) for row, digest in found if digest in first]
 
     def documents_of(self, rows: Iterable[int]) -> tuple[str, ...]:
         """The ids of all documents that have one of these pages."""
@@ -266,7 +325,7 @@ def _compare(pages: _Pages, others: _Pages | None = None) -> list[tuple[int, int
             words = pages.read_words(one), right.read_words(other)
             has_words = min(map(len, words)) >= _MIN_WORDS
             is_same_text = has_words and words[0] == words[1]
-            if is_same_text and not pages.has_images:
+            if is_same_text and one in pages.are_texts and (others is not None or other in pages.are_texts):
                 found.append((one, other, True))
                 continue
             is_seen = one in pages.comparable and other in right.comparable

@@ -27,7 +27,7 @@ from mmtune.data.audit import AuditReport, examine
 from mmtune.data.card import make_card
 from mmtune.data.combining import concatenate_tables, merge_copies, undo_label_changes
 from mmtune.data.content import look_into
-from mmtune.data.documents import DocumentKind, check_recordings, document_columns
+from mmtune.data.documents import DocumentKind, check_recordings, document_columns, recordings_of
 from mmtune.data.export import ExportLayout, Split, export_dataset
 from mmtune.data.findings import Finding
 from mmtune.data.hub import push_dataset
@@ -37,7 +37,7 @@ from mmtune.data.label_changes import label_changes
 from mmtune.data.negatives import OnShort
 from mmtune.data.pdf_corpus import build_from_pdfs
 from mmtune.data.query_kinds import QueryKind, as_documents, query_columns
-from mmtune.data.relevance import Direction, Relevance
+from mmtune.data.relevance import DirectionName, Relevance
 from mmtune.data.removal import take_out
 from mmtune.data.rows import labeled_lists, labeled_pairs, training_rows
 from mmtune.data.splitting import split_tables
@@ -52,7 +52,7 @@ class RetrievalDataset:
     table          columns
     =============  ====================================================================================
     ``corpus``     ``document_id``; ``image``, ``audio``, ``video`` (encoded) and/or ``text``; others
-    ``queries``    ``query_id``, ``text`` and/or ``image`` (encoded); other columns are kept
+    ``queries``    ``query_id``; ``text``, ``image``, ``audio`` (encoded), as they ask; others
     ``qrels``      ``query_id``, ``document_id``, ``score`` (an integer of 1 and above)
     ``negatives``  ``query_id``, ``document_ids`` (best first); ``None`` where there are none
     =============  ====================================================================================
@@ -61,8 +61,8 @@ class RetrievalDataset:
     all: pages to be encoded, or asked about with ``generate_queries``. Ids are strings. Images stay bytes or paths, and
     no method copies them.
 
-    A query may ask with an image, alone or beside its text, which may then be blank. It is read as a text wherever
-    ``queries=`` does not say otherwise.
+    A query may ask with an image or a sound, alone or beside its text, which may then be blank. It is read as a text
+    wherever ``queries=`` does not say otherwise.
 
     Args:
         corpus: The documents.
@@ -71,8 +71,8 @@ class RetrievalDataset:
         negatives: For each query the documents that look relevant and are not.
 
     Raises:
-        DatasetError: A column is missing or of the wrong type, an id stands twice, a query has neither text nor image,
-            or none of the queries has a relevant document.
+        DatasetError: A column is missing or of the wrong type, an id stands twice, a query has nothing to ask
+            with, or none of the queries has a relevant document.
         MissingDocumentError: A judgement or a negative refers to an id that is not there.
 
     Example:
@@ -116,6 +116,7 @@ class RetrievalDataset:
         query_image_column: str | None = "query_image",
         audio_column: str = "audio",
         video_column: str = "video",
+        query_audio_column: str | None = "query_audio",
     ) -> "RetrievalDataset":
         """A dataset from one row per page whose negatives are ids of other rows.
 
@@ -136,7 +137,7 @@ class RetrievalDataset:
         Args:
             rows: The table; its order does not matter.
             id_column: Unique ids, strings or integers.
-            query_column: Texts, or images that ask; ``query_id`` is the row's id.
+            query_column: Texts, or images or sounds that ask; ``query_id`` is the row's id.
             image_column: Images, encoded or as paths.
             negatives_column: Lists of ids, best first; a row's own id among them is not used, and audited. ``None``
                 where the rows list no negatives; that is also what the default means for rows without such a column,
@@ -147,6 +148,7 @@ class RetrievalDataset:
                 for rows without one. Where there is one, there may be no ``query_column``.
             audio_column: Sounds, encoded or as paths, where there are any.
             video_column: Clips likewise.
+            query_audio_column: Sounds that ask, as ``query_image_column``: the column ``audio`` of the queries.
 
         Raises:
             DatasetError: A column is missing or of the wrong type, an id stands twice, a row has no image, or there are
@@ -164,7 +166,7 @@ class RetrievalDataset:
                 video_name=video_column,
                 negatives_name=negatives_column,
                 on_missing=on_missing,
-                asking_name=query_image_column,
+                asking={"image": query_image_column, "audio": query_audio_column},
             )
         )
 
@@ -179,6 +181,7 @@ class RetrievalDataset:
         query_image_column: str | None = "query_image",
         audio_column: str = "audio",
         video_column: str = "video",
+        query_audio_column: str | None = "query_audio",
     ) -> "RetrievalDataset":
         """A dataset from one row per query with the images in it.
 
@@ -199,6 +202,7 @@ class RetrievalDataset:
             query_image_column: As for ``from_id_rows``.
             audio_column: Sounds, where there are no images; the negatives are sounds then.
             video_column: Clips, where there are neither.
+            query_audio_column: As for ``from_id_rows``.
 
         Raises:
             DatasetError: A column is missing or of the wrong type, looks like negatives and would not be used, or no
@@ -211,7 +215,7 @@ class RetrievalDataset:
                 query_name=query_column,
                 image_name=image_column,
                 negative_names=negative_columns,
-                asking_name=query_image_column,
+                asking={"image": query_image_column, "audio": query_audio_column},
                 audio_name=audio_column,
                 video_name=video_column,
             )
@@ -228,7 +232,7 @@ class RetrievalDataset:
         ========  =====================================================================================
         corpus    ``document_id``, ``corpus-id``, ``corpus_id``, ``docid``, ``_id`` or ``id``; ``image``
         queries   ``query_id``, ``query-id``, ``_id`` or ``id``; ``query``, ``query_text`` or ``text``;
-                  ``image`` or ``query_image``, alone or beside the text
+                  ``image``, ``query_image``, ``audio`` or ``query_audio``, alone or beside the text
         qrels     the ids as above; ``score``, ``relevance`` or ``label``, integers or floats
         ========  =====================================================================================
 
@@ -237,7 +241,7 @@ class RetrievalDataset:
 
         Args:
             corpus: The documents.
-            queries: The queries; those with neither text nor image are left out and counted.
+            queries: The queries; those with nothing to ask with are left out and counted.
             qrels: The judgements. ``None`` takes ``positive_document_ids`` of the queries.
 
         Raises:
@@ -382,7 +386,7 @@ class RetrievalDataset:
 
     @property
     def queries(self) -> Dataset:
-        """The queries: ``query_id``, ``text``, ``image`` where images ask, and what else the rows held."""
+        """The queries: ``query_id``, ``text``, ``image`` and ``audio`` where these ask, and what else the rows held."""
         return self.tables.queries
 
     @property
@@ -479,8 +483,8 @@ class RetrievalDataset:
             on_short: What to do with a query that has too few negatives: ``"random"`` fills with documents that are not
                 relevant to it, ``"drop"`` leaves its rows out, ``"error"`` raises.
             seed: Of the filling.
-            queries: What a query is made of: ``"text"``, ``"image"`` or ``"text+image"``; it decides which queries are
-                the same, too.
+            queries: What a query is made of: ``"text"``, ``"image"``, ``"text+image"``, ``"audio"`` or
+                ``"text+audio"``; it decides which queries are the same, too.
             max_seconds: How much is read of a sound or a clip, from its beginning; ``None`` is all of it.
             fps: Frames a second of a clip, at most; ``None`` keeps those that there are.
             max_frames: Frames of a clip, at most, evenly spread; ``None`` is 768.
@@ -527,7 +531,7 @@ class RetrievalDataset:
         self,
         num_negatives: int = 4,
         *,
-        direction: Direction = "text_to_image",
+        direction: DirectionName = "text_to_image",
         documents: DocumentKind = "image",
         seed: int = 42,
         queries: QueryKind = "text",
@@ -539,8 +543,9 @@ class RetrievalDataset:
 
         Args:
             num_negatives: Pairs of label 0 to each pair of label 1.
-            direction: ``"text_to_image"`` asks with a query for pages. ``"image_to_text"`` asks with a page for
-                queries: its negatives are first those that list the page as a negative.
+            direction: ``"text_to_image"`` asks with a query for documents, whatever both are made of.
+                ``"image_to_text"`` asks with a document for queries: its negatives are first those that list it as a
+                negative. What they are made of may stand in their place, as in ``"video_to_text"``.
             documents: What a document is made of, such as ``"image"``, ``"text+image"``, ``"audio"`` or ``"mixed"``.
             seed: Of the filling.
             queries: What a query is made of, likewise.
@@ -561,7 +566,7 @@ class RetrievalDataset:
         self,
         num_negatives: int = 4,
         *,
-        direction: Direction = "text_to_image",
+        direction: DirectionName = "text_to_image",
         documents: DocumentKind = "image",
         seed: int = 42,
         queries: QueryKind = "text",
@@ -606,7 +611,8 @@ class RetrievalDataset:
             content: Whether to decode every page, for near-copies, look-alikes, blank and damaged pages, and to read
                 the texts, for queries that are short or copied from their page; with sizes and lengths. Of a page a
                 thumbnail and a hash are kept, whatever their number. Minutes for 10,000 pages, where the tables alone
-                take a second.
+                take a second. Sounds are decoded from end to end, and of clips 16 frames: for silence, for frames that
+                hardly differ, and for the same samples or frames in another file.
             against: Another dataset, such as the one to evaluate on, as a ``RetrievalDataset``, rows in a known layout,
                 or what ``load`` takes. Documents here that answer a query there are found by their bytes and, with
                 ``content=True``, as near-copies, and queries by their words.
@@ -697,7 +703,7 @@ class RetrievalDataset:
         Args:
             documents: What a document is made of, and so which are the same: ``"text"`` keeps all texts of one page
                 image, ``"text+image"`` asks for both parts to be equal. ``None`` is ``"image"`` where the corpus has
-                images, else ``"text"``.
+                images, so ``"audio"`` and ``"video"``; ``"mixed"`` where it has several of these, else ``"text"``.
 
         Raises:
             ConfigError: ``documents`` is unknown, or the corpus lacks a column of it.
@@ -706,7 +712,7 @@ class RetrievalDataset:
         return self.from_tables(merge_copies(relevance, relevance.page))
 
     def check_pages(self, *, documents: DocumentKind = "mixed", show_progress_bar: bool = True) -> None:
-        """Make sure that every page, and every image that asks, can be decoded: from its header and its end.
+        """Make sure that every page, and all that asks, can be decoded: images from their header and their end.
 
         Of sounds the first second is decoded, and of clips two frames.
 
@@ -727,18 +733,21 @@ class RetrievalDataset:
         may_lack = documents == MIXED and len(media_columns(names)) > 1
         if "image" in names:
             check_pages(self.corpus, show_progress_bar=show_progress_bar, may_lack=may_lack)
-        check_recordings(self.corpus, documents, show_progress_bar=show_progress_bar)
+        check_recordings(recordings_of(self.corpus, documents), show_progress_bar=show_progress_bar)
         self.check_queries(show_progress_bar=show_progress_bar)
 
     def check_queries(self, *, show_progress_bar: bool = True) -> None:
-        """Make sure that every image that asks can be decoded, as ``check_pages`` does for pages.
+        """Make sure that every image and every sound that asks can be decoded, as ``check_pages`` does for documents.
 
         Raises:
-            ImageDecodeError: One is missing, damaged, or no image; the message names the query.
+            MediaDecodeError: One is missing, damaged, or of another kind; the message names the query.
+            MissingExtraError: A package that decodes sounds is not installed.
         """
-        if "image" in query_parts(self.queries):
-            asking = as_documents(self.queries).select(np.flatnonzero(has_content(self.queries, "image")))
-            check_pages(asking, show_progress_bar=show_progress_bar, id_class=QueryId)
+        asking = as_documents(self.queries)
+        if "image" in asking.column_names:
+            pages = asking.select(np.flatnonzero(has_content(asking, "image")))
+            check_pages(pages, show_progress_bar=show_progress_bar, id_class=QueryId)
+        check_recordings(recordings_of(asking, MIXED, id_class=QueryId), show_progress_bar=show_progress_bar)
 
     def split(
         self,
@@ -750,6 +759,7 @@ class RetrievalDataset:
         stratify_column: str | None = None,
         together: Sequence[Sequence[str]] = (),
         queries: QueryKind | None = None,
+        documents: DocumentKind | None = None,
     ) -> tuple["RetrievalDataset", ...]:
         """Two datasets ``(train, evaluation)`` such that no document relevant on one side is relevant on the other.
 
@@ -770,6 +780,8 @@ class RetrievalDataset:
             together: Lists of ids of documents that stay on one side, such as near-copies; also as negatives.
             queries: What a query is made of, which decides which are the same: pass what will be trained with. ``None``
                 is everything that the queries have.
+            documents: What a document is made of, likewise; ``None`` as in ``deduplicate``. Equal passages of a corpus
+                that also has sounds are one with ``"mixed"``.
 
         Raises:
             DatasetError: The pages that queries share allow no split, there are no queries, a column is missing, or an
@@ -780,7 +792,7 @@ class RetrievalDataset:
         Warns:
             UserWarning: Fewer queries are left to train on than to evaluate.
         """
-        relevance = self.relevance if queries is None else self.relevance_of(self.relevance.documents, queries)
+        relevance = self.relevance_of(documents or self.relevance.documents, queries)
         relevance.require_queries()
         for name, value in {"eval_queries": eval_queries, "test_queries": test_queries}.items():
             if isinstance(value, float) and 0 < value < 1:

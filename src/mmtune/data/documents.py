@@ -1,6 +1,6 @@
 """Documents and texts by id, read when they are used."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
 from itertools import combinations
@@ -31,7 +31,8 @@ DOCUMENT_KINDS = (
 )
 """All kinds of documents."""
 
-_RECORDINGS: dict[str, type[Recording]] = {"audio": Sound, "video": Clip}
+RECORDINGS: dict[str, type[Recording]] = {"audio": Sound, "video": Clip}
+"""What stands for the sounds and clips of documents, by column."""
 
 Reader = TypeVar("Reader", bound="DocumentReader")
 
@@ -146,10 +147,10 @@ class DocumentReader:
             raise DatasetError(
                 f"{name_item(document_id)} has no text: it is {parts['text']!r}. Give it one, or leave it out."
             )
-        for name in _RECORDINGS.keys() & parts.keys():
-            recording = _RECORDINGS[name](parts[name], document_id, self.limits)
+        for name in RECORDINGS.keys() & parts.keys():
+            recording = RECORDINGS[name](parts[name], document_id, self.limits)
             parts[name] = recording if self._is_lazy else recording.decode()
-        if len(parts) > 1 or _RECORDINGS.keys() & parts.keys():
+        if len(parts) > 1 or RECORDINGS.keys() & parts.keys():
             return parts
         return next(iter(parts.values()))
 
@@ -199,15 +200,20 @@ def kinds_of_documents(corpus: Dataset, documents: DocumentKind) -> list[str]:
     return ["+".join(name for name, found in zip(names, row, strict=True) if found) for row in has.tolist()]
 
 
-def require_pairs_of(documents: DocumentKind) -> None:
-    """Make sure that documents are of a kind that rerankers read.
+def require_pairs_of(documents: DocumentKind, queries: DocumentKind = "text") -> None:
+    """Make sure that documents and queries are of a kind that rerankers read.
 
     Raises:
         ConfigError: They are not: the host takes no sounds in pairs, and nothing beside a clip
             (sentence-transformers 6.2).
     """
+    if isinstance(queries, str) and "audio" in queries.split("+"):
+        raise ConfigError(
+            f"queries={queries!r}: rerankers read no sounds. Find documents by an embedding model, or pass "
+            'queries="text" where the queries have texts.'
+        )
     require_one_of("documents", documents, DOCUMENT_KINDS)
-    if documents != "video" and (documents == MIXED or not _RECORDINGS.keys().isdisjoint(documents.split("+"))):
+    if documents != "video" and (documents == MIXED or not RECORDINGS.keys().isdisjoint(documents.split("+"))):
         raise ConfigError(
             f"documents={documents!r}: rerankers read texts, pages, both together, and clips alone. Rank others by an "
             'embedding model, or pass documents="text" to rerank what is written about them.'
@@ -233,26 +239,29 @@ def check_texts(corpus: Dataset, documents: DocumentKind) -> None:
         )
 
 
-def recordings_of(corpus: Dataset, documents: DocumentKind, limits: MediaLimits = ALL_OF_IT) -> Iterator[Recording]:
-    """The sounds and clips that documents are made of, one at a time; of a mixed corpus those that there are."""
+def recordings_of(
+    corpus: Dataset, documents: DocumentKind, limits: MediaLimits = ALL_OF_IT, *, id_class: type[str] = str
+) -> Iterator[Recording]:
+    """The sounds and clips that documents are made of, one at a time; of a mixed corpus those that there are.
+
+    ``id_class`` is what the ids are, as for ``EncodedImages``.
+    """
     for name in document_columns(corpus, documents):
-        if name in _RECORDINGS:
+        if name in RECORDINGS:
             files, ids = EncodedImages(corpus, name), column(corpus, "document_id")
             for row in range(len(corpus)):
                 if documents != MIXED or files.lengths[row] >= 0 or files.path(row):
-                    yield _RECORDINGS[name](files.encoded(row), ids[row].as_py(), limits)
+                    yield RECORDINGS[name](files.encoded(row), id_class(ids[row].as_py()), limits)
 
 
-def check_recordings(corpus: Dataset, documents: DocumentKind, *, show_progress_bar: bool = True) -> None:
+def check_recordings(recordings: Iterable[Recording], *, show_progress_bar: bool = True) -> None:
     """Make sure that sounds and clips can be decoded, by the beginning of each.
 
     Raises:
-        MediaDecodeError: One can't; the message names the document.
+        MediaDecodeError: One can't; the message names the document, or the query.
         MissingExtraError: A package that decodes them is not installed.
     """
-    for recording in tqdm(
-        recordings_of(corpus, documents), desc="Checking sounds and clips", disable=not show_progress_bar, leave=False
-    ):
+    for recording in tqdm(recordings, desc="Checking sounds and clips", disable=not show_progress_bar, leave=False):
         recording.check()
 
 

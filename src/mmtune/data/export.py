@@ -50,7 +50,7 @@ class OutgoingTable:
     Attributes:
         columns: Everything but files, in the order of the rows.
         pages: For each column of files the document behind each row, int64; -1 for none.
-        asking: For the column of images that ask, if there is one, the query behind each row, likewise.
+        asking: For each column that asks beside a text, the query behind each row, likewise.
     """
 
     columns: Dataset
@@ -309,13 +309,14 @@ def _lay_out_beir(relevance: Relevance) -> Outgoing:
 
 
 def _lay_out_tevatron(relevance: Relevance) -> Outgoing:
-    (queries, asking), num_queries = _asking(relevance, "query_image"), len(relevance.query_ids)
+    (queries, asking), num_queries = _asking(relevance, "query_"), len(relevance.query_ids)
     positives = IntLists.grouped(relevance.judged_query, relevance.judged_document, num_queries)
     lists_of_ids = {"positive_document_ids": positives.ids(relevance.document_ids)}
     if relevance.tables.negatives is not None:
         lists_of_ids["negative_document_ids"] = relevance.listed_negatives.ids(relevance.document_ids)
     renamed = _rename(queries, {"query_id": "query_id", "text": "query_text"}, lists_of_ids)
-    nothing = {} if asking or "query_image" in queries.column_names else {"query_image": np.full(num_queries, -1)}
+    has_images = "query_image" in (*asking, *queries.column_names)
+    nothing = {} if has_images else {"query_image": np.full(num_queries, -1)}
     tables = {"corpus": _corpus(relevance, "docid"), "queries": OutgoingTable(renamed, nothing, asking)}
     return Outgoing("tevatron", tables, tuple(_lost_grades(relevance)))
 
@@ -372,14 +373,14 @@ def _lay_out_columns(relevance: Relevance) -> Outgoing:
     return Outgoing(layout, {"data": table}, (*losses, *_lost_grades(relevance)))
 
 
-def _asking(relevance: Relevance, name: str = "image") -> tuple[Dataset, dict[str, np.ndarray]]:
-    """The queries without their images, and, under this name, which rows of the queries these are of."""
+def _asking(relevance: Relevance, prefix: str = "") -> tuple[Dataset, dict[str, np.ndarray]]:
+    """The queries without their images and sounds, and, by the name of their column, which queries these are of."""
     queries = relevance.tables.queries
-    if "image" not in query_parts(queries):
-        return queries, {}
-    others = queries.remove_columns(["image"])
-    _require_unused(others, [name])
-    return others, {name: np.arange(len(queries))}
+    kinds = query_parts(queries)[1:]
+    others = queries.remove_columns(kinds) if kinds else queries
+    names = [f"{prefix}{kind}" for kind in kinds]
+    _require_unused(others, names)
+    return others, dict.fromkeys(names, np.arange(len(queries)))
 
 
 def _corpus(relevance: Relevance, id_name: str) -> OutgoingTable:
@@ -426,7 +427,7 @@ def _join(
     """
     documents = next(iter(pages.values()))
     corpus = relevance.tables.corpus.remove_columns(["document_id", *media_columns(pages)])
-    asked, asking = _asking(relevance, "query_image")
+    asked, asking = _asking(relevance, "query_")
     asked = asked.remove_columns(["query_id", "text"])
     for table in (corpus, asked):
         _require_unused(table, [*columns, *pages, *asking])

@@ -65,6 +65,18 @@ PROBLEMS = {
         "documents that show the same as an earlier one, with other bytes",
         "Nothing counts them as one page: a copy of an answer may be its negative. without() makes them one.",
     ),
+    "damaged_recordings": (
+        "sounds and clips that can't be decoded, or are too short",
+        "Reading one raises an error that names it. Replace the files, or take them out with without().",
+    ),
+    "silent_sounds": (
+        "sounds that are silent from end to end",
+        "They answer nothing. without() takes them out.",
+    ),
+    "same_recordings": (
+        "documents with the samples or frames of an earlier one, in another file",
+        "Nothing counts them as one: a copy of an answer may be its negative. without() makes them one.",
+    ),
     "copied_queries": (
         "queries that stand word for word on their page",
         "They teach to look for strings, not for meaning. without() takes them out.",
@@ -82,7 +94,7 @@ PROBLEMS = {
         "Training on them is training on what is tested. without() takes them out.",
     ),
     "unread_answers": (
-        "answers in the other dataset whose image can't be read",
+        "answers in the other dataset whose file can't be read",
         "Leaks of them may go unseen. Restore their files and audit again.",
     ),
     "leaked_queries": (
@@ -153,6 +165,10 @@ GOOD_TO_KNOW = {
         "documents that look like others but for some spots, as filled-in forms do",
         "For a person to judge: keep them on one side of a split. They are never merged or taken out.",
     ),
+    "still_clips": (
+        "clips of which 16 frames hardly differ, black ones among them",
+        "Motion can't answer there, and a page may say as much. without() takes them out.",
+    ),
     "short_queries": (
         "queries of one or two words",
         "They seldom tell one page from the others. without() takes them out.",
@@ -164,8 +180,14 @@ GOOD_TO_KNOW = {
 }
 """What is good to know, in the same form. A key of both is a problem only where the corpus has no images."""
 
+COPIES = ("near_copies", "same_recordings")
+"""The kinds whose examples are groups of documents that show the same."""
+
 LOOKED_FOR = {
-    "content=True": ("damaged_pages", "blank_pages", "near_copies", "copied_queries", "look_alikes", "short_queries"),
+    "content=True": (
+        *("damaged_pages", "blank_pages", "near_copies", "copied_queries", "look_alikes", "short_queries"),
+        *("damaged_recordings", "silent_sounds", "still_clips", "same_recordings"),
+    ),
     "against=other": ("leaked_documents", "unread_answers", "leaked_queries"),
     "content=True, against=other": ("leaked_near_copies",),
 }
@@ -247,8 +269,8 @@ class FalseNegative(Finding):
 
 
 def count_entries(key: str, examples: Iterable[Example]) -> int:
-    """What the examples of a finding count for: of a group of near-copies all but the one that stays."""
-    if key == "near_copies":
+    """What the examples of a finding count for: of a group of copies all but the one that stays."""
+    if key in COPIES:
         return sum(len(example.document_ids) - 1 for example in examples)
     if key == "look_alikes":
         return sum(len(example.document_ids) for example in examples)

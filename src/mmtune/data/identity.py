@@ -16,7 +16,7 @@ from mmtune.data.arrow import column, media_columns
 from mmtune.data.documents import DocumentKind, document_columns
 from mmtune.data.images import DECODING, EncodedImages
 from mmtune.data.query_kinds import QueryKind, as_documents, query_columns
-from mmtune.data.tables import has_content, query_parts, text_column, with_ids
+from mmtune.data.tables import has_content, has_file, query_parts, text_column, with_ids
 
 _SAMPLE_BYTES = 1024
 
@@ -135,10 +135,13 @@ def _equal_files(corpus: Dataset, name: str) -> np.ndarray:
 def match_documents(
     one: Dataset, other: Dataset, rows_of_one: np.ndarray, rows_of_other: np.ndarray
 ) -> list[tuple[int, int]]:
-    """Pairs of rows, one of each corpus, with the same content: bytes of files, or texts where neither has files."""
+    """Pairs of rows, one of each corpus, with the same content: bytes of files, or texts of what has no file."""
+    sides = ((one, rows_of_one), (other, rows_of_other))
     media = [media_columns(corpus.column_names) for corpus in (one, other)]
-    names = [name for name in media[0] if name in media[1]] if any(media) else ["text"]
-    found = (_match_parts(name, (one, rows_of_one), (other, rows_of_other)) for name in names)
+    found = [_match_parts(name, *sides) for name in media[0] if name in media[1]]
+    texts = [(corpus, rows[~has_file(corpus)[rows]]) for corpus, rows in sides]
+    if all("text" in corpus.column_names and len(rows) for corpus, rows in texts):
+        found.append(_match_parts("text", *texts))
     return list(dict.fromkeys(pair for pairs in found for pair in pairs))
 
 

@@ -2,16 +2,14 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import get_args
 
 import numpy as np
 import pyarrow as pa
 
-from mmtune.arguments import require_one_of
 from mmtune.data.arrow import IntLists
 from mmtune.data.near_misses import NearMisses
 from mmtune.data.negatives import Candidates, choose_negatives
-from mmtune.data.relevance import Direction, Relevance
+from mmtune.data.relevance import Direction, DirectionName, Relevance, resolve_direction
 from mmtune.errors import ConfigError
 
 
@@ -53,7 +51,7 @@ class Judgements:
     near_misses: NearMisses | None = None
 
     @classmethod
-    def of(cls, relevance: Relevance, direction: Direction, *, each_copy: bool = False) -> "Judgements":
+    def of(cls, relevance: Relevance, direction: DirectionName, *, each_copy: bool = False) -> "Judgements":
         """The judgements of a dataset as they look to what asks: all queries, or the pages that are relevant to one.
 
         Args:
@@ -62,11 +60,11 @@ class Judgements:
             each_copy: Whether copies of a page ask each for itself, by the id that was judged, rather than as one.
 
         Raises:
-            ConfigError: The direction is unknown.
+            ConfigError: The direction is unknown, or of other kinds of queries and documents.
             DatasetError: There are no queries.
         """
         relevance.require_queries()
-        require_one_of("direction", direction, get_args(Direction))
+        direction = resolve_direction(direction, relevance.queries, relevance.documents)
         listed = relevance.listed_negatives
         if direction == "text_to_image":
             asking = np.arange(len(relevance.query_ids))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets
+from datasets import Audio, Dataset, DatasetDict, IterableDataset, concatenate_datasets
 
 from mmtune.arguments import listed
 from mmtune.data.arrow import (
@@ -26,6 +26,7 @@ from mmtune.data.arrow import (
     with_encoded_images,
 )
 from mmtune.data.tables import (
+    ASKING,
     BuildNotes,
     Tables,
     advise_on,
@@ -47,8 +48,8 @@ _DOCUMENT_ID = ("document_id", "corpus-id", "corpus_id", "docid", "_id", "id")
 _QUERY_ID = ("query_id", "query-id", "_id", "id")
 _QUERY_TEXT = ("query", "query_text", "text")
 _SCORE = ("score", "relevance", "label")
-_ASKING = "query_image"
-"""Images that ask, in the layouts where a row also has the image of a page."""
+_ASKING = {kind: f"query_{kind}" for kind in ASKING}
+"""What asks beside a text, in the layouts where a row also has a page or a sound: its column by what it holds."""
 _POSITIVES, _NEGATIVES = "positive_document_ids", "negative_document_ids"
 
 
@@ -60,13 +61,13 @@ def build_from_known_layout(rows: Dataset) -> Tables:
     """
     rows = require_table(rows)
     found = set(rows.column_names)
-    if media_columns(found) and found & {"query", _ASKING}:
+    if media_columns(found) and found & {"query", *_ASKING.values()}:
         return build_from_id_rows(rows) if "id" in found else build_from_columns(rows)
     raise DatasetError(
         f"The columns {rows.column_names} are no layout that is known. Known are: "
         "'id', 'query', 'image' and optionally 'negatives' (from_id_rows); "
         "'query', 'image' and optionally 'negative_0', 'negative_1', ... (from_columns); "
-        "'query_image' beside 'query' or in its place, where images ask; "
+        "'query_image' or 'query_audio' beside 'query' or in its place, where images or sounds ask; "
         "with 'audio' or 'video' in the place of 'image' likewise. "
         "Rename the columns, or call one of these builders with the names of yours, e.g. "
         "RetrievalDataset.from_id_rows(rows, id_column=..., query_column=..., image_column=...)."
@@ -83,10 +84,10 @@ def build_from_id_rows(
     video_name: str = "video",
     negatives_name: str | None = "negatives",
     on_missing: str = "error",
-    asking_name: str | None = _ASKING,
+    asking: Mapping[str, str | None] = _ASKING,
 ) -> Tables:
     """One row per page, its negatives as ids of other rows; see ``RetrievalDataset.from_id_rows``."""
-    rows, asking_name = _check_rows(rows, (id_name,), query_name, asking_name)
+    rows, kind_by_asking = _check_rows(rows, (id_name,), query_name, asking)
     given = {"image": image_name, "audio": audio_name, "video": video_name}
     media = {kind: name for kind, name in given.items() if name in rows.column_names}
     missing = [name for kind, name in given.items() if name != kind and kind not in media]
@@ -105,13 +106,14 @@ def build_from_id_rows(
     ids = id_column(rows, id_name)
     advice = "Each row needs an id of its own: drop the repeated rows, or name another id column."
     require_unique(ids, "id", f" of column {id_name!r}", advice)
-    blank = ~_asks(rows, query_name, asking_name)
-    asking, query_ids = rows.select(np.flatnonzero(~blank)), ids.filter(~blank)
+    blank = ~_asks(rows, query_name, kind_by_asking)
+    asked, query_ids = rows.select(np.flatnonzero(~blank)), ids.filter(~blank)
     negatives, counts = None, {}
     if negatives_name is not None:
-        negatives, counts = _resolve_negatives(asking, negatives_name, query_ids, ids, on_missing)
+        negatives, counts = _resolve_negatives(asked, negatives_name, query_ids, ids, on_missing)
 
-    others = [name for name in rows.column_names if name not in (id_name, query_name, negatives_name, asking_name)]
+    own = {id_name, query_name, negatives_name, *kind_by_asking}
+    others = [name for name in rows.column_names if name not in own]
     pages = rows.select_columns(others)
     for kind, name in media.items():
         pages = with_encoded_images(pages, name, kind)
@@ -128,7 +130,7 @@ def build_from_id_rows(
         )
     return check_tables(
         with_columns(_name_pages(pages, media), {"document_id": ids}),
-        _select_asking(asking, query_ids, query_name, asking_name, {id_name, negatives_name, *media.values()}),
+        _select_asking(asked, query_ids, query_name, kind_by_asking, {id_name, negatives_name, *media.values()}),
         _judge_one_to_one(query_ids),
         negatives,
         notes=BuildNotes(blank_queries=int(blank.sum()), **counts),
@@ -141,7 +143,7 @@ def build_from_columns(
     query_name: str = "query",
     image_name: str = "image",
     negative_names: Sequence[str] | None = None,
-    asking_name: str | None = _ASKING,
+    asking: Mapping[str, str | None] = _ASKING,
     audio_name: str = "audio",
     video_name: str = "video",
 ) -> Tables:
@@ -154,7 +156,7 @@ def build_from_columns(
         raise ConfigError(f"negative_columns={negative_names!r} is one name. Pass a list, [{negative_names!r}].")
     if negative_names is not None and not isinstance(negative_names, Sequence):
         raise ConfigError(f"negative_columns={negative_names!r:.80}: expected a list of names of columns.")
-    rows, asking_name = _check_rows(rows, (image_name,), query_name, asking_name)
+    rows, kind_by_asking = _check_rows(rows, (image_name,), query_name, asking)
     is_named = negative_names is not None
     if negative_names is None:
         matches = {name: re.fullmatch(r"negative(?:_(\d+))?", name) for name in rows.column_names}
@@ -179,14 +181,15 @@ def build_from_columns(
     # Of row i the page is document i, and negative k of n rows document n * (k + 1) + i; a null is no document.
     has_image = np.stack([has_content(rows, name) for name in image_names], axis=1)
     numbers = np.arange(len(rows))[:, None] + len(rows) * np.arange(len(image_names))
-    others = [name for name in rows.column_names if name not in (*negative_names, query_name, image_name, asking_name)]
+    own = {*negative_names, query_name, image_name, *kind_by_asking}
+    others = [name for name in rows.column_names if name not in own]
     pages = []
     for k, name in enumerate(image_names):
         columns = rows.select_columns([name, *(others if k == 0 else ())])
         pages.append(_name_pages(columns.select(np.flatnonzero(has_image[:, k])), {kind: name}))
     document_ids = _as_ids(numbers.T[has_image.T])
 
-    blank = ~_asks(rows, query_name, asking_name)
+    blank = ~_asks(rows, query_name, kind_by_asking)
     is_asking = ~blank & has_image[:, 0]
     query_ids = _as_ids(np.flatnonzero(is_asking))
     negatives = None
@@ -197,7 +200,7 @@ def build_from_columns(
         negatives = table_dataset({"query_id": query_ids, "document_ids": items})
     return check_tables(
         with_columns(concatenate_datasets(pages), {"document_id": document_ids}),
-        _select_asking(rows.select(np.flatnonzero(is_asking)), query_ids, query_name, asking_name, set()),
+        _select_asking(rows.select(np.flatnonzero(is_asking)), query_ids, query_name, kind_by_asking, set()),
         _judge_one_to_one(query_ids),
         negatives,
         notes=BuildNotes(
@@ -231,8 +234,8 @@ def build_from_beir(corpus: Dataset, queries: Dataset, qrels: Dataset | None) ->
     _warn_of_unused(alike, f"column {_NEGATIVES!r}")
     lists_of_ids = [name for name in (_POSITIVES, _NEGATIVES) if name in queries.column_names]
     queries = _rename_columns(queries.remove_columns(lists_of_ids), {"query_id": query_id, **_name_parts(queries)})
-    if "image" in queries.column_names:
-        queries = with_encoded_images(queries, "image")
+    for kind in query_parts(queries)[1:]:
+        queries = with_encoded_images(queries, kind, kind)
     blank = ~np.any([has_content(queries, name) for name in query_parts(queries)], axis=0)
     is_asked = ~pc.is_in(judged["query_id"], value_set=ids.filter(blank)).to_numpy(zero_copy_only=False)
     is_relevant = pc.greater(judged["score"], 0).to_numpy(zero_copy_only=False)
@@ -292,50 +295,67 @@ def _warn_of_unused(names: Sequence[str], instead: str) -> None:
 
 def _name_parts(queries: Dataset) -> dict[str, str]:
     """The columns that the queries of a BEIR set ask with, by our names."""
-    asked = [name for name in ("image", _ASKING) if name in queries.column_names]
-    asked += [name for name in _QUERY_TEXT if _holds_images(queries, name)]
-    images = [name for name in asked if has_content(with_encoded_images(queries, name), name).any()]
-    texts = [name for name in _QUERY_TEXT if name in queries.column_names and name not in asked]
-    if not texts and not images:
+    files = {name: kind for name in _QUERY_TEXT if (kind := _kind_of_files(queries, name))}
+    found = {}
+    for kind, named in _ASKING.items():
+        names = [name for name in (kind, named) if name in queries.column_names]
+        names += [name for name, own in files.items() if own == kind]
+        asking = (name for name in names if has_content(with_encoded_images(queries, name, kind), name).any())
+        found[kind] = next(asking, None)
+    found["text"] = next((name for name in _QUERY_TEXT if name in queries.column_names and name not in files), None)
+    if not any(found.values()):
         _find_column(queries, _QUERY_TEXT, "table of queries")
-    return {part: names[0] for part, names in (("image", images), ("text", texts)) if names}
+    return {part: name for part, name in found.items() if name}
 
 
-def _holds_images(table: Dataset, name: str) -> bool:
-    """Whether a table has such a column, and it is one of encoded images by its type."""
+def _kind_of_files(table: Dataset, name: str) -> str | None:
+    """What a column holds by its type, of what asks beside a text; ``None`` where there is none, or of something else.
+
+    Encoded bytes are images, and sounds where the column is of ``datasets.Audio`` or has a ``sampling_rate``.
+    """
     if name not in table.column_names:
-        return False
+        return None
     kind = table.data.table.schema.field(name).type
-    is_struct = pa.types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}
-    return is_struct or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    fields = {field.name for field in kind} if pa.types.is_struct(kind) else set()
+    if isinstance(table.features[name], Audio) or "sampling_rate" in fields:
+        return "audio"
+    is_image = {"bytes", "path"} <= fields or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    return "image" if is_image else None
 
 
-def _asks(rows: Dataset, query_name: str, asking_name: str | None) -> np.ndarray:
-    """Which rows ask: with a text, or with an image."""
-    has_text = np.zeros(len(rows), dtype=bool)
-    if query_name in rows.column_names and query_name != asking_name:
-        has_text = ~is_blank(text_column(rows, query_name))
-    return has_text if asking_name is None else has_text | has_content(rows, asking_name)
+def _asks(rows: Dataset, query_name: str, kind_by_asking: Mapping[str, str]) -> np.ndarray:
+    """Which rows ask: with a text, or with something else."""
+    asks = [has_content(rows, name) for name in kind_by_asking]
+    if query_name in rows.column_names and query_name not in kind_by_asking:
+        asks.append(~is_blank(text_column(rows, query_name)))
+    return np.any([np.zeros(len(rows), dtype=bool), *asks], axis=0)
 
 
 def _check_rows(
-    rows: Dataset, required: Sequence[str], query_name: str, asking_name: str | None
-) -> tuple[Dataset, str | None]:
-    """The rows, and the column of images that ask, encoded; ``None`` where there is none."""
-    rows = require_table(rows).with_format(None)
-    if asking_name in (None, _ASKING) and _holds_images(rows, query_name):
-        asking_name = query_name
+    rows: Dataset, required: Sequence[str], query_name: str, asking: Mapping[str, str | None]
+) -> tuple[Dataset, dict[str, str]]:
+    """The rows, and the columns that ask beside a text, encoded, by their names with what they hold."""
+    rows, named = require_table(rows).with_format(None), dict(asking)
+    kind = _kind_of_files(rows, query_name)
+    if kind is not None and query_name not in named.values() and named[kind] in (None, _ASKING[kind]):
+        named[kind] = query_name
     if not len(rows):
         raise DatasetError(
             f"The table of rows has zero rows (columns: {rows.column_names}). Nothing can be built from it."
         )
-    if asking_name == _ASKING and asking_name not in rows.column_names:
-        asking_name = None
-    # a text may be left out where an image asks, but not one whose column is named
-    asking = [] if asking_name is None else [asking_name]
-    texts = [query_name] if asking_name is None or query_name != "query" else []  # which may be images
-    require_columns(rows, [*required, *texts, *asking], "The table of rows")
-    return rows if asking_name is None else with_encoded_images(rows, asking_name), asking_name
+    if None is not named["image"] == named["audio"]:
+        raise ConfigError(
+            f"query_image_column and query_audio_column are both {named['image']!r}. A column holds images or sounds: "
+            "leave one of them out."
+        )
+    is_there = {name: name != _ASKING[kind] or name in rows.column_names for kind, name in named.items() if name}
+    kind_by_asking = {name: kind for kind, name in named.items() if name and is_there[name]}
+    # a text may be left out where something else asks, but not one whose column is named
+    texts = [query_name] if not kind_by_asking or query_name != "query" else []  # which may be images
+    require_columns(rows, [*required, *texts, *kind_by_asking], "The table of rows")
+    for name, kind in kind_by_asking.items():
+        rows = with_encoded_images(rows, name, kind)
+    return rows, kind_by_asking
 
 
 def _resolve_negatives(
@@ -364,20 +384,20 @@ def _resolve_negatives(
 
 
 def _select_asking(
-    rows: Dataset, ids: pa.Array, query_name: str, asking_name: str | None, hidden: set[str | None]
+    rows: Dataset, ids: pa.Array, query_name: str, kind_by_asking: Mapping[str, str], hidden: set[str | None]
 ) -> Dataset:
-    """The table of queries: id, text, image where one asks, and the other columns of the rows that hold no files."""
-    reserved = {"query_id", "text", "image", query_name, asking_name, *hidden}
+    """The table of queries: id, text, what asks beside it, and the other columns of the rows that hold no files."""
+    reserved = {"query_id", "text", *ASKING, query_name, *kind_by_asking, *hidden}
     files = tuple(map(type, ENCODED.values()))
     others = [
         name for name, feature in rows.features.items() if name not in reserved and not isinstance(feature, files)
     ]
-    has_text = query_name in rows.column_names and query_name != asking_name
+    has_text = query_name in rows.column_names and query_name not in kind_by_asking
     new = {"query_id": ids, "text": text_column(rows, query_name) if has_text else pa.nulls(len(rows), pa.string())}
-    if asking_name is not None:
-        asking = rows.select_columns([asking_name, *others])
-        return with_columns(asking if asking_name == "image" else asking.rename_column(asking_name, "image"), new)
-    return with_columns(rows.select_columns(others), new) if others else table_dataset(new)
+    kept = rows.select_columns([*kind_by_asking, *others])
+    renamed = {name: kind for name, kind in kind_by_asking.items() if name != kind}
+    kept = kept.rename_columns(renamed) if renamed else kept
+    return with_columns(kept, new) if kept.column_names else table_dataset(new)
 
 
 def _judge_one_to_one(ids: pa.Array) -> Dataset:

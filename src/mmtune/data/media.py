@@ -16,6 +16,19 @@ from mmtune.errors import MediaDecodeError, MissingExtraError
 
 
 @dataclass(frozen=True)
+class Look:
+    """What one look at a sound or a clip found.
+
+    Attributes:
+        digest: Of its samples, or of some of its frames: the same in any container that keeps these.
+        says_nothing: Whether a sound is silent, or the frames of a clip hardly differ.
+    """
+
+    digest: str
+    says_nothing: bool
+
+
+@dataclass(frozen=True)
 class Recording(ABC):
     """A sound or a clip that is decoded for each that asks, so that no more than its encoded bytes are held.
 
@@ -49,6 +62,14 @@ class Recording(ABC):
 
         Raises:
             MediaDecodeError: It can't.
+        """
+
+    @abstractmethod
+    def look(self) -> Look:
+        """What it holds, for an audit: all samples of a sound, 16 frames of a clip.
+
+        Raises:
+            MediaDecodeError: It can't be decoded.
         """
 
     @contextmanager

@@ -14,12 +14,12 @@ from mmtune.errors import ConfigError, DatasetError
 QueryKind: TypeAlias = DocumentKind
 """What a query is made of where it is read, in the words of ``documents``."""
 
-QUERY_KINDS = ("text", "image", "text+image")
-"""All kinds of queries: sounds and clips don't ask."""
+QUERY_KINDS = ("text", "image", "text+image", "audio", "text+audio")
+"""All kinds of queries: clips don't ask."""
 
 
 def query_columns(queries: Dataset, kind: QueryKind) -> list[str]:
-    """The columns that a query is made of, text before image.
+    """The columns that a query is made of, the text first.
 
     Raises:
         ConfigError: ``kind`` is unknown, or the table lacks a column of it.
@@ -65,10 +65,10 @@ def check_queries(queries: Dataset, kind: QueryKind) -> None:
 
 
 class QueryReader(DocumentReader):
-    """What the host is given for each query: a text, an RGB image, or both.
+    """What the host is given for each query: a text, an RGB image, a sound, or a text with one of these.
 
     Args:
-        queries: A table with ``query_id`` and ``text``, and ``image`` (encoded) where that asks.
+        queries: A table with ``query_id`` and ``text``, and ``image`` or ``audio`` (encoded) where that asks.
         kind: What a query is made of.
         **options: As for ``DocumentReader``.
 

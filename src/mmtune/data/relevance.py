@@ -3,12 +3,13 @@
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mmtune.arguments import listed
 from mmtune.data.arrow import IntLists, as_texts, column, flat_lists, positions, table_dataset
 from mmtune.data.documents import DocumentKind
 from mmtune.data.identity import identical_documents, identical_queries, usual_kind
@@ -18,7 +19,42 @@ from mmtune.data.tables import Tables
 from mmtune.errors import ConfigError, DatasetError
 
 Direction = Literal["text_to_image", "image_to_text"]
-"""What asks: a text for pages, or a page for texts."""
+"""What asks: a query for documents, or a document for queries, whatever these are made of."""
+
+DirectionName: TypeAlias = str
+"""A ``Direction``, or one that names what asks and what is asked for, such as ``"video_to_text"``."""
+
+
+def directions_between(queries: QueryKind, documents: DocumentKind) -> dict[DirectionName, Direction]:
+    """The directions between queries and documents of these kinds, by all names that they have.
+
+    The two general names mean the same for any kinds. Where both kinds are one, queries ask.
+
+    Example:
+        >>> list(directions_between("text", "video"))
+        ['text_to_image', 'image_to_text', 'text_to_video', 'video_to_text']
+    """
+    named: dict[DirectionName, Direction] = {"text_to_image": "text_to_image", "image_to_text": "image_to_text"}
+    named.setdefault(f"{queries}_to_{documents}", "text_to_image")
+    named.setdefault(f"{documents}_to_{queries}", "image_to_text")
+    return named
+
+
+def resolve_direction(
+    direction: DirectionName, queries: QueryKind | None, documents: DocumentKind, *, what: str = "direction="
+) -> Direction:
+    """What asks, from any name of a direction; ``what`` begins the message.
+
+    Raises:
+        ConfigError: The name is of no direction, or names other kinds than queries and documents are of.
+    """
+    known = directions_between(queries or "text", documents)
+    if isinstance(direction, str) and direction in known:
+        return known[direction]
+    raise ConfigError(
+        f"{what}{direction!r} is unknown where queries={queries or 'text'!r} and documents={documents!r}. Expected one "
+        f"of {listed(list(known))}. Pass one of these, or the queries= and documents= that it names."
+    )
 
 
 class Relevance:

@@ -10,7 +10,7 @@ from datasets import Dataset
 from mmtune.arguments import shown
 from mmtune.data.arrow import as_texts, column, positions
 from mmtune.data.combining import merge_copies
-from mmtune.data.findings import Finding, count_entries
+from mmtune.data.findings import COPIES, Finding, count_entries
 from mmtune.data.label_changes import CHANGES, label_changes, lists_before
 from mmtune.data.relevance import Relevance
 from mmtune.data.tables import Tables, check_tables
@@ -19,6 +19,9 @@ from mmtune.errors import ConfigError, DatasetError
 _OF_DOCUMENTS = (
     "blank_pages",
     "damaged_pages",
+    "damaged_recordings",
+    "silent_sounds",
+    "still_clips",
     "leaked_documents",
     "leaked_near_copies",
     "documents_without_image",
@@ -49,7 +52,7 @@ def take_out(relevance: Relevance, findings: object) -> Tables:
     gone = np.zeros(len(stays), dtype=bool), np.zeros(len(queries.ids), dtype=bool)
     for finding in chosen:
         for example in finding.examples:
-            if finding.key == "near_copies":
+            if finding.key in COPIES:
                 rows = documents.find(example.document_ids)
                 _require_one_text_each(relevance, rows)
                 _join(stays, rows)
@@ -107,7 +110,7 @@ def _require_findings(findings: object) -> list[Finding]:
     for finding in chosen:
         if not isinstance(finding, Finding):
             raise _no_findings(finding)
-        if finding.key not in ("near_copies", *_OF_DOCUMENTS, *_OF_QUERIES, *_OF_NEGATIVES):
+        if finding.key not in (*COPIES, *_OF_DOCUMENTS, *_OF_QUERIES, *_OF_NEGATIVES):
             remedy = _REMEDIES.get(finding.key, "What it counts is good to know, or to repair in the rows.")
             raise ConfigError(f"without() takes out no {finding.key!r}: {finding.title}. {remedy}")
         if count_entries(finding.key, finding.examples) < finding.count:

@@ -20,7 +20,7 @@ from mmtune.data.identity import pdf_pages
 from mmtune.data.neighbors import FILE_COLUMN, PAGE_COLUMN
 from mmtune.data.pdfs import name_file
 from mmtune.data.relevance import Relevance
-from mmtune.data.tables import Tables, has_content, require_columns
+from mmtune.data.tables import Tables, has_content, query_parts, require_columns
 from mmtune.errors import ConfigError, DatasetError
 
 
@@ -259,7 +259,7 @@ def _find_ties(relevance: Relevance, queries: np.ndarray, groups: pa.Array | Non
     shared = {
         "document": relevance.document_ids.take(pairs),
         "text": relevance.query_texts.take(queries),
-        "image of query": _first_alike(relevance, queries),
+        f"{' or '.join(query_parts(relevance.tables.queries)[1:])} of query": _first_alike(relevance, queries),
         "group": groups.take(documents) if groups is not None else pa.array([], type=pa.string()),
         "set of copies of": _first_of_sets(relevance, together, documents),
     }
@@ -269,9 +269,12 @@ def _find_ties(relevance: Relevance, queries: np.ndarray, groups: pa.Array | Non
 
 
 def _first_alike(relevance: Relevance, queries: np.ndarray) -> pa.Array:
-    """For each query without a text the first one that is the same; null for the others."""
+    """For each query the first one that is the same; null where its text says so."""
     first = np.unique(relevance.text, return_index=True)[1][relevance.text[queries]]
-    return relevance.query_ids.take(pa.array(first, mask=has_content(relevance.tables.queries, "text")[queries]))
+    has_text = has_content(relevance.tables.queries, "text")[queries]
+    if "text" not in (relevance.queries or "text").split("+"):
+        has_text[:] = False
+    return relevance.query_ids.take(pa.array(first, mask=has_text))
 
 
 def _first_of_sets(relevance: Relevance, together: np.ndarray | None, documents: np.ndarray) -> pa.Array:

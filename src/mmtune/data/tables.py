@@ -29,7 +29,7 @@ from mmtune.errors import DatasetError, MissingDocumentError
 from mmtune.host import stored_positions
 
 _LARGEST_SCORE = 2.0**31
-_ASKING = ("image",)
+ASKING = ("image", "audio")
 """Columns of the queries that ask beside a text, or without one."""
 
 
@@ -253,6 +253,12 @@ def has_content(table: Dataset, name: str) -> np.ndarray:
     return ~empty.to_numpy() if order is None else ~empty.to_numpy()[order]
 
 
+def has_file(table: Dataset) -> np.ndarray:
+    """Which rows have an image, a sound or a clip."""
+    has = [has_content(table, name) for name in media_columns(table.column_names)]
+    return np.any([np.zeros(len(table), dtype=bool), *has], axis=0)
+
+
 def is_number(kind: pa.DataType) -> bool:
     """Whether a column of this type holds integers or floats."""
     return pa.types.is_integer(kind) or pa.types.is_floating(kind)
@@ -289,8 +295,8 @@ def _check_queries(queries: Dataset) -> Dataset:
     parts = query_parts(queries)
     require_columns(queries, ("query_id", "text") if parts == ["text"] else ("query_id",), "The table of queries")
     queries = _with_unique_ids(queries, "query")
-    if "image" in parts:
-        queries = with_encoded_images(queries, "image")
+    for name in parts[1:]:
+        queries = with_encoded_images(queries, name, name)
     texts = text_column(queries, "text") if "text" in queries.column_names else pa.nulls(len(queries), pa.string())
     if "text" not in queries.column_names:
         queries = with_columns(queries, {"text": texts})
@@ -308,7 +314,7 @@ def _check_queries(queries: Dataset) -> Dataset:
 
 def query_parts(queries: Dataset) -> list[str]:
     """What the queries of a table are made of: ``"text"``, and each other column that may ask beside it or alone."""
-    return ["text", *(name for name in _ASKING if name in queries.column_names)]
+    return ["text", *(name for name in ASKING if name in queries.column_names)]
 
 
 def _check_qrels(qrels: Dataset, corpus: Dataset, queries: Dataset) -> Dataset:

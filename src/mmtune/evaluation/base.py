@@ -29,8 +29,7 @@ from mmtune.inference.encoder import (
     as_float32,
     encode,
     join,
-    warn_of_cut_recordings,
-    warn_of_cut_texts,
+    warn_of_cut_inputs,
 )
 from mmtune.inference.search import not_finite
 from mmtune.inference.shards import StoredDocuments
@@ -206,8 +205,7 @@ class CorpusEvaluator(InformationRetrievalEvaluator):
     def encode_queries(self, model: Retriever) -> Embeddings:
         """The embeddings of all queries, in the order of ``queries_ids``; the first call warns of texts too long."""
         if not self._has_looked_for_cut_texts:
-            warn_of_cut_texts(model, self._reader)
-            warn_of_cut_recordings(model, self._reader)
+            warn_of_cut_inputs(model, self._reader)
             self._has_looked_for_cut_texts = True
         ids, started = self.queries_ids, time.perf_counter()
         # texts go to the host at once, which sorts them by length; images are read a batch at a time

@@ -208,7 +208,7 @@ def evaluate_pipeline(
         Encoding the corpus took 1.0 s. Before reranking, a query is encoded in 10.00 ms and searched for in 1.00 ms.
     """
     # Weights are loaded after everything else has been checked.
-    require_pairs_of(documents)
+    require_pairs_of(documents, queries)
     if not isinstance(retriever, (str, os.PathLike)):
         require_retriever(retriever, "retriever", _CALL)
     if not isinstance(reranker, (str, os.PathLike)):

@@ -13,11 +13,11 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from mmtune.arguments import require_name, require_whole
 from mmtune.data.clusters import connected_documents, connected_queries
 from mmtune.data.dataset import RetrievalDataset
-from mmtune.data.documents import DocumentKind
+from mmtune.data.documents import DocumentKind, require_pairs_of
 from mmtune.data.intake import DatasetsLike
 from mmtune.data.judgements import CandidateList, Judgements
 from mmtune.data.query_kinds import QueryKind
-from mmtune.data.relevance import Direction
+from mmtune.data.relevance import Direction, DirectionName, resolve_direction
 from mmtune.errors import ConfigError
 from mmtune.evaluation.mean import MeanEvaluator, build_for_each
 from mmtune.evaluation.metrics import average_precision, expected_gains, ndcg, reciprocal_rank
@@ -155,7 +155,7 @@ AnyRerankingEvaluator: TypeAlias = RerankingEvaluator | MeanEvaluator
 def build_reranking_evaluator(
     dataset: DatasetsLike,
     *,
-    direction: Direction = "text_to_image",
+    direction: DirectionName = "text_to_image",
     num_candidates: int = 10,
     name: str = "vdr-rerank",
     batch_size: int = 16,
@@ -179,7 +179,8 @@ def build_reranking_evaluator(
         dataset: A ``RetrievalDataset``, rows in a known layout, or what ``RetrievalDataset.load`` takes. Several by
             name are evaluated one after the other, as ``vdr-rerank-<name>_ndcg@10``, and averaged, as
             ``vdr-rerank-mean_ndcg@10``.
-        direction: ``"text_to_image"`` asks with a text for pages; ``"image_to_text"`` asks with a page for query texts.
+        direction: ``"text_to_image"`` asks with a query for documents, whatever both are made of; ``"image_to_text"``
+            asks with a document for queries. What they are made of may stand in their place: ``"video_to_text"``.
         num_candidates: The length of a list with one relevant candidate, which is included; 2 or more.
         name: Prefix of the metric keys.
         batch_size: Pairs a forward pass.
@@ -190,7 +191,7 @@ def build_reranking_evaluator(
         at_k: Depth of nDCG and of MRR; MAP is over all candidates.
         seed: Of the random candidates.
         show_progress_bar: Whether to show a bar.
-        queries: What a query is made of, likewise; the directions keep their names.
+        queries: What a query is made of, likewise.
 
     Raises:
         ConfigError: An argument has a value it can't have, there are fewer documents (or texts) than
@@ -205,6 +206,8 @@ def build_reranking_evaluator(
         >>> len(evaluator.lists), len(evaluator.lists[0].candidate_ids), evaluator.primary_metric
         (8, 4, 'vdr-rerank_ndcg@10')
     """
+    require_pairs_of(documents, queries)
+    asking = resolve_direction(direction, queries, documents)
     count = require_whole("num_candidates", num_candidates, at_least=2)
     depth = require_whole("at_k", at_k)
     require_name("name", name)
@@ -221,7 +224,7 @@ def build_reranking_evaluator(
 
     def build(data: RetrievalDataset, own_name: str) -> RerankingEvaluator:
         reader = DatasetReader(data.corpus, data.queries, documents, queries)
-        judgements = Judgements.of(data.relevance_of(documents, queries), direction)
+        judgements = Judgements.of(data.relevance_of(documents, queries), asking)
         judgements.require_candidates(count)
         # As many relevant ones as nDCG looks at.
         filling: dict[str, Any] = {"seed": drawing_seed, "most_relevant": max(count, depth)}
@@ -236,6 +239,6 @@ def build_reranking_evaluator(
                 lists = judgements.lists(count, ranked=found, **filling)
             else:
                 lists = judgements.lists_as_ranked(found)
-        return RerankingEvaluator(lists, reader, data, direction=direction, at_k=depth, name=own_name, **options)
+        return RerankingEvaluator(lists, reader, data, direction=asking, at_k=depth, name=own_name, **options)
 
     return build_for_each(dataset, name, build)

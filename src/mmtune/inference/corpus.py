@@ -12,7 +12,7 @@ from mmtune.data.documents import DocumentKind, check_texts
 from mmtune.data.identity import text_digest
 from mmtune.data.intake import DatasetLike, as_retrieval_dataset
 from mmtune.errors import ConfigError
-from mmtune.inference.encoder import SHARD_SIZE, DatasetReader, Retriever, require_retriever, warn_of_cut_texts
+from mmtune.inference.encoder import SHARD_SIZE, DatasetReader, Retriever, require_retriever, warn_of_cut_inputs
 from mmtune.inference.processes import Processes
 from mmtune.inference.ray_engine import require_ray, run_on_ray
 from mmtune.inference.shard_writer import ShardWriter
@@ -129,7 +129,7 @@ def encode_corpus(
     shows = show_progress_bar and processes.rank == 0
 
     def prepare() -> tuple[list[Shard], list[Shard]]:
-        warn_of_cut_texts(model, reader)
+        warn_of_cut_inputs(model, reader)
         writer.folder.claim(encoding)
         shards = plan_shards(reader, encoding, shows)
         writer.folder.require_kin(shards)

@@ -15,7 +15,8 @@ from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from tqdm.auto import tqdm
 
-from mmtune.arguments import shown
+from mmtune.arguments import MIXED, shown
+from mmtune.data.arrow import PLURALS
 from mmtune.data.documents import DocumentKind, DocumentReader, as_host_input, document_columns
 from mmtune.data.identity import document_digests, text_digest
 from mmtune.data.query_kinds import QueryKind, QueryReader, as_documents, query_columns
@@ -72,7 +73,7 @@ class DatasetReader:
 
     Attributes:
         corpus: A table with ``document_id`` and ``image`` (encoded) and/or ``text``.
-        queries: A table with ``query_id`` and ``text``, and ``image`` (encoded) where that asks.
+        queries: A table with ``query_id`` and ``text``, and ``image`` or ``audio`` (encoded) where that asks.
         kind: What a document is made of.
         query_kind: What a query is made of.
 
@@ -98,8 +99,8 @@ class DatasetReader:
     def texts(self, task: Task) -> list[str]:
         """All texts of the queries, or of the documents, that are made of one."""
         kind, table = (self.query_kind, self.queries) if task == "query" else (self.kind, self.corpus)
-        given = table["text"][:] if "text" in kind.split("+") else []
-        return [text for text in given if text is not None]
+        is_read = "text" in table.column_names and (kind == MIXED or "text" in kind.split("+"))
+        return [text for text in table["text"][:] if text is not None] if is_read else []
 
     @cached_property
     def asking(self) -> QueryReader:
@@ -293,8 +294,8 @@ def warn_of_unread_prompt(model: Retriever, reader: DatasetReader) -> None:
         )
 
 
-def warn_of_cut_texts(model: Retriever, reader: DatasetReader) -> None:
-    """Log a warning where queries, or the texts of documents, are longer than a model reads."""
+def warn_of_cut_inputs(model: Retriever, reader: DatasetReader) -> None:
+    """Log a warning where queries or documents, texts or recordings, are longer than what a model reads of them."""
     warn_of_unread_prompt(model, reader)
     for task, what in (("query", "queries"), ("document", "documents")):
         texts = reader.texts(task)
@@ -308,18 +309,19 @@ def warn_of_cut_texts(model: Retriever, reader: DatasetReader) -> None:
                 what,
                 _text_encoder(model, task).max_seq_length,
             )
-
-
-def warn_of_cut_recordings(model: Retriever, reader: DatasetReader) -> None:
-    """Log a warning where sounds or clips are longer than what a model reads of them."""
-    for kind, number in count_cut(model, reader.corpus, reader.kind).items():
-        what = "sounds are read" if kind == "audio" else "clips are read"
-        logger.warning(
-            "%d %s in part: the model takes no more seconds or frames of one. load_model says what it takes, in "
-            "max_seconds, fps and max_frames.",
-            number,
-            what,
-        )
+    cut = {
+        "": count_cut(model, reader.corpus, reader.kind),
+        "that ask ": count_cut(model, as_documents(reader.queries), reader.query_kind, task="query"),
+    }
+    for who, numbers in cut.items():
+        for kind, number in numbers.items():
+            logger.warning(
+                "%d %s %sare read in part: the model takes no more seconds or frames of one. load_model says what it "
+                "takes, in max_seconds, fps and max_frames.",
+                number,
+                PLURALS[kind],
+                who,
+            )
 
 
 def encode_shards(

@@ -20,7 +20,7 @@ from mmtune.inference.encoder import (
     encode_shards,
     join,
     require_retriever,
-    warn_of_cut_texts,
+    warn_of_cut_inputs,
 )
 from mmtune.inference.reranker import PairScorer, require_reranker
 from mmtune.inference.search import find_nearest
@@ -150,7 +150,7 @@ def _compare_embeddings(
     options: dict[str, Any],
 ) -> np.ndarray:
     """The similarity of a model for each pair; each text and each page is encoded once."""
-    warn_of_cut_texts(model, reader)
+    warn_of_cut_inputs(model, reader)
     store = None if cache_folder is None else EmbeddingStore(cache_folder, model)
     query_ids = list(dict.fromkeys(pair.query_id for pair in pairs))
     document_ids = list(dict.fromkeys(pair.document_id for pair in pairs))

@@ -14,7 +14,7 @@ from sentence_transformers import CrossEncoder
 from mmtune.arguments import require_number, require_path, require_whole
 from mmtune.data.arrow import IntLists, lists, table_dataset
 from mmtune.data.dataset import RetrievalDataset
-from mmtune.data.documents import DocumentKind, check_texts
+from mmtune.data.documents import DocumentKind, check_texts, require_pairs_of
 from mmtune.data.intake import DatasetLike, as_retrieval_dataset
 from mmtune.data.label_changes import label_changes, with_label_changes
 from mmtune.data.neighbors import find_neighbors
@@ -30,7 +30,7 @@ from mmtune.inference.encoder import (
     encode_shards,
     join,
     require_retriever,
-    warn_of_cut_texts,
+    warn_of_cut_inputs,
 )
 from mmtune.inference.processes import Processes
 from mmtune.inference.reranker import PairScorer, require_reranker
@@ -258,6 +258,7 @@ def mine_hard_negatives(
     require_retriever(model, "model", "mine_hard_negatives(dataset, model): the dataset comes first")
     if reranker is not None:
         require_reranker(reranker, "reranker")
+        require_pairs_of(documents, queries)
     size = require_whole("batch_size", batch_size)
     distance = require_whole("neighbors", neighbors, at_least=0)
     if cache_folder is not None:
@@ -278,7 +279,7 @@ def mine_hard_negatives(
     beside = find_neighbors(relevance, distance)
 
     if processes.rank == 0:
-        warn_of_cut_texts(model, reader)
+        warn_of_cut_inputs(model, reader)
     store = None if cache_folder is None else EmbeddingStore(cache_folder, model)
     made = None if embeddings is None else StoredDocuments(embeddings, model_fingerprint(model), documents)
     most_relevant, most_beside = int(relevant.lengths.max()), int(beside.lengths.max())

@@ -5,13 +5,14 @@ from typing import Any, TypeVar
 
 from datasets import Dataset
 from sentence_transformers.base.modules import Transformer
-from torch import nn
 
-from mmtune.arguments import ALL_OF_IT, MediaLimits
+from mmtune.arguments import ALL_OF_IT, MIXED, MediaLimits
 from mmtune.data.documents import recordings_of
 from mmtune.data.media import Recording
 from mmtune.models.adapters import encoders_of
+from mmtune.models.kinds import HostModel
 from mmtune.models.recordings import frame_options, media_limits_of
+from mmtune.models.routes import encoder_for
 
 Inputs = TypeVar("Inputs")
 
@@ -41,20 +42,23 @@ def decode_ahead(model: Any, inputs: Inputs) -> Inputs:
     return inputs
 
 
-def count_cut(model: Any, corpus: Dataset, documents: str, limits: MediaLimits = ALL_OF_IT) -> dict[str, int]:
+def count_cut(
+    model: Any, corpus: Dataset, documents: str, limits: MediaLimits = ALL_OF_IT, task: str = "document"
+) -> dict[str, int]:
     """How many sounds and clips of a corpus a model reads a part of, by their kind; from their headers alone.
 
     Args:
         model: A host model.
-        corpus: The documents.
-        documents: What a document is made of.
+        corpus: The documents, or the queries as these.
+        documents: What each is made of.
         limits: How much is read of each, whoever reads it.
+        task: What they are to the model, ``"document"`` or ``"query"``.
     """
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, HostModel):  # an evaluator also takes what only has the methods of a model
         return {}
-    encoders = encoders_of(model)
-    by_kind = {kind: [each for each in encoders if kind in each.modalities] for kind in ("audio", "video")}
-    read = {kind: media_limits_of(found[0], kind) for kind, found in by_kind.items() if found}
+    alone = documents == MIXED
+    readers = {name: encoder_for(model, name, name if alone else documents, task) for name in ("audio", "video")}
+    read = {name: media_limits_of(reader, name) for name, reader in readers.items() if reader is not None}
     cut = [each.kind for each in recordings_of(corpus, documents, limits) if each.is_cut(read.get(each.kind, limits))]
     return {kind: cut.count(kind) for kind in sorted({*cut})}
 

@@ -12,7 +12,7 @@ import torch
 from mmtune.data.arrow import IntLists
 from mmtune.data.judgements import Judgements
 from mmtune.errors import DatasetError
-from mmtune.inference.encoder import DatasetReader, Retriever, encode_shards, join, warn_of_cut_texts
+from mmtune.inference.encoder import DatasetReader, Retriever, encode_shards, join, warn_of_cut_inputs
 from mmtune.inference.store import Embeddings
 
 _TIE_ORDER_SEED = 0  # that of the retrieval evaluators: equal scores stand in the order they give them
@@ -200,7 +200,7 @@ def search(
     text_ids, document_ids = (asking_ids, asked_ids) if texts_ask else (asked_ids, asking_ids)
     options = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
 
-    warn_of_cut_texts(retriever, reader)
+    warn_of_cut_inputs(retriever, reader)
     started = time.perf_counter()
     texts = join(encode_shards(retriever, "query", text_ids, reader, **options))
     texts_done = time.perf_counter()

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
-from sentence_transformers.base.modules import Router
+from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.util import batch_to_device
 from torch import nn
 
@@ -66,7 +66,7 @@ def check_routes(model: HostModel, documents: str = "image", queries: str = "tex
     for task, kind in _ways(model, documents, queries):
         what = f"{kind} queries" if task == "query" else f"{kind} documents"
         try:
-            sizes[what] = output_of(model, sample_of(kind, model), task=task)["sentence_embedding"].shape[-1]
+            sizes[what] = output_of(model, sample_of(kind, model, task), task=task)["sentence_embedding"].shape[-1]
         except Exception as error:  # processors and encoders refuse in every way
             raise ConfigError(
                 f"The Router can't embed {what}: {type(error).__name__}: {first_line(error)} {describe_routes(router)} "
@@ -135,7 +135,9 @@ def freeze_unreached(model: HostModel, documents: str = "image", queries: str = 
     else:
         output = TOKENS if isinstance(model, MultiVectorEncoder) else "sentence_embedding"
         ways = _ways(model, documents, queries)
-        reached = [output_of(model, sample_of(kind, model), gradients=True, task=task)[output] for task, kind in ways]
+        reached = [
+            output_of(model, sample_of(kind, model, task), gradients=True, task=task)[output] for task, kind in ways
+        ]
     # an expert that these samples are not sent to may get others
     experts = [weight for name, weight in model.named_parameters() if ".experts." in name and weight.requires_grad]
     freeze_unused(model, reached)
@@ -151,12 +153,13 @@ def ignores_prompt(model: HostModel, kind: str) -> bool:
 
     Args:
         model: Any host model.
-        kind: What a query is made of; other kinds than in ``check_routes`` are taken for read.
+        kind: What a query is made of.
     """
     prompt = model.prompts.get("query") or model.prompts.get(model.default_prompt_name or "")
-    if not prompt or not set(kind.split("+")) <= SAMPLES.keys():
+    if not prompt:
         return False
-    plain, prompted = (dict(model.preprocess([sample_of(kind)], prompt=each, task="query")) for each in (None, prompt))
+    sample = sample_of(kind, model, "query")
+    plain, prompted = (dict(model.preprocess([sample], prompt=each, task="query")) for each in (None, prompt))
     return plain.keys() == prompted.keys() and all(
         torch.equal(value, prompted[name]) for name, value in plain.items() if isinstance(value, torch.Tensor)
     )
@@ -236,15 +239,35 @@ def output_of(model: HostModel, sample: Any, *, gradients: bool = False, **kwarg
             module.training = True
 
 
-def sample_of(kind: str, model: HostModel | None = None) -> Any:
+def encoder_for(model: HostModel, part: str, kind: str, task: str) -> Transformer | None:
+    """The encoder that reads a part of inputs, in the order in which the host's Router looks for a route.
+
+    Args:
+        model: Any host model.
+        part: Such as ``"audio"``.
+        kind: What an input is made of, such as ``"text+audio"``.
+        task: ``"query"`` or ``"document"``.
+    """
+    router, readers = find_router(model), encoders_of(model)
+    if router is not None:
+        parts = tuple(sorted(kind.split("+")))
+        modality = parts if len(parts) > 1 else kind
+        keys = ((task, modality), (task, None), (None, modality), (None, None))
+        routes = {name: name for name in router.sub_modules} | dict(router.route_mappings)
+        name = next((routes[key] for key in (*keys, task, modality) if key in routes), router.default_route)
+        readers = encoders_of(router.sub_modules[name]) if name else []
+    return next((encoder for encoder in readers if part in encoder.modalities), None)
+
+
+def sample_of(kind: str, model: HostModel | None = None, task: str = "document") -> Any:
     """A short text for ``"text"``, a small blank page for ``"image"``, a dictionary of both for ``"text+image"``.
 
-    A sound and a clip are such as the encoder of ``model`` reads that takes them.
+    A sound and a clip are such as the encoder of ``model`` reads that takes them, as ``task`` says.
     """
     chosen: dict[str, Any] = {}
     for part in kind.split("+"):
-        readers = [encoder for encoder in encoders_of(model) if part in encoder.modalities] if model is not None else []
-        limits = media_limits_of(readers[0], part) if readers else MediaLimits()
+        reader = None if model is None else encoder_for(model, part, kind, task)
+        limits = media_limits_of(reader, part) if reader is not None else MediaLimits()
         makers = {"audio": sample_sound, "video": sample_clip}
         chosen[part] = makers[part](limits) if part in makers else SAMPLES[part]
     return chosen if len(chosen) > 1 or kind not in SAMPLES else chosen[kind]

@@ -18,6 +18,7 @@ _DOCUMENTS = {
         '{"text": "Price list", "image": Image.open("page-2.png")}',
     ],
     "audio": ['{"audio": {"array": samples, "sampling_rate": 16_000}}'],
+    "text+audio": ['{"text": "faster", "audio": {"array": samples, "sampling_rate": 16_000}}'],
     "video": ['{"video": {"array": frames, "video_metadata": metadata}}'],
 }
 _SAMPLES = {
@@ -130,16 +131,18 @@ def _usage(card: str, documents: str, name: str, settings: Mapping[str, Mapping[
     model_class = found[1] if found else "SentenceTransformer"
     training = settings["training"]
     lines = [f"from sentence_transformers import {model_class}", "", f"model = {model_class}({name!r})"]
-    if documents in _SAMPLES:
-        lines = [*_SAMPLES[documents], *lines]
-    elif "image" in documents or documents not in _DOCUMENTS:
+    queries = settings["data"].get("queries", "text")
+    asked = f'"{_QUESTION}"' if queries == "text" else _DOCUMENTS[queries][0]
+    for kind in dict.fromkeys((documents, queries)):
+        lines = [*_SAMPLES.get(kind.removeprefix("text+"), ()), *lines]
+    if "Image.open" in f"{asked}{examples}":
         lines.insert(0, "from PIL import Image")
     smaller = [dim for dim in training.get("evaluated_dims", ()) if dim != settings["model"].get("full_dimension")]
     if smaller:
         lines.append(
             f"# smaller embeddings: {model_class}({name!r}, truncate_dim={smaller[0]}), of {smaller} as measured"
         )
-    lines += [f'query = "{_QUESTION}"', f"documents = [{examples}]"]
+    lines += [f"query = {asked}", f"documents = [{examples}]"]
     if model_class == "CrossEncoder":
         lines += ["scores = model.predict([(query, document) for document in documents])", "print(scores)"]
         return "\n".join(lines)

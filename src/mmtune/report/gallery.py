@@ -18,7 +18,8 @@ from mmtune.data.arrow import positions
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind, KeyedTable
 from mmtune.data.images import decode_page
-from mmtune.data.relevance import Direction
+from mmtune.data.query_kinds import QueryKind
+from mmtune.data.relevance import Direction, directions_between
 from mmtune.errors import ImageDecodeError, MissingDocumentError, MissingExtraError
 from mmtune.report.charts import TIE, Picture, as_data_uri
 
@@ -123,8 +124,10 @@ class Gallery:
         direction: Direction,
         *,
         thumbnails: bool,
+        queries: QueryKind = "text",
     ) -> None:
         self._direction: Direction = direction
+        self._directions = directions_between(queries, documents)
         self._sets = {name: _Shelf(data, documents, thumbnails=thumbnails) for name, data in datasets.items()}
 
     def show(self, rows: Sequence[Mapping[str, Any]]) -> list[Change]:
@@ -183,9 +186,9 @@ class Gallery:
     def _read_name(self, metric: str) -> tuple[str, Direction]:
         """The set and the direction that a key such as ``vdr-rerank-en-image-to-text_ndcg@10`` names."""
         name, direction = metric.partition("_")[0], self._direction
-        for each in ("text_to_image", "image_to_text"):
+        for each, asking in self._directions.items():
             if name.endswith(suffix := f"-{each.replace('_', '-')}"):
-                name, direction = name.removesuffix(suffix), each
+                name, direction = name.removesuffix(suffix), asking
         named = [each for each in self._sets if each and name.endswith(f"-{each}")]
         return max(named, key=len, default=""), direction
 

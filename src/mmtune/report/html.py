@@ -93,7 +93,8 @@ def write_page(
     if per_query is not None and primary_metric:
         per_query = at_full_size(per_query, primary_metric)
     measure = str((verdict or {}).get("measure") or name_measure(primary_metric or ""))
-    gallery = Gallery(datasets, documents, direction, thumbnails=thumbnails)
+    queries = settings.get("data", {}).get("queries", "text")
+    gallery = Gallery(datasets, documents, direction, thumbnails=thumbnails, queries=queries)
     won, lost = ([], []) if per_query is None else map(gallery.show, choose_changes(per_query))
     values = {
         "title": title,

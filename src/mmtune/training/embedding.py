@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from mmtune.arguments import MIXED, nearest_name, require_one_of, require_whole, require_wholes, shown
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DOCUMENT_KINDS, DocumentKind, kinds_of_documents
-from mmtune.data.query_kinds import QUERY_KINDS, QueryKind
+from mmtune.data.query_kinds import QUERY_KINDS, QueryKind, as_documents
 from mmtune.errors import ConfigError
 from mmtune.evaluation.base import Retriever
 from mmtune.evaluation.mean import AnyEvaluator
@@ -136,7 +136,7 @@ def finetune(
             that ``size_frontier`` shows on the evaluation set to lose less than 0.01. ``None`` cuts nothing. What was
             chosen stands in ``settings``; ``SentenceTransformer(path, truncate_dim=...)`` loads another size.
         queries: What a query is made of, as ``documents`` says it of a document: ``"image"`` trains to find the page
-            like this photo.
+            like this photo, ``"audio"`` the sound like this hum.
         **training_arguments: Training arguments of the host by name, in place of the recipe's.
 
     Returns:
@@ -224,11 +224,11 @@ def kind_of(model: object, documents: DocumentKind = "image", queries: QueryKind
 
 def _modalities_for(documents: DocumentKind, queries: QueryKind) -> tuple[str, ...]:
     """What a checkpoint has to take: texts and images, but for sounds and clips; and what is joined."""
-    kinds = (documents, queries)
+    kinds, asking = (documents, queries), queries.split("+")
     recordings = [name for name in ("audio", "video") if name in documents.split("+")]
-    asks_with_images = "image" in queries.split("+")
-    images = ["image"] if asks_with_images or not (recordings or documents == MIXED) else []
-    return (*dict.fromkeys([*recordings, *images, "text", *(kind for kind in kinds if "+" in kind)]),)
+    images = ["image"] if "image" in asking or not (recordings or documents == MIXED) else []
+    sounds = ["audio"] if "audio" in asking else []
+    return (*dict.fromkeys([*recordings, *images, *sounds, "text", *(kind for kind in kinds if "+" in kind)]),)
 
 
 def own_prompts(model: Retriever) -> dict[str, str]:
@@ -450,13 +450,17 @@ class EmbeddingFinetuning(Finetuning):
             facts["query_prompt_has_no_effect"] = ignores_prompt(model, self.queries)
         # a mixed corpus may stand in several sets, one for each kind
         distinct = {id(part.data): (name, part) for name, part in train.by_name.items()}.values()
-        cut = {
-            name: count_cut(model, part.data.corpus, self.documents, part.view.source.reader.limits)
-            for name, part in distinct
+        cut: dict[str, dict[str, Any]] = {"read_in_part": {}, "queries_read_in_part": {}}
+        for name, part in distinct:
+            limits, asking = part.view.source.reader.limits, as_documents(part.data.queries)
+            cut["read_in_part"][name] = count_cut(model, part.data.corpus, self.documents, limits)
+            cut["queries_read_in_part"][name] = count_cut(model, asking, self.queries, limits, "query")
+        read_in_part = {
+            key: next(iter(found.values())) if len(found) == 1 else found
+            for key, found in cut.items()
+            if any(found.values())
         }
-        read_in_part = next(iter(cut.values())) if len(cut) == 1 else cut
-        own = {"read_in_part": read_in_part} if any(cut.values()) else {}
-        return {"data": {"queries": self.queries, **own}, "training": facts}
+        return {"data": {"queries": self.queries, **read_in_part}, "training": facts}
 
     def _evaluated_dims(self, model: Retriever, loss: object) -> tuple[int, ...]:
         """The dimensions that the caller names, else those that the loss trains."""

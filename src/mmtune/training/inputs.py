@@ -19,7 +19,7 @@ from mmtune.data.intake import (
     relevant_on_both_sides,
 )
 from mmtune.data.query_kinds import QueryKind
-from mmtune.data.relevance import Direction
+from mmtune.data.relevance import DirectionName, resolve_direction
 from mmtune.data.rows import ID_COLUMNS, AskingPages, ListView, PairView, TrainingView, view_of
 from mmtune.errors import ConfigError, DatasetError
 from mmtune.training.batches import require_view
@@ -141,7 +141,7 @@ def _split_by_kind(part: TrainingSet, apart: Collection[str]) -> dict[str, Train
 
 def reranking_sets(
     given: DatasetsLike,
-    directions: Sequence[Direction],
+    directions: Sequence[DirectionName],
     *,
     form: Form,
     num_negatives: int,
@@ -161,7 +161,7 @@ def reranking_sets(
                 rows = data.labeled_pairs(num_negatives, direction=direction, **options)
             elif form == "lists":
                 rows = data.labeled_lists(num_negatives, direction=direction, **options)
-            elif direction == "text_to_image":
+            elif resolve_direction(direction, queries, documents) == "text_to_image":
                 rows = data.training_rows(num_negatives, **options)
             else:
                 # Batches keep relevant pages from the texts of other rows, and know nothing of further texts in a row.
@@ -267,15 +267,15 @@ def check_pages(
     documents: DocumentKind,
     queries: QueryKind = "text",
 ) -> None:
-    """Make sure that every image that will be read can be, looking at each dataset once.
+    """Make sure that all that will be read can be, looking at each dataset once.
 
     Raises:
-        ImageDecodeError: One is missing, damaged, or no image; the message names the document or the query.
+        MediaDecodeError: A file is missing, damaged, or of another kind; the message names the document or the query.
     """
     read = {id(data): data for data in (*(part.data for part in train.by_name.values()), *measured)}
     for data in read.values():
         shown = not are_progress_bars_disabled()
         if documents != "text":
             data.check_pages(documents=documents, show_progress_bar=shown)
-        elif "image" in queries.split("+"):  # which ``check_pages`` looks at as well
+        elif queries != "text":  # which ``check_pages`` looks at as well
             data.check_queries(show_progress_bar=shown)

@@ -17,7 +17,7 @@ from datasets import Dataset
 from sentence_transformers.base.training_args import BaseTrainingArguments
 from torch import nn
 
-from mmtune.data.arrow import column
+from mmtune.data.arrow import column, media_columns
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.images import EncodedImages
 from mmtune.data.query_kinds import as_documents
@@ -278,12 +278,13 @@ def describe_content(data: RetrievalDataset) -> str:
 
 
 def _images_of(table: Dataset) -> list[Any]:
-    """What tells the images of a table from others: their sizes."""
-    if "image" not in table.column_names:
-        return []
-    images = EncodedImages(table)
-    # of a page of a PDF what is read names its content
-    return [images.lengths.tolist(), *(bytes(images.read(int(row))) for row in images.pdf_rows)]
+    """What tells the images, sounds and clips of a table from others: their sizes."""
+    found: list[Any] = []
+    for name in media_columns(table.column_names):
+        images = EncodedImages(table, name)
+        # of a page of a PDF what is read names its content
+        found += [images.lengths.tolist(), *(bytes(images.read(int(row))) for row in images.pdf_rows)]
+    return found
 
 
 def describe_checkpoint(path: str) -> str:

@@ -17,7 +17,7 @@ from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind, require_pairs_of
 from mmtune.data.judgements import Judgements
 from mmtune.data.query_kinds import QueryKind
-from mmtune.data.relevance import Direction
+from mmtune.data.relevance import Direction, DirectionName, resolve_direction
 from mmtune.errors import ConfigError
 from mmtune.evaluation.mean import AnyEvaluator, MeanEvaluator
 from mmtune.evaluation.reranking import AnyRerankingEvaluator, build_reranking_evaluator
@@ -45,7 +45,7 @@ def finetune_reranker(
     guard_dataset: DatasetsLike | None = None,
     output_dir: str | os.PathLike[str] | None = None,
     num_negatives: int = 4,
-    directions: Sequence[Direction] = ("text_to_image",),
+    directions: Sequence[DirectionName] = ("text_to_image",),
     loss: Loss | None = None,
     args: CrossEncoderTrainingArguments | None = None,
     documents: DocumentKind = "image",
@@ -84,7 +84,9 @@ def finetune_reranker(
             ``eval_dataset`` is, and no checkpoint with a significant loss on it is kept as the best.
         output_dir: Folder for checkpoints, model and report. ``None`` is ``args.output_dir``, or ``mmtune-output``.
         num_negatives: Negatives to each relevant pair.
-        directions: What asks: ``"text_to_image"``, ``"image_to_text"`` or both, each batch from one of them.
+        directions: What asks: ``"text_to_image"`` is queries for documents, ``"image_to_text"`` documents for queries,
+            or both, each batch from one of them. What they are made of may stand in their place, as in
+            ``"video_to_text"``, and then stands in the names of metrics.
         loss: A host loss in place of binary cross-entropy, built, as a class, or as a callable that takes the model.
             Listwise losses get a list a query, graded; contrastive ones conflict-free batches.
         args: The host's training arguments, passed on as they are; only empty ``prompts`` are filled, on a copy.
@@ -131,7 +133,7 @@ def finetune_reranker(
         >>> reranker = build_reranker("Qwen/Qwen3-VL-2B-Instruct")  # doctest: +SKIP
         >>> finetune_reranker(reranker, "pages.parquet", directions=["text_to_image"])  # doctest: +SKIP
     """
-    _require_reranker(model, documents)
+    _require_reranker(model, documents, queries)
     call = RerankerFinetuning(
         kind=RERANKING,
         model=model,
@@ -164,9 +166,9 @@ def finetune_reranker(
     return cast("FinetuneResult", run(call))  # a Plan for those who ask for one
 
 
-def _require_reranker(model: object, documents: str) -> None:
+def _require_reranker(model: object, documents: str, queries: str) -> None:
     """Make sure that there is a reranker, or a checkpoint to build one from, before the data are read."""
-    require_pairs_of(documents)
+    require_pairs_of(documents, queries)
     if isinstance(model, (str, os.PathLike)):  # a checkpoint for texts alone does for documents="text"
         modality = next((name for name in ("image", "video") if name in documents), "text")
         check_checkpoint(os.fspath(model), model_class=CrossEncoder, modalities=(modality,))
@@ -191,18 +193,19 @@ class RerankerFinetuning(Finetuning):
 
     loss: Loss | None
     num_negatives: int
-    directions: Sequence[Direction]
+    directions: Sequence[DirectionName]
     num_candidates: int
 
     def check_arguments(self) -> None:
         """Make sure of directions, candidates and negatives."""
-        known, directions = get_args(Direction), self.directions
+        directions = self.directions
         if not isinstance(directions, (list, tuple)) or not directions:
+            known = get_args(Direction)
             raise ConfigError(f"directions={directions!r}: expected one or both of {known}, e.g. ({known[0]!r},).")
-        unknown = [direction for direction in directions if direction not in known]
-        if unknown:
-            raise ConfigError(f"directions holds {unknown[0]!r}: expected one or both of {known}.")
-        if len(set(directions)) < len(directions):
+        asking = [
+            resolve_direction(each, self.queries, self.documents, what="directions holds ") for each in directions
+        ]
+        if len(set(asking)) < len(asking):
             raise ConfigError(f"directions={directions!r} names one twice. Name each once.")
         require_whole("num_negatives", self.num_negatives, at_least=0)
         require_whole("num_candidates", self.num_candidates, at_least=2)
@@ -336,7 +339,7 @@ class RerankerFinetuning(Finetuning):
         }
         return {"data": data, "training": {"loss_arguments": getattr(loss, "get_config_dict", dict)()}}
 
-    def _fit_candidates(self, data: RetrievalDataset, direction: Direction) -> int:
+    def _fit_candidates(self, data: RetrievalDataset, direction: DirectionName) -> int:
         """Candidates in a list with one relevant one: fewer than asked for where a small set has no more."""
         judgements = Judgements.of(data.relevance_of(self.documents, self.queries), direction)
         available = len(judgements.distinct_items)

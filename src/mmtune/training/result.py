@@ -14,6 +14,7 @@ from sentence_transformers.base.trainer import BaseTrainer
 
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind
+from mmtune.data.relevance import resolve_direction
 from mmtune.errors import MissingExtraError
 from mmtune.evaluation.history import PER_QUERY_FILE
 from mmtune.evaluation.significance import Verdict
@@ -156,6 +157,9 @@ class FinetuneResult:
     def _write_page(
         self, evaluation: Mapping[str, RetrievalDataset], documents: DocumentKind, *, thumbnails: bool
     ) -> None:
+        facts = self.settings["data"]
+        asking = facts.get("directions", ())  # of several, the name of each metric says its own
+        direction = resolve_direction(asking[0], facts["queries"], documents) if len(asking) == 1 else "text_to_image"
         try:
             write_page(
                 self.output_dir / "report.html",
@@ -169,6 +173,7 @@ class FinetuneResult:
                 versions=_versions(),
                 datasets=evaluation,
                 documents=documents,
+                direction=direction,
                 thumbnails=thumbnails,
             )
         except MissingExtraError as error:
