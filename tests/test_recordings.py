@@ -818,15 +818,6 @@ def test_a_model_that_reads_messages_gets_mixed_batches(qwen3_vl_path):
     assert {"vdr_cosine_ndcg@10_image", "vdr_cosine_ndcg@10_video"} <= metrics.keys()
 
 
-@pytest.mark.parametrize(("max_pixels", "grid"), [(None, [4, 4, 4]), (64 * 64, [4, 4, 4]), (32 * 32, [4, 2, 2])])
-def test_a_frame_is_no_larger_than_a_page_may_be(qwen3_vl_path, max_pixels, grid, tmp_path):
-    load_model(qwen3_vl_path, device="cpu", max_pixels=max_pixels).save_pretrained(str(tmp_path))
-    model = load_model(tmp_path, device="cpu", max_frames=8)
-    with reading_pages(model):
-        clip = Clip(generated_clips(1)[0]["video"], "d")
-        assert model.preprocess([{"video": clip}])["video_grid_thw"].tolist() == [grid]
-
-
 @pytest.mark.usefixtures("qwen3_vl_path")
 def test_a_limit_of_pixels_bounds_the_frames_of_a_language_model(qwen3_vl_path, tmp_path):
     clip = of(generated_clips(1)[0]["video"]["bytes"], kind=Clip)
