@@ -474,7 +474,7 @@ def test_mining_finds_sounds(listener):
     assert [len(ids) for ids in mined.negatives["document_ids"][:]] == [2] * 12
 
 
-@pytest.mark.parametrize("documents", ["audio", "text+video", "mixed"])
+@pytest.mark.parametrize("documents", ["audio", "text+video"])
 def test_rerankers_refuse_sounds_and_clips_before_anything_is_read(documents):
     with pytest.raises(ConfigError, match=rf"documents='{re.escape(documents)}': rerankers read texts, pages"):
         finetune_reranker("no-model-is-read", "no-data-are-read", documents=documents)

@@ -14,7 +14,7 @@ from sentence_transformers import CrossEncoder
 from mmtune.arguments import require_number, require_path, require_whole
 from mmtune.data.arrow import IntLists, lists, table_dataset
 from mmtune.data.dataset import RetrievalDataset
-from mmtune.data.documents import DocumentKind, check_texts
+from mmtune.data.documents import DocumentKind, check_texts, require_pairs_of
 from mmtune.data.intake import DatasetLike, as_retrieval_dataset
 from mmtune.data.label_changes import label_changes, with_label_changes
 from mmtune.data.neighbors import find_neighbors
@@ -267,6 +267,8 @@ def mine_hard_negatives(
     relevance.require_queries()
     check_texts(data.corpus, documents)
     reader = DatasetReader(data.corpus, data.queries, documents, queries)
+    if reranker is not None:
+        require_pairs_of(documents, reader.kinds)
     processes = Processes.running(model.device)
 
     # Each distinct query and each distinct page once, by the first query and the first document that have it.
