@@ -192,13 +192,14 @@ def _finetunes(bench: Bench, name: str, data: RetrievalDataset, kind: str) -> No
 
 
 def _learns_from_a_teacher(bench: Bench, name: str, data: RetrievalDataset, kind: str) -> None:
-    """A retriever of its own learns the scores of the reranker."""
+    """A retriever of its own learns the scores of the reranker; of clips, which stands for all kinds."""
     rows = data.training_rows(2, documents=kind)
     labelled = score_rows(rows, bench.model(name), **QUIET).label_rows(rows)
     assert all(len(set(labels)) == 3 for labels in labelled[:]["label"])
-    out = {"output_dir": bench.new_folder(), **ONE_STEP, "num_negatives": 2}
-    result = finetune(bench.build("Qwen3-VL"), labelled, documents=kind, loss=MarginMSELoss, **out)
-    assert result.trainer.state.global_step == 1
+    if kind == "video":
+        out = {"output_dir": bench.new_folder(), **ONE_STEP, "num_negatives": 2}
+        result = finetune(bench.build("Qwen3-VL"), labelled, documents=kind, loss=MarginMSELoss, **out)
+        assert result.trainer.state.global_step == 1
 
 
 def _ranks(bench: Bench, name: str, data: RetrievalDataset, kind: str) -> None:
@@ -249,9 +250,9 @@ CALLS: dict[str, dict[tuple[str, ...], Call]] = {
 
 SLOW = {
     "find_false_negatives",
+    "encode_corpus",
     "size_frontier",
     "finetune",
-    "score_rows",
     "finetune_reranker",
     "distill_query_encoder",
     "compare_models",
