@@ -26,6 +26,7 @@ from mmtune import (
     ConfigError,
     ConflictFreeBatchSampler,
     DatasetError,
+    ImageDecodeError,
     MediaDecodeError,
     MissingExtraError,
     RetrievalDataset,
@@ -291,6 +292,16 @@ def test_of_mixed_documents_each_is_what_it_has():
     assert dataset("audio", [tone()] * 3, text=texts, image=[None] * 3).relevance.page.tolist() == [0, 1, 0]
     with pytest.raises(DatasetError, match="'d1' has nothing in any of the columns"):
         dataset("audio", [tone(), None], image=[None, None]).training_rows(0, documents="mixed")[1]
+
+
+def test_passages_beside_pages_need_no_image_where_documents_are_mixed():
+    page = with_encoded_images(generated_pages(1).select([0]), "image")["image"][0]["bytes"]
+    data = dataset("image", [page, None, None], text=[None, "a passage", " "]).select_queries(["d0", "d1"])
+    data.check_pages(documents="mixed", show_progress_bar=False)
+    with pytest.raises(ImageDecodeError, match="'d1' has no image"):
+        data.check_pages(show_progress_bar=False)
+    with pytest.raises(DatasetError, match="'d2' has nothing in any of the columns"):
+        kinds_of_documents(data.corpus, "mixed")
 
 
 @pytest.mark.parametrize("layout", ["save", "beir", "id_rows", "columns"])
