@@ -27,6 +27,7 @@ from mmtune import (
     ConfigError,
     ConflictFreeBatchSampler,
     DatasetError,
+    ImageDecodeError,
     MediaDecodeError,
     MissingExtraError,
     RetrievalDataset,
@@ -392,6 +393,16 @@ def test_of_mixed_documents_each_is_what_it_has():
         dataset("audio", [tone(), None], image=[None, None]).training_rows(0, documents="mixed")[1]
 
 
+def test_passages_beside_pages_need_no_image_where_documents_are_mixed():
+    page = with_encoded_images(generated_pages(1).select([0]), "image")["image"][0]["bytes"]
+    data = dataset("image", [page, None, None], text=[None, "a passage", " "]).select_queries(["d0", "d1"])
+    data.check_pages(documents="mixed", show_progress_bar=False)
+    with pytest.raises(ImageDecodeError, match="'d1' has no image"):
+        data.check_pages(show_progress_bar=False)
+    with pytest.raises(DatasetError, match="'d2' has nothing in any of the columns"):
+        kinds_of_documents(data.corpus, "mixed")
+
+
 @pytest.mark.parametrize("layout", ["save", "beir", "id_rows", "columns"])
 @pytest.mark.parametrize("kind", ["audio", "video", "mixed"])
 def test_what_is_written_is_read_back(kind, layout, tmp_path):
@@ -697,7 +708,7 @@ def test_mining_finds_sounds(listener):
     assert [len(ids) for ids in mined.negatives["document_ids"][:]] == [2] * 12
 
 
-@pytest.mark.parametrize("documents", ["audio", "text+video", "mixed"])
+@pytest.mark.parametrize("documents", ["audio", "text+video"])
 def test_rerankers_refuse_sounds_and_clips_before_anything_is_read(documents):
     with pytest.raises(ConfigError, match=rf"documents='{re.escape(documents)}': rerankers read texts, pages"):
         finetune_reranker("no-model-is-read", "no-data-are-read", documents=documents)

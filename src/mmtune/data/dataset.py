@@ -22,7 +22,7 @@ from mmtune.arguments import (
     require_whole,
 )
 from mmtune.data import files, layouts
-from mmtune.data.arrow import as_texts, media_columns, table_dataset
+from mmtune.data.arrow import as_texts, table_dataset
 from mmtune.data.audit import AuditReport, examine
 from mmtune.data.card import make_card
 from mmtune.data.combining import concatenate_tables, merge_copies, undo_label_changes
@@ -31,6 +31,7 @@ from mmtune.data.documents import DocumentKind, check_recordings, document_colum
 from mmtune.data.export import ExportLayout, Split, export_dataset
 from mmtune.data.findings import Finding
 from mmtune.data.hub import push_dataset
+from mmtune.data.identity import usual_kind
 from mmtune.data.images import InputSize, check_pages, require_input_size
 from mmtune.data.judgements import Judgements
 from mmtune.data.label_changes import label_changes
@@ -711,7 +712,7 @@ class RetrievalDataset:
         relevance = self.relevance if documents is None else self.relevance_of(documents)
         return self.from_tables(merge_copies(relevance, relevance.page))
 
-    def check_pages(self, *, documents: DocumentKind = "mixed", show_progress_bar: bool = True) -> None:
+    def check_pages(self, *, documents: DocumentKind | None = None, show_progress_bar: bool = True) -> None:
         """Make sure that every page, and all that asks, can be decoded: images from their header and their end.
 
         Of sounds the first second is decoded, and of clips two frames.
@@ -720,7 +721,8 @@ class RetrievalDataset:
         with grey or shifted blocks and reports nothing.
 
         Args:
-            documents: What is looked at; ``"mixed"`` is all that documents have.
+            documents: What is looked at: with ``"mixed"`` what each document has. ``None`` is the image, sound or clip
+                of every document where the corpus has one such column, and ``"mixed"`` where it has several.
             show_progress_bar: Whether to show bars.
 
         Raises:
@@ -729,11 +731,10 @@ class RetrievalDataset:
                 a page it is an ``ImageDecodeError``.
             MissingExtraError: A package that decodes sounds or clips is not installed.
         """
-        names = document_columns(self.corpus, documents)
-        may_lack = documents == MIXED and len(media_columns(names)) > 1
-        if "image" in names:
-            check_pages(self.corpus, show_progress_bar=show_progress_bar, may_lack=may_lack)
-        check_recordings(recordings_of(self.corpus, documents), show_progress_bar=show_progress_bar)
+        kind = usual_kind(self.corpus) if documents is None else documents
+        if "image" in document_columns(self.corpus, kind):
+            check_pages(self.corpus, show_progress_bar=show_progress_bar, may_lack=kind == MIXED)
+        check_recordings(recordings_of(self.corpus, kind), show_progress_bar=show_progress_bar)
         self.check_queries(show_progress_bar=show_progress_bar)
 
     def check_queries(self, *, show_progress_bar: bool = True) -> None:

@@ -137,9 +137,7 @@ class DocumentReader:
         if self._is_mixed:
             parts = {name: part for name, part in parts.items() if _is_there(part)}
             if not parts:
-                raise DatasetError(
-                    f"{name_item(document_id)} has nothing in any of the columns {self._columns}. Leave it out."
-                )
+                raise _has_nothing(document_id, self._columns)
         if "image" in parts:
             read = Page if self._is_lazy else decode_page
             parts["image"] = read(parts["image"], document_id, **self._size)
@@ -158,6 +156,10 @@ class DocumentReader:
 def _is_there(part: Any) -> bool:
     """What ``has_content`` says of a column, of one part: a text with a word, or bytes or a path."""
     return bool(part.strip()) if isinstance(part, str) else any(value is not None for value in (part or {}).values())
+
+
+def _has_nothing(document_id: str, columns: Sequence[str]) -> DatasetError:
+    return DatasetError(f"{name_item(document_id)} has nothing in any of the columns {columns}. Leave it out.")
 
 
 def document_columns(
@@ -192,16 +194,30 @@ def document_columns(
 
 
 def kinds_of_documents(corpus: Dataset, documents: DocumentKind) -> list[str]:
-    """What each document is made of, such as ``"text+image"``; of mixed documents that differs."""
+    """What each document is made of, such as ``"text+image"``; of mixed documents that differs.
+
+    Raises:
+        DatasetError: A mixed document has nothing at all; the message names it.
+    """
     if documents != MIXED:
         return [documents] * len(corpus)
     names = document_columns(corpus, documents)
     has = np.stack([has_content(corpus, name) for name in names], axis=1)
+    empty = np.flatnonzero(~has.any(axis=1))
+    if len(empty):
+        raise _has_nothing(column(corpus, "document_id")[int(empty[0])].as_py(), names)
     return ["+".join(name for name, found in zip(names, row, strict=True) if found) for row in has.tolist()]
 
 
-def require_pairs_of(documents: DocumentKind, queries: DocumentKind = "text") -> None:
+def require_pairs_of(
+    documents: DocumentKind, queries: DocumentKind = "text", kinds: Sequence[DocumentKind] = ()
+) -> None:
     """Make sure that documents and queries are of a kind that rerankers read.
+
+    Args:
+        documents: What a document is made of.
+        queries: What a query is made of.
+        kinds: Where documents are mixed, what they are made of.
 
     Raises:
         ConfigError: They are not: the host takes no sounds in pairs, and nothing beside a clip
@@ -213,11 +229,13 @@ def require_pairs_of(documents: DocumentKind, queries: DocumentKind = "text") ->
             'queries="text" where the queries have texts.'
         )
     require_one_of("documents", documents, DOCUMENT_KINDS)
-    if documents != "video" and (documents == MIXED or not RECORDINGS.keys().isdisjoint(documents.split("+"))):
-        raise ConfigError(
-            f"documents={documents!r}: rerankers read texts, pages, both together, and clips alone. Rank others by an "
-            'embedding model, or pass documents="text" to rerank what is written about them.'
-        )
+    for kind in (documents, *kinds):
+        if kind not in (MIXED, "video") and not RECORDINGS.keys().isdisjoint(kind.split("+")):
+            where = "" if kind == documents else f", where some are made of {kind!r}"
+            raise ConfigError(
+                f"documents={documents!r}{where}: rerankers read texts, pages, both together, and clips alone. Rank "
+                'others by an embedding model, or pass documents="text" to rerank what is written about them.'
+            )
 
 
 def check_texts(corpus: Dataset, documents: DocumentKind) -> None:

@@ -57,7 +57,8 @@ class LateInteractionEvaluator(CorpusEvaluator, MultiVectorInformationRetrievalE
         self._embeddings = chain(iter(first), chain.from_iterable(portions))
         del first
         try:
-            return super().__call__(encoder, output_path, epoch, steps, *args, **kwargs)
+            metrics = super().__call__(encoder, output_path, epoch, steps, *args, **kwargs)
+            return metrics | self.measure_kinds(encoder)
         finally:
             self._embeddings = None
             portions.close()

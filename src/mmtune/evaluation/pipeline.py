@@ -177,7 +177,7 @@ def evaluate_pipeline(
         dataset: A ``RetrievalDataset``, rows in a known layout, or what ``RetrievalDataset.load`` takes.
         depths: How many documents are reranked a query. ``None`` is 5, 10, 20 and 50 as far as the corpus has them,
             and all of a smaller corpus.
-        documents: What a document is made of: ``"image"``, ``"text"``, ``"text+image"`` or ``"video"``.
+        documents: What a document is made of: ``"image"``, ``"text"``, ``"text+image"``, ``"video"`` or ``"mixed"``.
         ndcg_at_k: Depth of nDCG.
         batch_size: Texts, documents or pairs a forward pass.
         show_progress_bar: Whether to show bars.
@@ -220,6 +220,7 @@ def evaluate_pipeline(
     num_documents = len(judgements.distinct_items)
     chosen = _choose_depths(depths, num_documents)
     reader = DatasetReader(data.corpus, data.queries, documents, queries)
+    require_pairs_of(documents, queries, reader.kinds)
 
     retriever, reranker = open_retriever(retriever, documents), _open_reranker(reranker)
 

@@ -184,7 +184,7 @@ def build_reranking_evaluator(
         num_candidates: The length of a list with one relevant candidate, which is included; 2 or more.
         name: Prefix of the metric keys.
         batch_size: Pairs a forward pass.
-        documents: What a document is made of: ``"image"``, ``"text"``, ``"text+image"`` or ``"video"``.
+        documents: What a document is made of: ``"image"``, ``"text"``, ``"text+image"``, ``"video"`` or ``"mixed"``.
         retriever: Takes its best candidates instead of the dataset's. It encodes once, now, and is not kept.
         always_rerank_positives: Whether what is relevant is added where the retriever has not found it. ``False``
             ranks the retriever's first ``num_candidates`` as they are, and what it has lost stays lost.

@@ -69,7 +69,7 @@ def encode_corpus(
         dim: The first numbers of each vector to keep, at length 1 where the model compares by cosine; ``None`` keeps
             all, as the model gives them.
         engine: ``"local"``, also under torchrun, or ``"ray"`` (``pip install ray[data]``).
-        documents: What a document is made of: ``"image"``, ``"text"`` or ``"text+image"``.
+        documents: What a document is made of, such as ``"image"``, ``"text+image"``, ``"audio"`` or ``"mixed"``.
         batch_size: Documents a forward pass.
         shard_size: Documents a file; what a kill may cost, and what is held in memory.
         calibration: A dataset whose documents give the ranges of int8. ``None`` takes 1,024 documents from the whole of

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from mmtune.arguments import MIXED, shown
 from mmtune.data.arrow import PLURALS
-from mmtune.data.documents import DocumentKind, DocumentReader, as_host_input, document_columns
+from mmtune.data.documents import DocumentKind, DocumentReader, as_host_input, document_columns, kinds_of_documents
 from mmtune.data.identity import document_digests, text_digest
 from mmtune.data.query_kinds import QueryKind, QueryReader, as_documents, query_columns
 from mmtune.data.relevance import Direction
@@ -26,7 +26,7 @@ from mmtune.host import let_read_typed_texts
 from mmtune.inference.preprocessing import count_reading_threads, prepare_pages, reading_pages
 from mmtune.inference.recordings import count_cut
 from mmtune.inference.store import Embeddings, EmbeddingStore, Pair
-from mmtune.models.loading import check_documents, takes_mixed
+from mmtune.models.loading import check_documents, check_kinds, takes_mixed
 from mmtune.models.routes import find_router, ignores_prompt
 
 logger = logging.getLogger(__name__)
@@ -113,6 +113,11 @@ class DatasetReader:
         return DocumentReader(self.corpus, self.kind, is_lazy=True)
 
     @cached_property
+    def kinds(self) -> list[str]:
+        """What the documents are made of, each kind once; several where they are mixed."""
+        return list(dict.fromkeys(kinds_of_documents(self.corpus, self.kind)))
+
+    @cached_property
     def _row_by_document_id(self) -> dict[str, int]:
         return {document_id: row for row, document_id in enumerate(self.corpus["document_id"][:])}
 
@@ -179,6 +184,8 @@ def encode(
     """
     if isinstance(model, torch.nn.Module):  # an evaluator also takes what only has the methods of a model
         let_read_typed_texts(model)
+    if task == "document" and reader.kind == MIXED and isinstance(model, get_args(Retriever)):
+        check_kinds(model, reader.kinds)  # before the first of thousands, not at the first sound among them
     options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": False}
     if not isinstance(model, MultiVectorEncoder):
         options["convert_to_tensor"] = True

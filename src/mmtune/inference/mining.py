@@ -268,6 +268,8 @@ def mine_hard_negatives(
     relevance.require_queries()
     check_texts(data.corpus, documents)
     reader = DatasetReader(data.corpus, data.queries, documents, queries)
+    if reranker is not None:
+        require_pairs_of(documents, queries, reader.kinds)
     processes = Processes.running(model.device)
 
     # Each distinct query and each distinct page once, by the first query and the first document that have it.

@@ -71,7 +71,7 @@ class PairScorer:
     activation: torch.nn.Module | None = None
 
     def __post_init__(self) -> None:
-        require_pairs_of(self.reader.kind, self.reader.query_kind)
+        require_pairs_of(self.reader.kind, self.reader.query_kind, self.reader.kinds)
         require_reranker(self.model, advice="For an embedding model there is build_evaluator(dataset).")
 
     def score_pairs(

@@ -173,8 +173,7 @@ def check_documents(model: HostModel, documents: str = "image", queries: str = "
     asked = "queries, which are text" if queries == "text" else f"queries={queries!r}"
     for kind, what in ((documents, f"documents={documents!r}"), (queries, asked)):
         if kind != MIXED:
-            parts = sorted(kind.split("+"))
-            _require(model, parts[0] if len(parts) == 1 else tuple(parts), what)
+            _require(model, _parts(kind), what)
 
 
 def takes_mixed(model: HostModel | str | os.PathLike[str]) -> bool:
@@ -218,7 +217,7 @@ def check_kinds(model: HostModel | str | os.PathLike[str], kinds: Iterable[str])
     """
     if not isinstance(model, (str, os.PathLike)):
         for kind in kinds:
-            check_documents(model, kind)
+            _require(model, _parts(kind), f"documents made of {kind!r}")
         return
     for modality in dict.fromkeys(part for kind in kinds for part in kind.split("+")):
         check_checkpoint(model, modalities=(modality,))
@@ -288,13 +287,22 @@ def _plus(names: str | Sequence[str]) -> str:
     return names if isinstance(names, str) else "+".join(names)
 
 
+def _parts(kind: str) -> Any:
+    """A kind of document as the host names modalities."""
+    parts = sorted(kind.split("+"))
+    return parts[0] if len(parts) == 1 else tuple(parts)
+
+
 def _require(model: HostModel, modality: Any, what: str) -> None:
     if model.supports(modality):
         return
     together = [key for key in model.modalities if isinstance(key, tuple) and modality in key]
     reason = f": it takes {' and '.join(sorted(together[0]))} only together" if together else ""
+    side = f"{modality}=..." if modality in ("audio", "video") else "image"
+    # an input of a Router is of one kind, unless its image side is a VLM
+    alone = isinstance(modality, tuple) and not {"audio", "video"}.isdisjoint(modality)
+    join = "" if alone else f", or join it with an encoder that does by compose_router(text, {side})"
     raise ConfigError(
         f"The model can't embed {what}. Its modalities are {', '.join(map(_plus, model.modalities))}{reason}. Pass a "
-        f"model that also embeds {_plus(modality)}, or join it with an encoder that does by compose_router(text, "
-        f"{f'{modality}=...' if modality in ('audio', 'video') else 'image'})."
+        f"model that also embeds {_plus(modality)}{join}."
     )

@@ -10,7 +10,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize
 from mmtune.errors import ConfigError
 from mmtune.models.adapters import has_lora
 from mmtune.models.loading import full_dimension
-from mmtune.models.routers import Side, fit_text_encoder
+from mmtune.models.routers import Side, fit_text_encoder, take_with_text
 from mmtune.models.routes import find_router, model_of, require_reloadable
 
 QUERY_ROUTE = "small_query"
@@ -54,6 +54,8 @@ def route_queries(teacher: SentenceTransformer, text_encoder: Side) -> QueryRout
         raise ConfigError("The model does not say how large its embeddings are. Expected a model that embeds pages.")
     modules, router = list(teacher), find_router(teacher)
     rest = modules[1:] if router is not None else []
+    if router is None:
+        take_with_text(modules[0], ("image", "video"))
     if router is not None and not (modules[0] is router and all(isinstance(part, Normalize) for part in rest)):
         raise ConfigError(
             "The model has a Router with other layers around it, which would change the small encoder's embeddings "

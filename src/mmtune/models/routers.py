@@ -293,15 +293,22 @@ def _encoder(modality: str, source: Side, options: LoadOptions, *, whole: bool) 
 
 
 def _image_kinds(module: nn.Module, *, whole: bool) -> tuple[str, ...]:
-    """What the image route takes; a VLM is told to take text with image, which it does only outside a Router."""
+    """What the image route takes; a VLM is told to take text with image."""
+    take_with_text(module, ("image",))
     modalities = getattr(module, "modalities", ["image"])
-    together = "message" in modalities and {"image", "text"} <= set(modalities)
-    if together and isinstance(module, Transformer) and PAIR not in module.modality_config:
+    together = PAIR in modalities or ("message" in modalities and {"image", "text"} <= set(modalities))
+    texts = ("text",) if whole and "text" in modalities else ()
+    return ("image", *texts, *(("text+image",) if together else ()))
+
+
+def take_with_text(module: nn.Module, kinds: Sequence[str]) -> None:
+    """Tell an encoder that reads messages to take text with images or clips in a Router, as it does outside of one."""
+    if isinstance(module, Transformer) and "message" in module.modalities:
         # the Router names the pair in the features, and the encoder looks it up (sentence-transformers 6.2)
         message = {name: value for name, value in module.modality_config["message"].items() if name != "format"}
-        declare_modalities(module, {**module.modality_config, PAIR: message})
-    texts = ("text",) if whole and "text" in modalities else ()
-    return ("image", *texts, *(("text+image",) if together or PAIR in modalities else ()))
+        known: dict[Any, Any] = module.modality_config
+        pairs = [tuple(sorted((kind, "text"))) for kind in kinds if {kind, "text"} <= known.keys()]
+        declare_modalities(module, {**known, **{pair: message for pair in pairs if pair not in known}})
 
 
 def _pooled(side: _Encoder) -> _Encoder:

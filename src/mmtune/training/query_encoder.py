@@ -92,7 +92,7 @@ def distill_query_encoder(
         eval_dataset: What to measure on, with the model's own query encoder and with the small one; queries that are
             learned from say little, and a warning counts them. ``None`` measures nothing.
         output_dir: Folder for model and report; ``None`` is ``mmtune-output``.
-        documents: What a document of ``eval_dataset`` is made of: ``"image"``, ``"text"`` or ``"text+image"``.
+        documents: What a document of ``eval_dataset`` is made of, such as ``"image"``, ``"audio"`` or ``"mixed"``.
         overwrite: Replace the run that ``output_dir`` holds.
         seed: Of the order of the texts.
         **training_arguments: Training arguments of the host by name, in place of ten epochs in batches of 64 at a

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from mmtune.arguments import listed, require_whole, shown
 from mmtune.data.dataset import RetrievalDataset
-from mmtune.data.documents import DocumentKind, require_pairs_of
+from mmtune.data.documents import DocumentKind, kinds_of_documents, require_pairs_of
 from mmtune.data.judgements import Judgements
 from mmtune.data.query_kinds import QueryKind
 from mmtune.data.relevance import Direction, DirectionName, resolve_direction
@@ -90,7 +90,7 @@ def finetune_reranker(
         loss: A host loss in place of binary cross-entropy, built, as a class, or as a callable that takes the model.
             Listwise losses get a list a query, graded; contrastive ones conflict-free batches.
         args: The host's training arguments, passed on as they are; only empty ``prompts`` are filled, on a copy.
-        documents: What a document is made of: ``"image"``, ``"text"``, ``"text+image"`` or ``"video"``.
+        documents: What a document is made of: ``"image"``, ``"text"``, ``"text+image"``, ``"video"`` or ``"mixed"``.
         num_candidates: The length of the lists that are ranked to measure, one relevant candidate included. A list is
             longer where more is relevant, as in ``build_reranking_evaluator``, and shorter where a small set has no
             more.
@@ -230,7 +230,9 @@ class RerankerFinetuning(Finetuning):
     def check_data(
         self, train: TrainingSets, evaluation: Mapping[str, RetrievalDataset], args: BaseTrainingArguments
     ) -> None:
-        """Make sure that prompts are for sets that there are, and that there is something to tell apart."""
+        """Make sure of what mixed documents are, of prompts, and that there is something to tell apart."""
+        for data in (*(part.data for part in train.by_name.values()), *evaluation.values()):
+            require_pairs_of(self.documents, self.queries, kinds_of_documents(data.corpus, self.documents))
         # The host reads a pair under one prompt, by training set.
         prompts: Any = args.prompts
         if prompts is not None and not isinstance(prompts, str):
