@@ -255,6 +255,8 @@ def _train(
     prompt = student.prompts.get("query") or ""
     prompts = {"query": prompt} if prompt else {}
     args = recipe.complete_arguments(args, student, loss, ["query"], prompts=prompts, metric=None, rates=rates)
+    # there is one forward pass a step, and no text reaches the pooler of a BERT
+    args.ddp_find_unused_parameters = given.get("ddp_find_unused_parameters", True)
     trainer = EMBEDDING.trainer_class(model=student, args=args, train_dataset=rows, loss=loss)
     trainer.record = record
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
