@@ -22,6 +22,7 @@ from mmtune.models.query_routes import route_queries
 from mmtune.testing import generated_pages, tiny_clip, tiny_text_encoder
 from mmtune.training.query_encoder import milliseconds_a_query
 from mmtune.training.trainers import PageTrainer
+from test_distributed import run_processes
 
 SHORT = {"num_train_epochs": 2, "disable_tqdm": True, "use_cpu": True}
 
@@ -144,6 +145,27 @@ def test_a_killed_run_goes_on_to_the_same_encoder(place, tmp_path, monkeypatch):
     assert again.encode_query(queries, convert_to_tensor=True).equal(whole)
     with pytest.raises(ConfigError, match="no checkpoint to go on from"):
         run("nothing", resume=True)
+
+
+TWO_PROCESSES = """
+import os, sys
+from pathlib import Path
+from mmtune import distill_query_encoder
+
+folder, given = Path(sys.argv[1]), eval(sys.argv[2])
+queries = [f"question {number}" for number in range(16)]
+options = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "disable_tqdm": True, "use_cpu": True}
+model = distill_query_encoder(*given, queries, output_dir=folder / "run", **options).model
+found = model.encode_query(queries[:2], convert_to_tensor=True).tolist(), (folder / "run" / "final").is_dir()
+(folder / f"rank-{os.environ['RANK']}.txt").write_text(repr(found))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_encoder(place, tmp_path):
+    one, other = run_processes(tmp_path, TWO_PROCESSES, (str(place / "clip"), str(place / "text")))
+    assert one == other
+    assert one[1]
 
 
 def test_known_queries_are_counted(place, tmp_path):
