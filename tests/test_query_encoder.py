@@ -19,7 +19,7 @@ from mmtune import (
     load_model,
 )
 from mmtune.models.query_routes import route_queries
-from mmtune.testing import generated_pages, tiny_clip, tiny_text_encoder
+from mmtune.testing import generated_pages, tiny_clap, tiny_clip, tiny_text_encoder
 from mmtune.training.query_encoder import milliseconds_a_query
 from mmtune.training.trainers import PageTrainer
 from test_distributed import run_processes
@@ -166,6 +166,14 @@ def test_two_processes_train_one_encoder(place, tmp_path):
     one, other = run_processes(tmp_path, TWO_PROCESSES, (str(place / "clip"), str(place / "text")))
     assert one == other
     assert one[1]
+
+
+def test_a_teacher_that_reads_sounds(place, tmp_path):
+    given = (tiny_clap(tmp_path / "clap"), place / "text", ["one", "two"])
+    with pytest.raises(ConfigError, match="embeds no images"):
+        distill_query_encoder(*given, output_dir=tmp_path / "run", **SHORT)
+    result = distill_query_encoder(*given, documents="audio", output_dir=tmp_path / "run", **SHORT)
+    assert list(result.model[0].sub_modules) == ["document", "small_query"]
 
 
 def test_known_queries_are_counted(place, tmp_path):

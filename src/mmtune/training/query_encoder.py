@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,11 +24,12 @@ from mmtune.data.documents import DocumentKind, as_host_input
 from mmtune.data.identity import text_digest
 from mmtune.data.intake import DatasetLike, as_retrieval_dataset
 from mmtune.errors import ConfigError
+from mmtune.evaluation.pipeline import open_retriever
 from mmtune.evaluation.retrieval import build_evaluator
 from mmtune.inference.store import model_fingerprint
 from mmtune.models.adapters import save_model
 from mmtune.models.fresh import fresh_layers, mark_fresh
-from mmtune.models.loading import describe_model, full_dimension, load_model
+from mmtune.models.loading import describe_model, full_dimension
 from mmtune.models.query_routes import route_queries
 from mmtune.models.routers import Side
 from mmtune.training import recipe
@@ -96,7 +97,7 @@ def distill_query_encoder(
         eval_dataset: What to measure on, with the model's own query encoder and with the small one; queries that are
             learned from say little, and a warning counts them. ``None`` measures nothing.
         output_dir: Folder for model and report; ``None`` is ``mmtune-output``.
-        documents: What a document of ``eval_dataset`` is made of: ``"image"``, ``"text"`` or ``"text+image"``.
+        documents: What the model reads, and a document of ``eval_dataset`` is made of, as in ``finetune``.
         overwrite: Replace the run that ``output_dir`` holds.
         resume: Go on from its last checkpoint, by the same call; there are some with ``save_strategy="epoch"``.
         seed: Of the order of the texts.
@@ -127,7 +128,7 @@ def distill_query_encoder(
     require_flag("overwrite", overwrite)
     require_flag("resume", resume)
     require_seed("seed", seed)
-    if kind_of(model) is not EMBEDDING:
+    if kind_of(model, documents) is not EMBEDDING:
         raise ConfigError(
             "model= is a late-interaction model, which has a vector for each token of a query: a small encoder can't "
             "learn them by their direction. Pass a SentenceTransformer, or its checkpoint."
@@ -139,7 +140,7 @@ def distill_query_encoder(
         checkpoint = check_output_dir(folder, overwrite=overwrite, resume=resume, inputs=inputs)
         evaluation = evaluation_sets(eval_dataset, documents)
         _warn_of_known(texts, evaluation)
-        teacher = model if isinstance(model, SentenceTransformer) else load_model(os.fspath(model))
+        teacher = cast(SentenceTransformer, open_retriever(model, documents))
         routed = route_queries(teacher, text_encoder)
         args: Any = recipe.training_arguments(
             EMBEDDING,
