@@ -8,11 +8,15 @@ milliseconds a query beside models of other depths and widths, with random weigh
 """
 
 import argparse
+import copy
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
+from transformers import CLIPModel
 
 from mmtune import RetrievalDataset, distill_query_encoder, finetune, load_model
 from mmtune.models.query_routes import route_queries
@@ -20,26 +24,35 @@ from mmtune.testing import generated_pages, tiny_clip, tiny_text_encoder
 from mmtune.training.query_encoder import milliseconds_a_query
 
 
+def deepen(path: Path, layers: int) -> str:
+    """Give a trained CLIP more layers, which add nothing at first: a random one of twelve learns too slowly."""
+    model = CLIPModel.from_pretrained(path)
+    config = copy.deepcopy(model.config)
+    config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers = layers
+    deep = CLIPModel(config)
+    for tower in (deep.text_model, deep.vision_model):
+        for layer in tower.encoder.layers:
+            for last in (layer.self_attn.out_proj, layer.mlp.fc2):
+                nn.init.zeros_(last.weight)
+                nn.init.zeros_(last.bias)
+    deep.load_state_dict(model.state_dict(), strict=False)
+    deep.save_pretrained(path)
+    return str(path)
+
+
 def measure(seed: int, options: argparse.Namespace, folder: Path) -> list[str]:
     """One row of the table."""
     data = RetrievalDataset.from_id_rows(generated_pages(options.pages, num_negatives=1, seed=seed))
     train, evaluation = data.split(options.eval_queries, seed=seed)
-    clip = tiny_clip(folder / "clip", num_layers=options.layers, hidden_size=options.hidden, seed=seed)
-    teacher = finetune(
-        clip,
-        train,
-        evaluation,
-        output_dir=folder / "teacher",
-        num_train_epochs=options.epochs,
-        learning_rate=options.learning_rate,
-        per_device_train_batch_size=32,
-        matryoshka_dims=None,
-        keep="last",
-        eval_strategy="no",
-        save_strategy="no",
-        disable_tqdm=True,
-        seed=seed,
-    ).model
+    common: dict[str, Any] = {"matryoshka_dims": None, "keep": "last", "eval_strategy": "no", "save_strategy": "no"}
+    common |= {"per_device_train_batch_size": 32, "disable_tqdm": True, "seed": seed}
+    clip = tiny_clip(folder / "clip", hidden_size=options.hidden, seed=seed)
+    steps = {"num_train_epochs": 6, "learning_rate": options.learning_rate}
+    teacher = finetune(clip, train, evaluation, output_dir=folder / "shallow", **steps, **common).model
+    if options.layers > 2:
+        deep = deepen(folder / "shallow" / "final", options.layers)
+        steps = {"num_train_epochs": options.epochs, "learning_rate": options.learning_rate / 4}
+        teacher = finetune(deep, train, evaluation, output_dir=folder / "deep", **steps, **common).model
     pages = [row["image"] for row in generated_pages(20, seed=seed + 1)]
     embedded = teacher.encode_document(pages, convert_to_tensor=True)
     began = time.process_time()

@@ -1,12 +1,25 @@
 """A server of models, in this process: a folder read as vLLM 0.33.0 reads it, answering the bodies of its requests.
 
-Written afresh after what these files say, not run in a server:
+Written afresh after what these files say, not run in a server (benchmarks/vllm_classes.py runs vLLM's own classes):
 
-    vllm/transformers_utils/config.py            modules.json, 1_Pooling, Normalize, Dense; normalised where no Pooling
-    vllm/model_executor/models/qwen3_vl.py       which names of weights find a place, and which architectures there are
-    vllm/model_executor/models/clip.py           CLIP's names are those of transformers
-    vllm/model_executor/models/adapters.py       score.weight, one row, in float32; the activation from config.json
-    vllm/entrypoints/pooling/embed/protocol.py   messages get the chat template, input gets none
+    vllm/transformers_utils/config.py              modules, pooling; normalised where there is none
+    vllm/model_executor/models/qwen3_vl.py         which names of weights find a place
+    vllm/model_executor/models/registry.py         which architectures there are
+    vllm/model_executor/models/clip.py             CLIP's names are those of transformers
+    vllm/model_executor/models/bert.py             BERT's, too
+    vllm/model_executor/models/adapters.py         score.weight, one row, in float32; Dense after pooling
+    vllm/model_executor/layers/pooler/activations.py   the activation from config.json
+    vllm/entrypoints/pooling/embed/protocol.py     messages get the chat template, input gets none
+    vllm/entrypoints/pooling/pooling/serving.py    one task a server, that of --pooler-config.task; no dimensions
+    vllm/entrypoints/pooling/scoring/io_processor.py   the roles query and document, texts as content
+    vllm/renderers/chat_utils/chat_message.py      pages before the texts of a document, texts joined by line breaks
+
+and one of texts, after text-embeddings-inference 1.9.3:
+
+    router/src/lib.rs                              1_Pooling in its old form, max_seq_length
+    backends/src/lib.rs                            Dense layers by their old class path; others are left out
+    backends/candle/src/models/dense.rs            the identity or a tanh
+    core/src/infer.rs                              cut to dimensions, then normalised
 """
 
 import base64
@@ -25,7 +38,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoProcessor, BertModel, CLIPModel, Qwen3VLModel
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, BertModel, CLIPModel, Qwen3VLModel
 
 QWEN = ("Qwen3VLForConditionalGeneration", "Qwen3VLForSequenceClassification")
 PLACES = {"model.language_model.": "language_model.", "model.visual.": "visual.", "visual.": "visual."}
@@ -42,7 +55,8 @@ class NotServedError(Exception):
 class Served:
     """A model as a server holds it. The attributes can be set, to plant a fault."""
 
-    def __init__(self, folder: str | Path, *, chat_template: str | None = None) -> None:
+    def __init__(self, folder: str | Path, *, chat_template: str | None = None, task: str | None = None) -> None:
+        self.task = task or "embed"  # --pooler-config.task
         self.folder = Path(folder)
         self.config = json.loads((self.folder / "config.json").read_text("utf-8"))
         self.architecture = self.config["architectures"][0]
@@ -107,7 +121,7 @@ class Served:
             if self.shuffles:
                 random.Random(0).shuffle(vectors)
             return {"data": [{"index": at, "embedding": vector.tolist()} for at, vector in enumerate(vectors)]}
-        if path == "/pooling" and body.get("task") == "token_embed" and self.projector is not None:
+        if path == "/pooling" and body.get("task") == self.task == "token_embed" and "dimensions" not in body:
             return {"data": [{"index": 0, "data": self._project(states).tolist()} for states in self._states(body)]}
         return None
 
@@ -118,8 +132,10 @@ class Served:
             for role, item in (("query", body["query"]), ("document", document)):
                 parts = [{"type": "text", "text": item}] if isinstance(item, str) else item["content"]
                 images += [_image(part) for part in parts if part["type"] == "image_url"]
-                # a score template gets texts, in which pages stand as the tokens of the model
-                pair.append({"role": role, "content": "".join(part.get("text", PAGE) for part in parts)})
+                # a score template gets texts, in which pages stand as the tokens of the model, in front
+                texts = "\n".join(part["text"] for part in parts if part["type"] == "text")
+                pages = PAGE * sum(part["type"] == "image_url" for part in parts)
+                pair.append({"role": role, "content": pages + texts})
             options = body.get("chat_template_kwargs", {})
             text = self.processor.apply_chat_template(pair, tokenize=False, **options)
             states = self._run(self.processor(text=[text], images=images or None, return_tensors="pt"))
@@ -177,6 +193,46 @@ class Served:
             vector = vector[: self.dims]
             vector = nn.functional.normalize(vector, dim=-1) if self.renormalizes and self.normalizes else vector
         return vector
+
+
+class ServedTexts:
+    """A text encoder as TEI holds it."""
+
+    def __init__(self, folder: str | Path) -> None:
+        read = lambda name: json.loads((Path(folder) / name).read_text("utf-8"))  # noqa: E731
+        self.longest = read("sentence_bert_config.json")["max_seq_length"]
+        pooling = read("1_Pooling/config.json")
+        flags = [name for name in ("cls_token", "mean_tokens", "lasttoken") if pooling[f"pooling_mode_{name}"]]
+        self.pool = {"cls_token": lambda s: s[0], "mean_tokens": lambda s: s.mean(0), "lasttoken": lambda s: s[-1]}[
+            flags[0]
+        ]
+        types = [entry["type"].removeprefix("sentence_transformers.models.") for entry in read("modules.json")]
+        is_old = set(types) <= {"Transformer", "Pooling", "Dense", "Normalize"}
+        names = [entry["path"] for entry in read("modules.json") if is_old and entry["type"].endswith(".Dense")]
+        self.dense = [
+            (read(f"{name}/config.json"), load_file(Path(folder) / name / "model.safetensors")) for name in names
+        ]
+        self.prompts = read("config_sentence_transformers.json")["prompts"]
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
+        weights = load_file(Path(folder) / "model.safetensors")
+        self.model = BertModel(config, add_pooling_layer=False).eval()
+        self.model.load_state_dict({name: each for name, each in weights.items() if not name.startswith("pooler.")})
+
+    def answer(self, path: str, body: dict[str, Any]) -> Any:
+        """What the server answers to a POST."""
+        return [self._embed(text, body).tolist() for text in body["inputs"]] if path == "/embed" else None
+
+    @torch.inference_mode()
+    def _embed(self, text: str, body: dict[str, Any]) -> torch.Tensor:
+        text = self.prompts[body["prompt_name"]] + text if "prompt_name" in body else text
+        inputs = self.tokenizer([text], truncation=True, max_length=self.longest, return_tensors="pt")
+        vector = self.pool(self.model(**inputs).last_hidden_state[0])
+        for config, weights in self.dense:
+            vector = nn.functional.linear(vector, weights["linear.weight"], weights.get("linear.bias"))
+            vector = vector.tanh() if config["activation_function"].endswith("Tanh") else vector
+        vector = vector[: body.get("dimensions")]
+        return nn.functional.normalize(vector, dim=-1) if body.get("normalize", True) else vector
 
 
 def _image(part: dict[str, Any]) -> Image.Image:

@@ -26,7 +26,7 @@ from mmtune import (
     load_model,
 )
 from mmtune.models.lora import add_lora
-from served import BARE, Served, serving
+from served import BARE, Served, ServedTexts, serving
 
 PROMPTS = {"query": "Find the page that answers this question: ", "document": "A page of a report: "}
 
@@ -176,7 +176,7 @@ def test_a_reranker(qwen3_vl_path: str, dataset: RetrievalDataset, tmp_path: Pat
 def test_late_interaction(qwen3_vl_path: str, dataset: RetrievalDataset, tmp_path: Path) -> None:
     model = build_late_interaction(qwen3_vl_path, dimension=16, max_pixels=64 * 64, dtype="float32")
     model.prompts = dict(PROMPTS)
-    served = Served(export_model(model, tmp_path / "out"))
+    served = Served(export_model(model, tmp_path / "out"), task="token_embed")
     report = check(model, served, dataset)
     assert report.ok, report
     assert report.rank_overlap == 1
@@ -199,6 +199,9 @@ def test_texts_by_the_api_of_tei(text_encoder_path: str, tmp_path: Path) -> None
         assert report.num_documents == 4
     served.dims = 16
     assert check(model, served, data, api="tei").causes[0].startswith("truncation")
+    model.truncate_dim = 16
+    served = ServedTexts(export_model(model, tmp_path / "for-tei", target="tei"))
+    assert check(model, served, data, api="tei").ok
 
 
 def test_a_url_with_or_without_its_end(clip_path: str, dataset: RetrievalDataset, tmp_path: Path) -> None:

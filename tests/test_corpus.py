@@ -31,6 +31,7 @@ from mmtune import (
 )
 from mmtune.inference import ray_engine
 from mmtune.inference.encoder import DatasetReader
+from mmtune.inference.store import delete_partials, write_whole
 from test_mining import VectorsInTexts, text_dataset
 from test_mining_at_scale import TokensInTexts, in_children
 
@@ -358,7 +359,27 @@ def go_on_after_kill(killed_at, tmp_path, dataset, model, whole):
     assert sorted(encoded + finished) == sorted(dataset.corpus["document_id"][:])
     assert shards(folder) == shards(whole)
     assert joined(folder).equals(joined(whole))
+    assert not list(folder.glob("*.partial"))
     return len(there)
+
+
+def leave_partial(folder, path):
+    """In a child: killed while it writes."""
+    write_whole(folder / path, lambda partial: (partial.write_text("half"), os.kill(os.getpid(), signal.SIGKILL)))
+
+
+def test_only_what_dead_processes_of_this_machine_left_is_deleted(tmp_path):
+    dead = in_children(leave_partial, (tmp_path, "000000-0123456789abcdef.parquet"))
+    assert dead == [-signal.SIGKILL]
+    (left,) = tmp_path.glob("*.partial")
+    machine = left.name.split(".")[2].rpartition("-")[0].rpartition("-")[0]
+    own = tmp_path / left.name.replace(left.name.split("-")[-2], str(os.getpid()))
+    others = tmp_path / left.name.replace(f".{machine}-", ".another_machine-")
+    mine = tmp_path / "notes-of-a-person.partial"
+    for path in (own, others, mine):
+        path.write_text("half")
+    delete_partials(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([own, others, mine])
 
 
 @pytest.mark.parametrize("killed_at", [9, 20])

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
+from sentence_transformers.base.modules import Dense, Normalize, Transformer
+from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling
 from torch import nn
 from transformers import AutoProcessor, Qwen3VLForConditionalGeneration, Qwen3VLModel
 
@@ -22,8 +24,9 @@ from mmtune import (
     load_model,
 )
 from mmtune.models.lora import add_lora
+from mmtune.models.query_routes import route_queries
 from mmtune.serving.requests import embedding_request
-from served import NotServedError, Served
+from served import NotServedError, Served, ServedTexts
 
 QUERIES = ["total revenue of 2021", "Ünïcode “quotes” / slashes"]
 PROMPTS = {"query": "Find the page: ", "document": "A page: "}
@@ -114,6 +117,17 @@ def test_a_reranker(qwen3_vl_path: str, pages_of: list[Any], tmp_path: Path, hea
     with torch.inference_mode():
         score = served.answer("/v1/rerank", asked)["results"][0]["relevance_score"]
     assert score == pytest.approx(float(model.predict((QUERIES[0], "a text"), prompt=PROMPT)), abs=1e-5)
+    both = {"image": pages_of[0], "text": "total of march"}
+    content = embedding_request(SentenceTransformer(modules=[model[0]]), "m", "document", both)["messages"][-1][
+        "content"
+    ]
+    with torch.inference_mode():
+        turned = [
+            served.answer("/v1/rerank", {"query": "a text", "documents": [{"content": parts}]})["results"][0]
+            for parts in (content, content[::-1])
+        ]
+    assert turned[0] == turned[1]  # the page comes first, whatever the order: what serve.json says
+    assert turned[0]["relevance_score"] == pytest.approx(float(model.predict(("a text", both))), abs=1e-5)
     assert not list(folder.glob("*sentence*"))
     assert not (folder / "modules.json").exists()
     assert not serve["loads_in_host"]
@@ -124,7 +138,9 @@ def test_late_interaction(qwen3_vl_path: str, pages_of: list[Any], tmp_path: Pat
     model = adapted(build_late_interaction(qwen3_vl_path, dimension=16, max_pixels=64 * 64), lora)
     model.prompts = dict(PROMPTS)
     folder = export_model(model, tmp_path / "out")
-    served = Served(folder)
+    command = json.loads((folder / "serve.json").read_text())["command"]
+    task = command[command.index("--pooler-config.task") + 1]  # without it the server embeds, and refuses token_embed
+    served = Served(folder, task=task)
     assert_same(
         served_vectors(served, model, "/pooling", "document", pages_of), model.encode_document(pages_of, batch_size=1)
     )
@@ -168,6 +184,47 @@ def test_a_route_alone_and_no_router(clip_path: str, text_encoder_path: str, tmp
     assert_same(served_vectors(served, route, "/v1/embeddings", "query", QUERIES), route.encode_query(QUERIES))
 
 
+def test_the_query_encoder_of_a_router_for_tei(clip_path: str, text_encoder_path: str, tmp_path: Path) -> None:
+    router = route_queries(load_model(clip_path), text_encoder_path).model
+    router.prompts = {"query": "Find: "}
+    with pytest.raises(ConfigError, match=r"extract_route\(model, 'small_query'\), folder, target='tei'\)"):
+        export_model(router, tmp_path / "router", target="tei")
+    route = extract_route(router, "small_query")
+    route.max_seq_length = 12
+    asked = [*QUERIES, "much longer than the twelve tokens that the model reads of any text " * 3]
+    expected = route.encode_query(asked)
+    folder = export_model(route, tmp_path / "out", target="tei")
+    serve = json.loads((folder / "serve.json").read_text())
+    assert (serve["endpoint"], serve["example"]["prompt_name"], serve["reads_pages"]) == ("/embed", "query", False)
+    assert "A page is a part" not in (folder / "README.md").read_text()
+    body = {**serve["example"], "inputs": asked, "normalize": False}
+    assert_same([torch.tensor(each) for each in ServedTexts(folder).answer("/embed", body)], expected)
+    again = SentenceTransformer(str(folder), device="cpu")
+    assert_same(list(torch.as_tensor(again.encode_query(asked))), expected)
+
+
+def test_tei_refuses_the_folder_as_the_host_saves_it(text_encoder_path: str, tmp_path: Path) -> None:
+    SentenceTransformer(text_encoder_path, device="cpu").save_pretrained(str(tmp_path / "host"))
+    with pytest.raises(KeyError, match="max_seq_length"):
+        ServedTexts(tmp_path / "host")
+
+
+def test_modules_that_a_server_would_leave_out(text_encoder_path: str, tmp_path: Path) -> None:
+    encoder = Transformer(text_encoder_path)
+    for modules, message in [
+        ([encoder, Pooling(64, "max")], "pools by 'max', include_prompt=True, and {} knows 'cls'"),
+        ([encoder, Pooling(64, ("cls", "mean"))], "pools by"),
+        ([encoder, Pooling(64, "mean", include_prompt=False)], "include_prompt=False"),
+        ([encoder, Pooling(64, "mean"), LayerNorm(64)], "computes 'Transformer', 'Pooling', 'LayerNorm', and {} knows"),
+        ([encoder, Pooling(64, "mean"), Normalize(), Dense(64, 8)], "in this order"),
+        ([encoder, Pooling(64, "mean"), Dense(64, 8, activation_function=nn.ELU())], "ends in ELU.*, and {} knows"),
+    ]:
+        for target, server in (("vllm", "vLLM"), ("tei", "TEI")):
+            with pytest.raises(ConfigError, match=message.format(server)):
+                export_model(SentenceTransformer(modules=modules), tmp_path / "out", target=target)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_written_beside_the_weights(clip_path: str, tmp_path: Path) -> None:
     model = load_model(clip_path)
     model.truncate_dim, model.prompts = 32, {"query": "it's '''this''': "}
@@ -178,7 +235,7 @@ def test_what_is_written_beside_the_weights(clip_path: str, tmp_path: Path) -> N
     assert "not run in a server" in serve["verified"]
     assert all("0.33.0" in source for source in serve["read_from"].values())
     readme = (folder / "README.md").read_text()
-    assert all(words in readme for words in ("curl", "urllib", "Not run in a server"))
+    assert all(words in readme for words in ("curl", "urllib", "not run in a server", "A page is a part"))
     body = readme.partition("r'''")[2].partition("'''")[0]
     assert json.loads(body) == serve["example"]
     compile(readme.partition("```python\n")[2].partition("```")[0], "readme", "exec")
@@ -208,8 +265,9 @@ def test_adapters_that_add_nothing_are_refused(clip_path: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"target": "tei"}, "target='tei' is unknown. Expected one of 'vllm'"),
+        ({"target": "ollama"}, "target='ollama' is unknown. Expected one of 'vllm', 'tei'"),
         ({"target": 3}, "target=3 is unknown"),
+        ({"target": "tei"}, r"a SentenceTransformer of the type 'clip', and TEI 1.9.3 embeds texts, by 'bert', "),
         ({"folder": 3}, "folder=3: expected the path of a folder"),
         ({"folder": ""}, "folder='': expected the path"),
         ({"model": 3}, "Expected a model of sentence-transformers, got 3"),

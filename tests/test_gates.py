@@ -15,10 +15,10 @@ from sentence_transformers.base.modules import Dense, Normalize
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import nn
 
-from mmtune import ConfigError, RetrievalDataset, finetune, load_model
+from mmtune import ConfigError, RetrievalDataset, build_late_interaction, finetune, load_model
 from mmtune.models.lora import add_lora
 from mmtune.serving import gates
-from mmtune.serving.gates import Samples, check_saved
+from mmtune.serving.gates import Samples, check_saved, largest_gap
 from mmtune.serving.plain import PlainEncoder
 from mmtune.training import run as runs
 
@@ -82,6 +82,18 @@ def test_a_whole_folder_passes(model: SentenceTransformer, saved: Path, rows: An
     assert found["host"].startswith("passed") and found["host"].endswith("16 queries and 16 documents")  # noqa: PT018
     assert found["transformers"].startswith("passed")
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_late_interaction_passes_token_by_token(qwen3_vl_path: str, rows: Any, tmp_path: Path) -> None:
+    model = build_late_interaction(qwen3_vl_path, dimension=16, max_pixels=64 * 64).eval()
+    model.prompts = {"query": "Find the page: ", "document": "A page: "}
+    model.save_pretrained(str(tmp_path))
+    assert check_saved(model, tmp_path, rows, may_be_base=False)["transformers"].startswith("passed")
+    other_weights(tmp_path / "1_Dense" / "model.safetensors")
+    own = PlainEncoder(tmp_path, model[0].model).encode(["a query"], "Find the page: ")
+    assert largest_gap([own], [torch.as_tensor(model.encode_query(["a query"])[0])]) > 0.1
+    edit(tmp_path / "2_MultiVectorMask" / "config.json", skiplist_words=["."])
+    assert "leaves tokens out" in str(PlainEncoder.refuse(tmp_path))
 
 
 @pytest.mark.parametrize("name", DAMAGE)

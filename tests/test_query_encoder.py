@@ -19,8 +19,10 @@ from mmtune import (
     load_model,
 )
 from mmtune.models.query_routes import route_queries
-from mmtune.testing import generated_pages, tiny_clip, tiny_text_encoder
+from mmtune.testing import generated_pages, tiny_clap, tiny_clip, tiny_text_encoder
 from mmtune.training.query_encoder import milliseconds_a_query
+from mmtune.training.trainers import PageTrainer
+from test_distributed import run_processes
 
 SHORT = {"num_train_epochs": 2, "disable_tqdm": True, "use_cpu": True}
 
@@ -114,6 +116,66 @@ def test_the_same_seed_gives_the_same_encoder(place, tmp_path):
     assert one.equal(two)
 
 
+def test_a_killed_run_goes_on_to_the_same_encoder(place, tmp_path, monkeypatch):
+    queries = [f"question {number}" for number in range(12)]
+    train = PageTrainer.training_step
+
+    def train_until(trainer, *given, **options):
+        if trainer.state.global_step == 6:
+            raise RuntimeError("killed")
+        return train(trainer, *given, **options)
+
+    def run(name, **options):
+        given = {"output_dir": tmp_path / name, "save_strategy": "epoch", "per_device_train_batch_size": 3, **SHORT}
+        return distill_query_encoder(place / "clip", place / "text", **{"queries": queries, **given, **options}).model
+
+    whole = run("whole").encode_query(queries, convert_to_tensor=True)
+    monkeypatch.setattr(PageTrainer, "training_step", train_until)
+    with pytest.raises(RuntimeError, match="killed"):
+        run("killed")
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=r"holds a run already \(checkpoint-4\)"):
+        run("killed")
+    for other in ({"queries": queries[1:]}, {"learning_rate": 1e-3}):
+        with pytest.raises(ConfigError, match=f"begun with other settings: {next(iter(other))}: "):
+            run("killed", resume=True, **other)
+    gone_on = run("killed", resume=True)
+    assert gone_on.encode_query(queries, convert_to_tensor=True).equal(whole)
+    again = SentenceTransformer(str(tmp_path / "killed" / "final"), device="cpu")
+    assert again.encode_query(queries, convert_to_tensor=True).equal(whole)
+    with pytest.raises(ConfigError, match="no checkpoint to go on from"):
+        run("nothing", resume=True)
+
+
+TWO_PROCESSES = """
+import os, sys
+from pathlib import Path
+from mmtune import distill_query_encoder
+
+folder, given = Path(sys.argv[1]), eval(sys.argv[2])
+queries = [f"question {number}" for number in range(16)]
+options = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "disable_tqdm": True, "use_cpu": True}
+model = distill_query_encoder(*given, queries, output_dir=folder / "run", **options).model
+found = model.encode_query(queries[:2], convert_to_tensor=True).tolist(), (folder / "run" / "final").is_dir()
+(folder / f"rank-{os.environ['RANK']}.txt").write_text(repr(found))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_encoder(place, tmp_path):
+    one, other = run_processes(tmp_path, TWO_PROCESSES, (str(place / "clip"), str(place / "text")))
+    assert one == other
+    assert one[1]
+
+
+def test_a_teacher_that_reads_sounds(place, tmp_path):
+    given = (tiny_clap(tmp_path / "clap"), place / "text", ["one", "two"])
+    with pytest.raises(ConfigError, match="embeds no images"):
+        distill_query_encoder(*given, output_dir=tmp_path / "run", **SHORT)
+    result = distill_query_encoder(*given, documents="audio", output_dir=tmp_path / "run", **SHORT)
+    assert list(result.model[0].sub_modules) == ["document", "small_query"]
+
+
 def test_known_queries_are_counted(place, tmp_path):
     data = RetrievalDataset.from_id_rows(generated_pages(12))
     with pytest.warns(UserWarning, match="evaluation queries are among those that the encoder learns from"):
@@ -134,6 +196,8 @@ def test_known_queries_are_counted(place, tmp_path):
         ({"learing_rate": 1}, "Did you mean 'learning_rate'"),
         ({"learning_rate": "fast"}, "learning_rate='fast'"),
         ({"overwrite": "no"}, "overwrite='no'"),
+        ({"resume": "no"}, "resume='no'"),
+        ({"resume": True, "overwrite": True}, "overwrite=True deletes the run that resume=True"),
         ({"seed": True}, "seed=True"),
         ({"documents": "pictures", "eval_dataset": "pages"}, "pictures"),
     ],

@@ -21,7 +21,7 @@ from mmtune.data.documents import DocumentKind
 from mmtune.data.identity import text_digest
 from mmtune.errors import ConfigError, DatasetError
 from mmtune.inference.encoder import SHARD_SIZE, DatasetReader, as_float32, portions_of
-from mmtune.inference.store import Embeddings, model_fingerprint, write_whole, writing_to
+from mmtune.inference.store import Embeddings, delete_partials, model_fingerprint, write_whole, writing_to
 from mmtune.inference.vectors import NumberType, dequantize
 
 logger = logging.getLogger(__name__)
@@ -146,6 +146,8 @@ class ShardFolder:
             with writing_to(self.path):
                 (self.path / _RANGES).unlink(missing_ok=True)
             self._write(_ENCODING, asdict(encoding))
+        with writing_to(self.path):
+            delete_partials(self.path)
 
     def require_kin(self, shards: Sequence[Shard]) -> None:
         """Make sure that shards of another corpus are not written over.

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import platform
 import re
 import threading
 import zipfile
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import sentence_transformers
@@ -319,11 +321,23 @@ class ReplyStore:
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Have ``write`` make a file that is there whole or not at all, whoever is killed and whoever writes it too."""
     # Under its name only when it is whole; with the process in its name until then, since two may write the same.
-    # And with the thread, for the same reason.
+    # And with the thread and the machine, for the same reason.
     # It begins with "_": engines that read folders of parquet pass over such files.
-    partial = path.with_name(f"_{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    partial = path.with_name(f"_{path.name}.{_machine()}-{os.getpid()}-{threading.get_ident()}.partial")
     write(partial)
     partial.replace(path)
+
+
+def delete_partials(folder: Path) -> None:
+    """Delete what killed processes of this machine left half written; those of other machines may still be at it."""
+    for partial in folder.glob(f"_*.{_machine()}-*-*.partial"):
+        process = partial.name.split("-")[-2]
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            partial.unlink(missing_ok=True)
+
+
+def _machine() -> str:
+    return re.sub(r"[^A-Za-z0-9]", "_", platform.node())
 
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")

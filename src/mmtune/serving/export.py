@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from sentence_transformers import CrossEncoder
+from sentence_transformers import CrossEncoder, SentenceTransformer
 
 from mmtune.arguments import require_one_of, require_path
 from mmtune.errors import ConfigError
@@ -22,11 +22,12 @@ from mmtune.models.kinds import HostModel, require_model
 from mmtune.models.opening import open_checkpoint
 from mmtune.models.rerankers import build_reranker, is_reranker
 from mmtune.serving.gates import require_adapters
-from mmtune.serving.instructions import describe_serving, write_readme
+from mmtune.serving.instructions import describe_serving, describe_tei, write_readme
+from mmtune.serving.tei import require_text_encoder, rewrite_for_tei
 from mmtune.serving.templates import TEMPLATE_FILE, reranker_template
 from mmtune.serving.vllm import Family, family_of, score_row
 
-TARGETS = ("vllm",)
+TARGETS = ("vllm", "tei")
 LM_HEAD, SCORE = "lm_head.", "score.weight"
 
 HOST_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
@@ -41,12 +42,13 @@ def export_model(model: HostModel | str | os.PathLike[str], folder: str | Path, 
     Python. The forms were read from the source and compared in plain transformers; they were not run in a server.
 
     An embedding model and one of late interaction load in the host from the same folder. A reranker, whatever its head,
-    becomes one row that scores, which only servers read.
+    becomes one row that scores, which only servers read. TEI serves text encoders: a model of texts alone, or the query
+    encoder of ``distill_query_encoder`` by its route.
 
     Args:
         model: A trained model, which stays as it is, or its folder. Adapters are merged in a copy on the CPU.
         folder: Where it goes: a new or empty folder.
-        target: The server; ``"vllm"`` is the only one.
+        target: The server: ``"vllm"``, or ``"tei"`` for text-embeddings-inference.
 
     Returns:
         The folder.
@@ -66,14 +68,22 @@ def export_model(model: HostModel | str | os.PathLike[str], folder: str | Path, 
     if isinstance(model, (str, os.PathLike)):
         model = _open(os.fspath(model))
     require_model(model)
-    family = family_of(model)
+    if target == "tei":
+        require_text_encoder(model)
+    family = family_of(model) if target == "vllm" else None
     if has_lora(model):
         require_adapters(model, "the model that is exported")
         model = cast(HostModel, merged_copy(model))
     with writing_to(path.parent), TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
         written = Path(scratch) / "folder"
-        _save(model, written, family)
-        serving = describe_serving(model, family)
+        model.save_pretrained(str(written), create_model_card=False)
+        if family is None:
+            text_encoder = cast(SentenceTransformer, model)
+            rewrite_for_tei(text_encoder, written)
+            serving = describe_tei(text_encoder)
+        else:
+            _rewrite_for_vllm(model, written, family)
+            serving = describe_serving(model, family)
         (written / "serve.json").write_text(json.dumps(serving, indent=2, ensure_ascii=False) + "\n", "utf-8")
         (written / "README.md").write_text(write_readme(serving), "utf-8")
         if path.is_dir():
@@ -89,8 +99,8 @@ def _open(name: str) -> HostModel:
     return open_retriever(name, "text")
 
 
-def _save(model: HostModel, folder: Path, family: Family) -> None:
-    model.save_pretrained(str(folder), create_model_card=False)
+def _rewrite_for_vllm(model: HostModel, folder: Path, family: Family) -> None:
+    """Bring a folder of the host into the form that vLLM reads."""
     _edit_json(folder / "processor_config.json", _with_own_pixels(model))
     is_bare = not any(name.startswith(family.prefix) for name in _weight_names(folder))
     if family.prefix and is_bare:

@@ -9,7 +9,7 @@ import psutil
 import torch
 from datasets import Dataset
 from PIL import Image
-from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers import CrossEncoder
 from torch import nn
 
 from mmtune.data.documents import as_host_input
@@ -109,8 +109,6 @@ def _check_plain(
     reason = PlainEncoder.refuse(folder)
     if reason is not None:
         return f"skipped: {reason}"
-    if not isinstance(loaded, SentenceTransformer):
-        return f"skipped: it is a {type(loaded).__name__}"
     few = Samples(samples.queries[:NUM_PLAIN], samples.documents[:NUM_PLAIN])
     try:
         encoder = PlainEncoder(folder, loaded[0].model)
@@ -120,9 +118,8 @@ def _check_plain(
         ]
     except Exception as error:  # a family whose processor is called otherwise is no fault of the files
         return f"skipped: plain transformers can't run it: {type(error).__name__}: {first_line(error)}"
-    if loaded.truncate_dim:
-        own = [vectors[:, : loaded.truncate_dim] for vectors in own]
-    gap = largest_gap(own, [vectors[:NUM_PLAIN] for vectors in expected])
+    own = [vectors[:, : getattr(loaded, "truncate_dim", None)] for vectors in own]
+    gap = largest_gap(own, [vectors[: len(found)] for found, vectors in zip(own, expected, strict=True)])
     encoder_of_folder: Any = loaded[0]
     family = encoder_of_folder.model.config.model_type
     if not gap <= limit and family not in FAMILIES:

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import AutoModel, AutoProcessor
 
 POOLED = {"lasttoken", "cls", "mean", "max"}
-KNOWN = {"Transformer", "Pooling", "Dense", "Normalize"}
+KNOWN = {"Transformer", "Pooling", "Dense", "MultiVectorMask", "Normalize"}
+KINDS = ("SentenceTransformer", "MultiVectorEncoder")
 
 
 class PlainEncoder:
@@ -44,11 +45,15 @@ class PlainEncoder:
         if names[:1] != ["Transformer"] or other:
             return f"it has {' and '.join(other or names[:1])}, which only Sentence Transformers computes"
         read: Any = json.loads((folder / "config_sentence_transformers.json").read_text("utf-8"))
-        if read.get("model_type", "SentenceTransformer") != "SentenceTransformer":
+        if read.get("model_type", KINDS[0]) not in KINDS:
             return f"it is a {read['model_type']}"
         settings = json.loads((folder / "sentence_bert_config.json").read_text("utf-8"))
         if settings.get("transformer_task") != "feature-extraction" or "modality_config" not in settings:
             return "its files do not say how texts and pages are read"
+        masks = [json.loads(path.read_text("utf-8")) for path in folder.glob("*_MultiVectorMask/config.json")]
+        chosen = [each.get(name) for each in masks for name in ("skiplist_words", "keep_only_token_ids")]
+        if any([*chosen, *map(settings.get, ("query_expansion", "query_length", "document_length"))]):
+            return "it leaves tokens out or adds some, which only Sentence Transformers does"
         for pooling in folder.glob("*_Pooling/config.json"):
             found = json.loads(pooling.read_text("utf-8"))
             if found.get("pooling_mode") not in POOLED or not found.get("include_prompt", True):
@@ -56,9 +61,9 @@ class PlainEncoder:
         return None
 
     def encode(self, items: Sequence[Any], prompt: str) -> torch.Tensor:
-        """The embedding of each item, float32 on the CPU, one item a forward pass."""
+        """The vector of each item, or of each of its tokens, float32 on the CPU; one item a forward pass."""
         with torch.inference_mode():
-            return torch.stack([self._embed(item, prompt).float().cpu() for item in items])
+            return torch.cat([torch.atleast_2d(self._embed(item, prompt).float().cpu()) for item in items])
 
     def _embed(self, item: Any, prompt: str) -> torch.Tensor:
         named = item if isinstance(item, dict) else {"text" if isinstance(item, str) else "image": item}
@@ -101,6 +106,8 @@ class PlainEncoder:
     def _build(self, name: str, path: str) -> Any:
         if name == "Normalize":
             return lambda vector: nn.functional.normalize(vector, dim=-1)
+        if name == "MultiVectorMask":
+            return lambda vectors: vectors
         config = self._read("config.json", path)
         if name == "Pooling":
             mode = config["pooling_mode"]

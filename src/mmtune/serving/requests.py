@@ -123,6 +123,11 @@ def embedding_request(model: HostModel, name: str, task: Task, item: Any) -> dic
     return {**body, "messages": [{"role": "user", "content": parts}]}
 
 
+def tei_request(model: HostModel, items: Sequence[Any]) -> dict[str, Any]:
+    """The body of a request to ``/embed`` of TEI for the embeddings of texts, as queries."""
+    return {"inputs": list(items), **({"dimensions": dim} if (dim := getattr(model, "truncate_dim", None)) else {})}
+
+
 def is_text(item: Any) -> bool:
     """Whether an item is a text and nothing else, as the host takes it."""
     return isinstance(item, str) or (isinstance(item, dict) and item.keys() == {"text"})
@@ -145,7 +150,7 @@ def ask_embeddings(
     for portion in portions_of(items, TEXTS_A_REQUEST if together else 1):
         bodies = [embedding_request(model, endpoint.model_name, task, item) for item in portion]
         body = {**bodies[0], "input": [each["input"] for each in bodies]} if together else bodies[0]
-        answer = endpoint.post(path, {"inputs": body["input"]} if api == "tei" else body)
+        answer = endpoint.post(path, tei_request(model, body["input"]) if api == "tei" else body)
         given += _vectors(answer, len(portion), f"{endpoint.url}{path}")
     return given
 

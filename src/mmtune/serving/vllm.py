@@ -1,4 +1,8 @@
-"""What vLLM reads of a folder, each fact with the file that it was read from; nothing here was run in a server."""
+"""What vLLM reads of a folder, each fact with the file that it was read from.
+
+Beside reading, a folder of each family was run through the model classes, the pooling and the parsing of requests of
+vLLM 0.33.0, on a CPU and with the attention of plain torch (``benchmarks/vllm_classes.py``). No server was run.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,6 +10,7 @@ from typing import Any
 from sentence_transformers import CrossEncoder, MultiVectorEncoder
 from sentence_transformers.base.modules import Dense, Transformer
 from sentence_transformers.cross_encoder.modules import LogitScore
+from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import nn
 
 from mmtune.arguments import listed
@@ -17,19 +22,37 @@ VERSION = "0.33.0"
 """The version whose source was read."""
 
 LEAST_VERSION = "0.30.0"
-"""The first that reads the class paths of sentence-transformers 6 and their compact form of pooling."""
+"""The first that reads the class paths of sentence-transformers 6 and their form of pooling; 0.29.0 does not."""
 
-MODELS = "vllm/model_executor/models"
+NEEDS = "transformers 5.16.1 to 5.20 and torch 2.14"
+"""As the wheel of ``VERSION`` asks."""
+
+MODELS, POOLING = "vllm/model_executor/models", "vllm/entrypoints/pooling"
 
 PROMISES = {
-    "modules, pooling and normalisation are read from the files": "vllm/transformers_utils/config.py",
-    "dimensions in a request needs matryoshka_dimensions in config.json": "vllm/config/model.py",
-    "messages get the chat template, input gets none": "vllm/entrypoints/pooling/embed/protocol.py",
+    "the class paths of modules, pooling (cls, last token, mean) and Normalize are read from the files": (
+        "vllm/transformers_utils/config.py"
+    ),
+    "Dense layers come after pooling, before truncation and normalisation": f"{MODELS}/adapters.py",
+    "dimensions in a request needs matryoshka_dimensions in config.json": "vllm/pooling_params.py",
+    "messages get the chat template, input gets none": f"{POOLING}/embed/protocol.py",
+    "texts are cut where the request has truncate_prompt_tokens": f"{POOLING}/base/protocol.py",
+}
+LATE_PROMISES = {
+    "/pooling answers the one task that the server was started for": f"{POOLING}/pooling/serving.py",
 }
 RERANKER_PROMISES = {
-    "score.weight is the row that scores, sentence_transformers.activation_fn what follows": f"{MODELS}/adapters.py",
-    "the template gets the roles query and document, texts as content": "vllm/entrypoints/pooling/scoring/utils.py",
+    "an architecture ...ForSequenceClassification is made of the one for generation": f"{MODELS}/registry.py",
+    "score.weight is the row that scores": f"{MODELS}/adapters.py",
+    "sentence_transformers.activation_fn is what follows": "vllm/model_executor/layers/pooler/activations.py",
+    "the template gets the roles query and document, texts as content": f"{POOLING}/scoring/io_processor.py",
+    "of a document with both, pages stand before the text": "vllm/renderers/chat_utils/chat_message.py",
 }
+
+ORDER = ("Transformer", "Pooling", "Dense", "MultiVectorMask", "Normalize")
+"""The modules that vLLM computes, in the only order that it knows."""
+POOLED = ("cls", "lasttoken", "mean")
+ACTIVATIONS = (nn.Identity, nn.Tanh, nn.Sigmoid, nn.ReLU, nn.SiLU, nn.GELU)
 
 
 @dataclass(frozen=True)
@@ -90,14 +113,49 @@ def family_of(model: HostModel) -> Family:
                 "one from build_reranker on Qwen3-VL."
             )
         score_row(model)
-    elif encoder.transformer_task != "feature-extraction":
-        raise ConfigError(
-            f"The encoder has the task {encoder.transformer_task!r} and ends in a head of its own. Expected "
-            "'feature-extraction', as load_model and build_late_interaction give it."
-        )
+    else:
+        if encoder.transformer_task != "feature-extraction":
+            raise ConfigError(
+                f"The encoder has the task {encoder.transformer_task!r} and ends in a head of its own. Expected "
+                "'feature-extraction', as load_model and build_late_interaction give it."
+            )
+        require_modules(model, "vLLM", ACTIVATIONS)
     if isinstance(model, MultiVectorEncoder):
         _require_plain_mask(model)
     return family
+
+
+def require_modules(model: HostModel, server: str, activations: tuple[type[nn.Module], ...]) -> None:
+    """Make sure that a server computes each module of an embedding model: what it does not know it leaves out.
+
+    Args:
+        model: An embedding model.
+        server: Its name, for the error.
+        activations: What may follow a Dense layer there.
+
+    Raises:
+        ConfigError: A module, its order, its pooling or its activation is unknown there.
+    """
+    names = [type(module).__name__ for module in model]
+    places = [ORDER.index(name) if name in ORDER else -1 for name in names]
+    if -1 in places or places != sorted(places):
+        raise ConfigError(
+            f"The model computes {listed(names)}, and {server} knows {listed(list(ORDER))} in this order: what else "
+            "there is would be left out without an error. Serve it from Sentence Transformers."
+        )
+    for module in model:
+        if isinstance(module, Pooling) and (module.pooling_mode not in POOLED or not module.include_prompt):
+            raise ConfigError(
+                f"The model pools by {module.pooling_mode!r}, include_prompt={module.include_prompt}, and {server} "
+                f"knows {listed(list(POOLED))} over all tokens. Train with one of these, or serve it from Sentence "
+                "Transformers."
+            )
+        if isinstance(module, Dense) and type(module.activation_function) not in activations:
+            known = listed([each.__name__ for each in activations])
+            raise ConfigError(
+                f"A Dense layer ends in {module.activation_function}, and {server} knows {known}. Train with one of "
+                "these, or serve it from Sentence Transformers."
+            )
 
 
 def score_row(model: CrossEncoder) -> nn.Parameter:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,12 +21,15 @@ from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss
 from mmtune.arguments import require_flag, require_seed, shown
 from mmtune.data.dataset import RetrievalDataset
 from mmtune.data.documents import DocumentKind, as_host_input
+from mmtune.data.identity import text_digest
 from mmtune.data.intake import DatasetLike, as_retrieval_dataset
 from mmtune.errors import ConfigError
+from mmtune.evaluation.pipeline import open_retriever
 from mmtune.evaluation.retrieval import build_evaluator
+from mmtune.inference.store import model_fingerprint
 from mmtune.models.adapters import save_model
 from mmtune.models.fresh import fresh_layers, mark_fresh
-from mmtune.models.loading import describe_model, full_dimension, load_model
+from mmtune.models.loading import describe_model, full_dimension
 from mmtune.models.query_routes import route_queries
 from mmtune.models.routers import Side
 from mmtune.training import recipe
@@ -35,6 +38,7 @@ from mmtune.training.embedding import kind_of
 from mmtune.training.inputs import DatasetsLike, evaluation_sets
 from mmtune.training.output import check_output_dir, delete_set_aside, only_run, recover, resolve_output_dir, set_aside
 from mmtune.training.progress import progress_bars
+from mmtune.training.records import RunRecord, describe_arguments, describe_structure, require_same
 from mmtune.training.result import FinetuneResult, describe_recipe, describe_steps
 from mmtune.training.trainers import EMBEDDING, PageTrainer
 
@@ -74,6 +78,7 @@ def distill_query_encoder(
     output_dir: str | os.PathLike[str] | None = None,
     documents: DocumentKind = "image",
     overwrite: bool = False,
+    resume: bool = False,
     seed: int = 42,
     **training_arguments: Any,
 ) -> FinetuneResult:
@@ -92,8 +97,9 @@ def distill_query_encoder(
         eval_dataset: What to measure on, with the model's own query encoder and with the small one; queries that are
             learned from say little, and a warning counts them. ``None`` measures nothing.
         output_dir: Folder for model and report; ``None`` is ``mmtune-output``.
-        documents: What a document of ``eval_dataset`` is made of, such as ``"image"``, ``"audio"`` or ``"mixed"``.
+        documents: What the model reads, and a document of ``eval_dataset`` is made of, as in ``finetune``.
         overwrite: Replace the run that ``output_dir`` holds.
+        resume: Go on from its last checkpoint, by the same call; there are some with ``save_strategy="epoch"``.
         seed: Of the order of the texts.
         **training_arguments: Training arguments of the host by name, in place of ten epochs in batches of 64 at a
             learning rate of 1e-4.
@@ -120,8 +126,9 @@ def distill_query_encoder(
     own = set(signature(distill_query_encoder).parameters) - {"training_arguments"}
     given = check_training_arguments(EMBEDDING, None, training_arguments, own=own)
     require_flag("overwrite", overwrite)
+    require_flag("resume", resume)
     require_seed("seed", seed)
-    if kind_of(model) is not EMBEDDING:
+    if kind_of(model, documents) is not EMBEDDING:
         raise ConfigError(
             "model= is a late-interaction model, which has a vector for each token of a query: a small encoder can't "
             "learn them by their direction. Pass a SentenceTransformer, or its checkpoint."
@@ -130,10 +137,10 @@ def distill_query_encoder(
     folder = resolve_output_dir(output_dir, None)
     with progress_bars(shown=given.get("disable_tqdm") is not True), only_run(folder):
         inputs = (model, text_encoder, queries, eval_dataset)
-        check_output_dir(folder, overwrite=overwrite, resume=False, inputs=inputs)
+        checkpoint = check_output_dir(folder, overwrite=overwrite, resume=resume, inputs=inputs)
         evaluation = evaluation_sets(eval_dataset, documents)
         _warn_of_known(texts, evaluation)
-        teacher = model if isinstance(model, SentenceTransformer) else load_model(os.fspath(model))
+        teacher = cast(SentenceTransformer, open_retriever(model, documents))
         routed = route_queries(teacher, text_encoder)
         args: Any = recipe.training_arguments(
             EMBEDDING,
@@ -155,8 +162,18 @@ def distill_query_encoder(
             if evaluation
             else None
         )
+        began_with = {
+            **describe_arguments(args),
+            "queries": f"{len(texts)} texts {text_digest(repr(texts))}",
+            "model": model_fingerprint(teacher),
+            "structure of the query encoder": describe_structure(routed.student),
+        }
+        began = RunRecord.read(checkpoint) if checkpoint else None
+        if began:
+            require_same(folder, began.settings, began_with)
         before = evaluator(teacher) if evaluator else {}
-        trainer = _train(routed.student, teacher, texts, args, given)
+        record = began or RunRecord(began_with, {}, dict(before))
+        trainer = _train(routed.student, teacher, texts, args, given, record, checkpoint)
         student, result_model = routed.student.eval(), routed.model.eval()
         after = evaluator(result_model) if evaluator else {}
         facts = {
@@ -220,6 +237,8 @@ def _train(
     texts: Sequence[str],
     args: Any,
     given: Mapping[str, Any],
+    record: RunRecord,
+    checkpoint: Path | None,
 ) -> PageTrainer:
     """Train the student, in place, towards the direction of the teacher's embeddings at their full size."""
     inputs = [as_host_input(text) for text in texts]
@@ -237,8 +256,11 @@ def _train(
     prompt = student.prompts.get("query") or ""
     prompts = {"query": prompt} if prompt else {}
     args = recipe.complete_arguments(args, student, loss, ["query"], prompts=prompts, metric=None, rates=rates)
+    # there is one forward pass a step, and no text reaches the pooler of a BERT
+    args.ddp_find_unused_parameters = given.get("ddp_find_unused_parameters", True)
     trainer = EMBEDDING.trainer_class(model=student, args=args, train_dataset=rows, loss=loss)
-    trainer.train()
+    trainer.record = record
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.check_weights()
     for layer in fresh.values():
         mark_fresh(layer, fresh=False)
