@@ -463,7 +463,7 @@ def test_odd_names_are_drawn_as_they_are(tmp_path: Path) -> None:
 
 
 def test_a_plot_without_matplotlib(compared: Comparison, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("mmtune.report.plots.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"needs matplotlib.*pip install matplotlib.*\[report\]"):
         compared.plot(tmp_path / "models.png")
 

@@ -15,7 +15,6 @@ from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.multi_vector_encoder.modules import HierarchicalTokenPooling
 
 from mmtune import ConfigError, DatasetError, MissingExtraError, RetrievalDataset, build_evaluator, finetune
-from mmtune.evaluation import frontier as frontier_module
 from mmtune.evaluation.frontier import FrontierRow, loss_p_values, recommend, size_frontier
 from mmtune.testing import generated_pages, tiny_clip
 
@@ -371,7 +370,7 @@ def test_the_picture(dense: SentenceTransformer, data: RetrievalDataset, tmp_pat
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="can't be written to"):
         found.plot(tmp_path / "file" / "sizes.png")
-    monkeypatch.setattr(frontier_module, "find_spec", lambda name: None)
+    monkeypatch.setattr("mmtune.report.plots.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"matplotlib.*\[report\]"):
         found.plot(tmp_path / "sizes.png")
 

@@ -47,7 +47,10 @@ def _open_figure(path: Path, size: tuple[float, float]) -> Any:
         MissingExtraError: matplotlib is not installed.
     """
     if find_spec("matplotlib") is None:
-        raise MissingExtraError("A plot needs matplotlib, which is not installed. Run: pip install matplotlib")
+        raise MissingExtraError(
+            "A plot needs matplotlib, which is not installed. Run: pip install matplotlib (in a clone of mmtune: pip "
+            'install ".[report]")'
+        )
     # without pyplot: nothing is opened, and the caller's backend and figures stay as they are
     from matplotlib.figure import Figure
 

@@ -47,7 +47,7 @@ def describe_serving(model: HostModel, family: Family) -> dict[str, Any]:
         command += ["--chat-template", TEMPLATE_FILE]
         promises |= vllm.RERANKER_PROMISES
         limits += [
-            "This folder is for servers only: transformers has no class for it, so the host can't load it.",
+            "This folder is for servers only: transformers has no class for it, nor has Sentence Transformers.",
             "Of a document with a page and a text, the server puts the page first, whatever the order in the request.",
         ]
     elif not any(isinstance(module, (Normalize, Pooling)) for module in model):
