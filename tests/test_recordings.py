@@ -39,6 +39,8 @@ from mmtune import (
     evaluate_pipeline,
     finetune,
     finetune_reranker,
+    generate_queries,
+    judge_negatives,
     load_model,
     mine_hard_negatives,
 )
@@ -393,6 +395,43 @@ def test_of_mixed_documents_each_is_what_it_has():
         dataset("audio", [tone(), None], image=[None, None]).training_rows(0, documents="mixed")[1]
 
 
+def test_sounds_and_passages_may_share_a_table():
+    rows = mixed_rows(3).remove_columns("image").filter(lambda row: row["audio"] or row["text"])
+    data = RetrievalDataset.from_id_rows(rows)
+    data.check_pages(documents="mixed", show_progress_bar=False)
+    assert kinds_of_documents(data.corpus, "mixed") == ["audio"] * 3 + ["text"] * 3
+    with pytest.raises(MediaDecodeError, match="'t0' has no audio"):
+        data.check_pages(documents="audio", show_progress_bar=False)
+    report = data.audit(content=True, against=data.select_queries(["t0"]), show_progress_bar=False)
+    assert not {"damaged_recordings", "unread_answers"} & {each.key for each in report.findings if each.count}
+    blank = rows.map(lambda row: {"text": None if row["id"] == "t1" else row["text"]})
+    with pytest.raises(DatasetError, match="1 rows have no audio.*'t1'"):
+        RetrievalDataset.from_id_rows(blank)
+    pages = mixed_rows(2).remove_columns("audio").filter(lambda row: row["image"] or row["text"])
+    with pytest.raises(DatasetError, match=r"2 rows have no image.*by RetrievalDataset\.concatenate"):
+        RetrievalDataset.from_id_rows(pages)
+
+
+@pytest.mark.parametrize("layout", ["beir", "id_rows", "columns"])
+def test_a_column_that_would_be_read_back_as_negatives_is_not_written(layout, tmp_path):
+    data = RetrievalDataset.from_id_rows(generated_audio(4), negatives_column=None)
+    with pytest.raises(DatasetError, match=r"no negatives, and a column 'negatives' that load\(\) would take for them"):
+        data.export(tmp_path / "out", layout)
+
+
+@pytest.mark.parametrize("ask", [generate_queries, judge_negatives])
+def test_a_generator_is_asked_about_no_sound(ask):
+    asked = []
+    with pytest.raises(DatasetError, match=r"12 documents are sounds or clips alone, e\.g\. 'falling-"):
+        ask(RetrievalDataset.from_id_rows(generated_audio(12)), lambda *given: asked.append(given) or "a query")
+    assert not asked
+
+
+def test_an_empty_kind_is_no_kind():
+    with pytest.raises(ConfigError, match="documents=''"):
+        RetrievalDataset.from_id_rows(generated_audio(4)).split(1, documents="")
+
+
 def test_passages_beside_pages_need_no_image_where_documents_are_mixed():
     page = with_encoded_images(generated_pages(1).select([0]), "image")["image"][0]["bytes"]
     data = dataset("image", [page, None, None], text=[None, "a passage", " "]).select_queries(["d0", "d1"])
@@ -576,12 +615,12 @@ def test_a_model_says_at_what_rate_and_for_how_long_it_listens(maker, tmp_path):
 def test_what_a_model_can_not_take_is_refused_by_name_before_weights(tmp_path):
     clap = without_weights(tiny_clap(tmp_path / "whole"), tmp_path / "clap")
     clips, sounds = own_rows(generated_clips(4), "video"), own_rows(generated_audio(4), "audio")
-    with pytest.raises(ConfigError, match=r"embeds no videos, only audio, text \(model type clap\)"):
+    with pytest.raises(ConfigError, match=r"embeds no clips, only audio, text \(model type clap\)"):
         finetune(clap, clips, documents="video", output_dir=tmp_path / "run")
     with pytest.raises(ConfigError, match="embeds no images, only audio, text"):
         finetune(clap, RetrievalDataset.from_id_rows(mixed_rows(4)), documents="mixed", output_dir=tmp_path / "run")
     text = without_weights(tiny_text_encoder(tmp_path / "bert"), tmp_path / "text")
-    with pytest.raises(ConfigError, match=r"embeds no audios, only text"):
+    with pytest.raises(ConfigError, match=r"embeds no sounds, only text"):
         finetune(text, sounds, documents="audio", output_dir=tmp_path / "run")
     with pytest.raises(ConfigError, match="given as audio="):
         compose_router(tmp_path / "bert", audio=text)
@@ -598,7 +637,7 @@ def test_an_encoder_of_clips_that_lies_beside_an_image_processor_is_told_what_to
     sizes = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
     config = {"image_processor_type": "VideoMAEImageProcessor", **sizes}
     (tmp_path / "videomae" / "preprocessor_config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=r"embeds no videos, only image .*the one that AutoVideoProcessor makes"):
+    with pytest.raises(ConfigError, match=r"embeds no clips, only image .*the one that AutoVideoProcessor makes"):
         compose_router(tiny_text_encoder(tmp_path / "text"), video=folder)
     for of_folder in (AutoModel, AutoVideoProcessor):
         of_folder.from_pretrained(folder).save_pretrained(tmp_path / "saved")
@@ -635,6 +674,19 @@ def test_sounds_of_any_rate_and_length_are_embedded_alike_in_any_batch(listener)
 
 def evaluator_of_one(file: bytes, model: SentenceTransformer) -> torch.Tensor:
     return build_evaluator(dataset("audio", [file]), documents="audio", show_progress_bar=False).encode(model).corpus
+
+
+def test_a_run_goes_on_with_the_limits_that_it_was_begun_with(listener, tmp_path):
+    def run(max_seconds: float, **options: bool):
+        model = load_model(listener, device="cpu", max_seconds=max_seconds)
+        steps = {"max_steps": 1, "per_device_train_batch_size": 4, "matryoshka_dims": None}
+        data = own_rows(generated_audio(4), "audio")
+        return finetune(model, data, documents="audio", output_dir=tmp_path, **steps, **options)
+
+    assert run(0.5).settings["model"]["media_limits"] == {"audio": {"max_seconds": 0.5, "sampling_rate": 16_000}}
+    with pytest.raises(ConfigError, match=r"begun with other settings: limits of the model.*0\.5.*then.*0\.25.*now"):
+        run(0.25, resume=True)
+    assert run(0.5, resume=True).trainer.state.global_step == 1
 
 
 def test_what_is_cut_is_counted_and_said(listener, tmp_path, caplog):

@@ -244,7 +244,7 @@ def test_each_side_is_decoded_at_the_rate_of_its_own_route(folder, hums):
     ("maker", "documents", "queries", "problem"),
     [
         (tiny_text_encoder, "text", "audio", "embeds no .*, only text"),
-        (tiny_siglip, "image", "audio", "embeds no audios, only image, text"),
+        (tiny_siglip, "image", "audio", "embeds no sounds, only image, text"),
         (tiny_clap, "audio", "text+audio", r"can't embed text\+audio"),
     ],
 )

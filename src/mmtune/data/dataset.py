@@ -793,7 +793,7 @@ class RetrievalDataset:
         Warns:
             UserWarning: Fewer queries are left to train on than to evaluate.
         """
-        relevance = self.relevance_of(documents or self.relevance.documents, queries)
+        relevance = self.relevance_of(self.relevance.documents if documents is None else documents, queries)
         relevance.require_queries()
         for name, value in {"eval_queries": eval_queries, "test_queries": test_queries}.items():
             if isinstance(value, float) and 0 < value < 1:
