@@ -33,6 +33,7 @@ from mmtune import (
     RetrievalDataset,
     as_mteb_task,
     build_evaluator,
+    build_late_interaction,
     build_reranker,
     build_reranking_evaluator,
     compose_router,
@@ -219,14 +220,19 @@ def clip_of(num_frames: int, path, *, seconds_of_sound: float = 0) -> bytes:
 def test_a_clip_that_is_cut_off_is_named_with_what_is_there(kind, limits, tmp_path):
     whole = clip_of(60, tmp_path / f"clip.{kind}")
     assert of(whole, kind=Clip).decode(MediaLimits(**limits))["video_metadata"]["total_num_frames"] == 60
-    problem = r"(is cut off: its header promises 60 frames in 7.5 s, and there are|can't be decoded)"
+    problem = r"(is cut off: its header promises 60 frames in 7.5 s, and there is none at|can't be decoded)"
     for share in (0.3, 0.6):
         with pytest.raises(MediaDecodeError, match=rf"Document \"d'ö/1\" {problem}"):
             of(whole[: int(share * len(whole))], kind=Clip).decode(MediaLimits(**limits))
+        with pytest.raises(MediaDecodeError, match=problem):
+            of(whole[: int(share * len(whole))], kind=Clip).check()
 
 
-def test_a_clip_beside_a_longer_sound_is_read_evenly_and_in_full(tmp_path):
-    clip = of(clip_of(8, tmp_path / "clip.mkv", seconds_of_sound=4), kind=Clip)
+@pytest.mark.parametrize("kind", ["mkv", "mov"])
+@pytest.mark.parametrize("seconds", [4, 60])
+def test_a_clip_beside_a_longer_sound_is_read_evenly_and_in_full(seconds, kind, tmp_path):
+    clip = of(clip_of(8, tmp_path / f"clip.{kind}", seconds_of_sound=seconds), kind=Clip)
+    clip.check()
     found = clip.decode(MediaLimits(max_frames=4))
     assert [int(frame.min()) // 2 for frame in found["array"]] == [0, 2, 4, 6]
     assert found["video_metadata"]["total_num_frames"] == 8
@@ -405,7 +411,7 @@ def test_sounds_and_passages_may_share_a_table():
     report = data.audit(content=True, against=data.select_queries(["t0"]), show_progress_bar=False)
     assert not {"damaged_recordings", "unread_answers"} & {each.key for each in report.findings if each.count}
     blank = rows.map(lambda row: {"text": None if row["id"] == "t1" else row["text"]})
-    with pytest.raises(DatasetError, match="1 rows have no audio.*'t1'"):
+    with pytest.raises(DatasetError, match=r"1 rows have no audio.*'t1'"):
         RetrievalDataset.from_id_rows(blank)
     pages = mixed_rows(2).remove_columns("audio").filter(lambda row: row["image"] or row["text"])
     with pytest.raises(DatasetError, match=r"2 rows have no image.*by RetrievalDataset\.concatenate"):
@@ -689,6 +695,15 @@ def test_a_run_goes_on_with_the_limits_that_it_was_begun_with(listener, tmp_path
     assert run(0.5, resume=True).trainer.state.global_step == 1
 
 
+def test_a_run_goes_on_with_rows_that_are_read_as_they_were(listener, tmp_path):
+    steps = {"max_steps": 1, "per_device_train_batch_size": 4, "matryoshka_dims": None, "output_dir": tmp_path}
+    data, model = own_rows(generated_audio(4), "audio"), load_model(listener, device="cpu")
+    finetune(model, data.training_rows(0, documents="audio", max_seconds=0.5), documents="audio", **steps)
+    rows = data.training_rows(0, documents="audio", max_seconds=0.25)
+    with pytest.raises(ConfigError, match=r"other settings: training data.*'max_seconds': 0\.5.*then.*0\.25.*now"):
+        finetune(model, rows, documents="audio", resume=True, **steps)
+
+
 def test_what_is_cut_is_counted_and_said(listener, tmp_path, caplog):
     data = dataset("audio", [tone(1.0, hertz=300 + 10 * at) for at in range(6)] + [tone(2.0), tone(9.0)])
     result = finetune(
@@ -879,6 +894,18 @@ def test_a_model_that_reads_messages_gets_mixed_batches(qwen3_vl_path):
     data = RetrievalDataset.from_id_rows(concatenate_datasets([rows, pages]))
     metrics = build_evaluator(data, documents="mixed", show_progress_bar=False)(model)
     assert {"vdr_cosine_ndcg@10_image", "vdr_cosine_ndcg@10_video"} <= metrics.keys()
+
+
+@pytest.mark.usefixtures("qwen3_vl_path")
+@pytest.mark.parametrize("build", [build_reranker, build_late_interaction])
+def test_limits_go_into_every_kind_of_model(build, qwen3_vl_path, tmp_path):
+    model = build(qwen3_vl_path, device="cpu", max_frames=2, fps=1)
+    model.save_pretrained(str(tmp_path / "saved"))
+    saved = build(tmp_path / "saved", device="cpu")
+    assert media_limits_of(saved[0], "video").given() == {"max_frames": 2, "fps": 1, "max_pixels": 128 * 128}
+    assert saved[0].processing_kwargs["video"]["do_sample_frames"] is False
+    with pytest.raises(ConfigError, match="max_frames='2': expected None or a whole number"):
+        build(qwen3_vl_path, max_frames="2")
 
 
 @pytest.mark.usefixtures("qwen3_vl_path")

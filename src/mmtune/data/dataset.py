@@ -715,7 +715,7 @@ class RetrievalDataset:
     def check_pages(self, *, documents: DocumentKind | None = None, show_progress_bar: bool = True) -> None:
         """Make sure that every page, and all that asks, can be decoded: images from their header and their end.
 
-        Of sounds the first second is decoded, and of clips two frames.
+        Of sounds the first second is decoded, and of clips the first frame and the last.
 
         What is damaged in the middle of a JPEG is not found, neither here nor when it is read: its decoder goes on
         with grey or shifted blocks and reports nothing.

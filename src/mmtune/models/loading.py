@@ -10,7 +10,7 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
-from mmtune.arguments import MIXED, MODALITIES, PLURALS, MediaLimits, require_type
+from mmtune.arguments import MIXED, MODALITIES, PLURALS, require_type
 from mmtune.errors import ConfigError
 from mmtune.host import attention_of
 from mmtune.models.adapters import encoders_of
@@ -81,12 +81,8 @@ def load_model(
     Example:
         >>> model = load_model("Qwen/Qwen3-VL-Embedding-2B", max_pixels=600 * 600)  # doctest: +SKIP
     """
-    options = LoadOptions(max_pixels, min_pixels, dtype, attention, device, host_kwargs)
-    limits = MediaLimits(max_seconds, fps, max_frames)
-    model = load_host_model(SentenceTransformer, name_or_path, options, or_else=("audio", "video"))
-    if limits.given():
-        read_all_frames(model)
-    return apply_media_limits(model, limits)
+    options = LoadOptions(max_pixels, min_pixels, dtype, attention, device, host_kwargs, max_seconds, fps, max_frames)
+    return load_host_model(SentenceTransformer, name_or_path, options, or_else=("audio", "video"))
 
 
 def load_host_model(
@@ -129,7 +125,14 @@ def load_host_model(
             fit_pooling(model)
         fit_padding(model, model.device)
         check_prompts(model)
-    return apply_media_limits(apply_pixel_limits(model, options.limits), MediaLimits())
+    return apply_limits(model, options)
+
+
+def apply_limits(model: SameModel, options: LoadOptions) -> SameModel:
+    """The same model, which keeps the limits of images, sounds and clips that were asked for."""
+    if options.media.given():
+        read_all_frames(model)
+    return apply_media_limits(apply_pixel_limits(model, options.limits), options.media)
 
 
 def check_checkpoint(

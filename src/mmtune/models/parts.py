@@ -11,8 +11,8 @@
     projection   what follows the encoders, in every kind of model: Dense modules, CLIP's own projections, a score head
 
 A Router's routes give their own names, also others than ``text`` and ``image``. A model for text alone has the part
-``text``, one for images alone ``vision``; an audio encoder is ``audio``, also CLAP's. ``image`` and ``vision`` mean the same, and so
-do ``text`` and ``language``, wherever a model has one of the two.
+``text``, one for images alone ``vision``; an audio encoder is ``audio``, also CLAP's. ``image`` and ``vision`` mean the
+same, and so do ``text`` and ``language``, wherever a model has one of the two.
 """
 
 from collections import Counter

@@ -524,7 +524,7 @@ def ready_model(
         score_in_float32(ready)
     check_documents(ready, documents, queries)
     check_routes(ready, documents, queries)
-    if documents == MIXED or "audio" in documents:
+    if documents == MIXED or "audio" in f"{documents}+{queries}":
         apply_media_limits(ready, ALL_OF_IT)
     if documents == MIXED or "video" in documents:
         read_all_frames(ready)
