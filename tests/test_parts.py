@@ -25,7 +25,7 @@ from mmtune.errors import ConfigError
 from mmtune.models import build_late_interaction, build_reranker, load_model
 from mmtune.models.parts import describe_training, encoder_parts, freeze_parts, model_parts, parts_named
 from mmtune.models.routes import freeze_unreached
-from mmtune.testing import tiny_llava
+from mmtune.testing import tiny_clap, tiny_llava
 from mmtune.training.run import ready_model
 from mmtune.training.trainers import EMBEDDING, RERANKING
 
@@ -136,6 +136,13 @@ def test_siglip_has_towers_alone(siglip_path):
 
 def ids(parts):
     return {id(parameter) for part in parts.values() for parameter in part}
+
+
+def test_clap_has_an_encoder_of_sounds_of_its_own(tmp_path):
+    model = load_model(tiny_clap(tmp_path / "clap"), device="cpu")
+    assert list(model_parts(model)) == ["audio", "text", "projection"]
+    freeze_parts(model, ("audio",))
+    assert describe_training(model)["frozen_parts"] == ["audio"]
 
 
 def test_encoders_for_one_modality(text_encoder_path):

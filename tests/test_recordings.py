@@ -33,12 +33,15 @@ from mmtune import (
     RetrievalDataset,
     as_mteb_task,
     build_evaluator,
+    build_late_interaction,
     build_reranker,
     build_reranking_evaluator,
     compose_router,
     evaluate_pipeline,
     finetune,
     finetune_reranker,
+    generate_queries,
+    judge_negatives,
     load_model,
     mine_hard_negatives,
 )
@@ -217,14 +220,19 @@ def clip_of(num_frames: int, path, *, seconds_of_sound: float = 0) -> bytes:
 def test_a_clip_that_is_cut_off_is_named_with_what_is_there(kind, limits, tmp_path):
     whole = clip_of(60, tmp_path / f"clip.{kind}")
     assert of(whole, kind=Clip).decode(MediaLimits(**limits))["video_metadata"]["total_num_frames"] == 60
-    problem = r"(is cut off: its header promises 60 frames in 7.5 s, and there are|can't be decoded)"
+    problem = r"(is cut off: its header promises 60 frames in 7.5 s, and there is none at|can't be decoded)"
     for share in (0.3, 0.6):
         with pytest.raises(MediaDecodeError, match=rf"Document \"d'ö/1\" {problem}"):
             of(whole[: int(share * len(whole))], kind=Clip).decode(MediaLimits(**limits))
+        with pytest.raises(MediaDecodeError, match=problem):
+            of(whole[: int(share * len(whole))], kind=Clip).check()
 
 
-def test_a_clip_beside_a_longer_sound_is_read_evenly_and_in_full(tmp_path):
-    clip = of(clip_of(8, tmp_path / "clip.mkv", seconds_of_sound=4), kind=Clip)
+@pytest.mark.parametrize("kind", ["mkv", "mov"])
+@pytest.mark.parametrize("seconds", [4, 60])
+def test_a_clip_beside_a_longer_sound_is_read_evenly_and_in_full(seconds, kind, tmp_path):
+    clip = of(clip_of(8, tmp_path / f"clip.{kind}", seconds_of_sound=seconds), kind=Clip)
+    clip.check()
     found = clip.decode(MediaLimits(max_frames=4))
     assert [int(frame.min()) // 2 for frame in found["array"]] == [0, 2, 4, 6]
     assert found["video_metadata"]["total_num_frames"] == 8
@@ -391,6 +399,43 @@ def test_of_mixed_documents_each_is_what_it_has():
     assert dataset("audio", [tone()] * 3, text=texts, image=[None] * 3).relevance.page.tolist() == [0, 1, 0]
     with pytest.raises(DatasetError, match="'d1' has nothing in any of the columns"):
         dataset("audio", [tone(), None], image=[None, None]).training_rows(0, documents="mixed")[1]
+
+
+def test_sounds_and_passages_may_share_a_table():
+    rows = mixed_rows(3).remove_columns("image").filter(lambda row: row["audio"] or row["text"])
+    data = RetrievalDataset.from_id_rows(rows)
+    data.check_pages(documents="mixed", show_progress_bar=False)
+    assert kinds_of_documents(data.corpus, "mixed") == ["audio"] * 3 + ["text"] * 3
+    with pytest.raises(MediaDecodeError, match="'t0' has no audio"):
+        data.check_pages(documents="audio", show_progress_bar=False)
+    report = data.audit(content=True, against=data.select_queries(["t0"]), show_progress_bar=False)
+    assert not {"damaged_recordings", "unread_answers"} & {each.key for each in report.findings if each.count}
+    blank = rows.map(lambda row: {"text": None if row["id"] == "t1" else row["text"]})
+    with pytest.raises(DatasetError, match=r"1 rows have no audio.*'t1'"):
+        RetrievalDataset.from_id_rows(blank)
+    pages = mixed_rows(2).remove_columns("audio").filter(lambda row: row["image"] or row["text"])
+    with pytest.raises(DatasetError, match=r"2 rows have no image.*by RetrievalDataset\.concatenate"):
+        RetrievalDataset.from_id_rows(pages)
+
+
+@pytest.mark.parametrize("layout", ["beir", "id_rows", "columns"])
+def test_a_column_that_would_be_read_back_as_negatives_is_not_written(layout, tmp_path):
+    data = RetrievalDataset.from_id_rows(generated_audio(4), negatives_column=None)
+    with pytest.raises(DatasetError, match=r"no negatives, and a column 'negatives' that load\(\) would take for them"):
+        data.export(tmp_path / "out", layout)
+
+
+@pytest.mark.parametrize("ask", [generate_queries, judge_negatives])
+def test_a_generator_is_asked_about_no_sound(ask):
+    asked = []
+    with pytest.raises(DatasetError, match=r"12 documents are sounds or clips alone, e\.g\. 'falling-"):
+        ask(RetrievalDataset.from_id_rows(generated_audio(12)), lambda *given: asked.append(given) or "a query")
+    assert not asked
+
+
+def test_an_empty_kind_is_no_kind():
+    with pytest.raises(ConfigError, match="documents=''"):
+        RetrievalDataset.from_id_rows(generated_audio(4)).split(1, documents="")
 
 
 def test_passages_beside_pages_need_no_image_where_documents_are_mixed():
@@ -576,12 +621,12 @@ def test_a_model_says_at_what_rate_and_for_how_long_it_listens(maker, tmp_path):
 def test_what_a_model_can_not_take_is_refused_by_name_before_weights(tmp_path):
     clap = without_weights(tiny_clap(tmp_path / "whole"), tmp_path / "clap")
     clips, sounds = own_rows(generated_clips(4), "video"), own_rows(generated_audio(4), "audio")
-    with pytest.raises(ConfigError, match=r"embeds no videos, only audio, text \(model type clap\)"):
+    with pytest.raises(ConfigError, match=r"embeds no clips, only audio, text \(model type clap\)"):
         finetune(clap, clips, documents="video", output_dir=tmp_path / "run")
     with pytest.raises(ConfigError, match="embeds no images, only audio, text"):
         finetune(clap, RetrievalDataset.from_id_rows(mixed_rows(4)), documents="mixed", output_dir=tmp_path / "run")
     text = without_weights(tiny_text_encoder(tmp_path / "bert"), tmp_path / "text")
-    with pytest.raises(ConfigError, match=r"embeds no audios, only text"):
+    with pytest.raises(ConfigError, match=r"embeds no sounds, only text"):
         finetune(text, sounds, documents="audio", output_dir=tmp_path / "run")
     with pytest.raises(ConfigError, match="given as audio="):
         compose_router(tmp_path / "bert", audio=text)
@@ -598,7 +643,7 @@ def test_an_encoder_of_clips_that_lies_beside_an_image_processor_is_told_what_to
     sizes = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
     config = {"image_processor_type": "VideoMAEImageProcessor", **sizes}
     (tmp_path / "videomae" / "preprocessor_config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=r"embeds no videos, only image .*the one that AutoVideoProcessor makes"):
+    with pytest.raises(ConfigError, match=r"embeds no clips, only image .*the one that AutoVideoProcessor makes"):
         compose_router(tiny_text_encoder(tmp_path / "text"), video=folder)
     for of_folder in (AutoModel, AutoVideoProcessor):
         of_folder.from_pretrained(folder).save_pretrained(tmp_path / "saved")
@@ -635,6 +680,28 @@ def test_sounds_of_any_rate_and_length_are_embedded_alike_in_any_batch(listener)
 
 def evaluator_of_one(file: bytes, model: SentenceTransformer) -> torch.Tensor:
     return build_evaluator(dataset("audio", [file]), documents="audio", show_progress_bar=False).encode(model).corpus
+
+
+def test_a_run_goes_on_with_the_limits_that_it_was_begun_with(listener, tmp_path):
+    def run(max_seconds: float, **options: bool):
+        model = load_model(listener, device="cpu", max_seconds=max_seconds)
+        steps = {"max_steps": 1, "per_device_train_batch_size": 4, "matryoshka_dims": None}
+        data = own_rows(generated_audio(4), "audio")
+        return finetune(model, data, documents="audio", output_dir=tmp_path, **steps, **options)
+
+    assert run(0.5).settings["model"]["media_limits"] == {"audio": {"max_seconds": 0.5, "sampling_rate": 16_000}}
+    with pytest.raises(ConfigError, match=r"begun with other settings: limits of the model.*0\.5.*then.*0\.25.*now"):
+        run(0.25, resume=True)
+    assert run(0.5, resume=True).trainer.state.global_step == 1
+
+
+def test_a_run_goes_on_with_rows_that_are_read_as_they_were(listener, tmp_path):
+    steps = {"max_steps": 1, "per_device_train_batch_size": 4, "matryoshka_dims": None, "output_dir": tmp_path}
+    data, model = own_rows(generated_audio(4), "audio"), load_model(listener, device="cpu")
+    finetune(model, data.training_rows(0, documents="audio", max_seconds=0.5), documents="audio", **steps)
+    rows = data.training_rows(0, documents="audio", max_seconds=0.25)
+    with pytest.raises(ConfigError, match=r"other settings: training data.*'max_seconds': 0\.5.*then.*0\.25.*now"):
+        finetune(model, rows, documents="audio", resume=True, **steps)
 
 
 def test_what_is_cut_is_counted_and_said(listener, tmp_path, caplog):
@@ -827,6 +894,18 @@ def test_a_model_that_reads_messages_gets_mixed_batches(qwen3_vl_path):
     data = RetrievalDataset.from_id_rows(concatenate_datasets([rows, pages]))
     metrics = build_evaluator(data, documents="mixed", show_progress_bar=False)(model)
     assert {"vdr_cosine_ndcg@10_image", "vdr_cosine_ndcg@10_video"} <= metrics.keys()
+
+
+@pytest.mark.usefixtures("qwen3_vl_path")
+@pytest.mark.parametrize("build", [build_reranker, build_late_interaction])
+def test_limits_go_into_every_kind_of_model(build, qwen3_vl_path, tmp_path):
+    model = build(qwen3_vl_path, device="cpu", max_frames=2, fps=1)
+    model.save_pretrained(str(tmp_path / "saved"))
+    saved = build(tmp_path / "saved", device="cpu")
+    assert media_limits_of(saved[0], "video").given() == {"max_frames": 2, "fps": 1, "max_pixels": 128 * 128}
+    assert saved[0].processing_kwargs["video"]["do_sample_frames"] is False
+    with pytest.raises(ConfigError, match="max_frames='2': expected None or a whole number"):
+        build(qwen3_vl_path, max_frames="2")
 
 
 @pytest.mark.usefixtures("qwen3_vl_path")

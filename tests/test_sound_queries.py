@@ -244,7 +244,7 @@ def test_each_side_is_decoded_at_the_rate_of_its_own_route(folder, hums):
     ("maker", "documents", "queries", "problem"),
     [
         (tiny_text_encoder, "text", "audio", "embeds no .*, only text"),
-        (tiny_siglip, "image", "audio", "embeds no audios, only image, text"),
+        (tiny_siglip, "image", "audio", "embeds no sounds, only image, text"),
         (tiny_clap, "audio", "text+audio", r"can't embed text\+audio"),
     ],
 )
@@ -300,3 +300,19 @@ def test_a_router_learns_to_find_the_sound_like_a_hum_it_has_not_heard(tmp_path)
     before, after = (metrics[result.primary_metric] for metrics in (result.before, result.after))
     assert before < 0.2
     assert after >= 0.6
+
+
+def test_sounds_that_ask_for_texts_keep_their_length_in_what_is_saved(folder, tmp_path):
+    asking = [each["bytes"] for each in generated_audio(4)["audio"]]
+    ids = [f"q{at}" for at in range(4)]
+    data = RetrievalDataset.from_beir(
+        Dataset.from_dict({"document_id": ids, "text": [f"passage {at}" for at in range(4)]}),
+        Dataset.from_dict({"query_id": ids, "audio": asking}).cast_column("audio", Audio(decode=False)),
+        Dataset.from_dict({"query_id": ids, "document_id": ids, "score": [1] * 4}),
+    )
+    model = SentenceTransformer(tiny_clap(folder / "plain"), device="cpu")  # which load_model has not mended
+    options = {"max_steps": 1, "per_device_train_batch_size": 4, "save_strategy": "no", "output_dir": tmp_path}
+    tuned = finetune(model, data, documents="text", queries="audio", **options).model
+    loaded = SentenceTransformer(str(tmp_path / "final"), device="cpu")
+    sound = {"audio": Sound(data.queries[0]["audio"], "a query").decode(MediaLimits(sampling_rate=16_000))}
+    assert np.array_equal(loaded.encode([sound]), tuned.encode([sound]))

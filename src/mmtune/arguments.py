@@ -320,6 +320,9 @@ def name_item(item_id: str) -> str:
 MODALITIES = ("text", "image", "audio", "video")
 """What documents are made of."""
 
+PLURALS = {"text": "texts", "image": "images", "audio": "sounds", "video": "clips"}
+"""What several of a modality are called in messages."""
+
 MIXED = "mixed"
 """The kind of documents of which each is what it has."""
 

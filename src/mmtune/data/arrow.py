@@ -11,12 +11,12 @@ import pyarrow.compute as pc
 from datasets import Audio, Dataset, DatasetInfo, Features, Image, Video, concatenate_datasets
 from datasets.fingerprint import generate_random_fingerprint
 
+from mmtune.arguments import PLURALS
 from mmtune.errors import DatasetError
 from mmtune.host import stored_positions
 
 ENCODED = {"image": Image(decode=False), "audio": Audio(decode=False), "video": Video(decode=False)}
 """The columns of files that stay encoded until they are used, by what they hold: ``{"bytes", "path"}`` each."""
-PLURALS = {"image": "images", "audio": "sounds", "video": "clips"}
 _HOW_TO_ENCODE = {
     "audio": "Samples stand beside their rate: {'array': samples, 'sampling_rate': 16_000}. ",
     # in a table they take a hundred times the space of a file, and may be of any times

@@ -1,6 +1,7 @@
 """Clips: from encoded bytes to frames, of which those are decoded that are read."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,13 +35,15 @@ class Clip(Recording):
             MediaDecodeError: It is no clip, has no frames, or is damaged, or cut off.
             MissingExtraError: PyAV is not installed.
         """
-        bounds = self.limits.within(limits)
+        return self._decode(self.limits.within(limits), choose_frames)
+
+    def _decode(self, bounds: MediaLimits, choose: Callable[[int, float, MediaLimits], list[int]]) -> dict[str, Any]:
         with self.opened() as source, load_decoder("av", "Clips", "video").open(source) as container:
             stream = self._stream(container)
             rate = float(stream.average_rate or stream.guessed_rate or 24)
             seconds = self._seconds_of(container, stream)
             total = stream.frames or max(1, round(seconds * rate))
-            chosen = choose_frames(total, rate, bounds)
+            chosen = choose(total, rate, bounds)
             frames, end_s = _read_frames(container, stream, chosen, rate, bounds.max_pixels)
             if not frames:
                 raise self.error("has no frames that can be decoded")
@@ -49,11 +52,11 @@ class Clip(Recording):
                 is_promised = stream.duration is not None or len(container.streams) == 1
                 if is_promised and seconds - end_s > max(1 / rate, _MOST_LOST * seconds):
                     raise self.error(
-                        f"is cut off: its header promises {total} frames in {seconds:.1f} s, and there are {there} in "
-                        f"{end_s:.1f} s"
+                        f"is cut off: its header promises {total} frames in {seconds:.1f} s, and there is none at "
+                        f"{chosen[len(frames)] / rate:.1f} s"
                     )
                 # the length was that of another stream, or of what was there before the clip was trimmed
-                total, chosen = there, choose_frames(there, rate, bounds)
+                total, chosen = there, choose(there, rate, bounds)
                 container.seek(0)
                 frames, _ = _read_frames(container, stream, chosen, rate, bounds.max_pixels)
         frames += [frames[-1]] * (len(chosen) - len(frames))
@@ -85,8 +88,8 @@ class Clip(Recording):
         return Look(digest.hexdigest(), bool(np.abs(frames - frames[0]).max() <= _HARDLY))
 
     def check(self) -> None:
-        """Make sure that its first frame can be decoded."""
-        self.decode(MediaLimits(max_frames=2))
+        """Make sure that its first frame can be decoded, and its last: the end is what a broken download lacks."""
+        self._decode(self.limits, lambda total, *_: [0, total - 1])
 
     def _stream(self, container: Any) -> Any:
         if not container.streams.video:

@@ -157,10 +157,10 @@ class _Pages:
         return dict(zip(rows, self.run.map(self._look, rows, "Looking at pages"), strict=True))
 
     def rows_with(self, name: str) -> list[int]:
-        """The pages that have a file in a column, or should have: where there are several columns each has some."""
+        """The pages that have a file in a column; of a corpus of images all, which should each have one."""
         if name not in self._media:
             return []
-        has = has_content(self.corpus, name)[self.rows] if len(self._media) > 1 else slice(None)
+        has = has_content(self.corpus, name)[self.rows] if self._media != ["image"] else slice(None)
         return self.rows[has].tolist()
 
     @cached_property

@@ -715,7 +715,7 @@ class RetrievalDataset:
     def check_pages(self, *, documents: DocumentKind | None = None, show_progress_bar: bool = True) -> None:
         """Make sure that every page, and all that asks, can be decoded: images from their header and their end.
 
-        Of sounds the first second is decoded, and of clips two frames.
+        Of sounds the first second is decoded, and of clips the first frame and the last.
 
         What is damaged in the middle of a JPEG is not found, neither here nor when it is read: its decoder goes on
         with grey or shifted blocks and reports nothing.
@@ -793,7 +793,7 @@ class RetrievalDataset:
         Warns:
             UserWarning: Fewer queries are left to train on than to evaluate.
         """
-        relevance = self.relevance_of(documents or self.relevance.documents, queries)
+        relevance = self.relevance_of(self.relevance.documents if documents is None else documents, queries)
         relevance.require_queries()
         for name, value in {"eval_queries": eval_queries, "test_queries": test_queries}.items():
             if isinstance(value, float) and 0 < value < 1:

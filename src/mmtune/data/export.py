@@ -26,6 +26,7 @@ from mmtune.data.card import make_card
 from mmtune.data.files import CARD, require_found
 from mmtune.data.images import EncodedImages
 from mmtune.data.label_changes import label_changes
+from mmtune.data.layouts import unused_negatives
 from mmtune.data.pdf_corpus import store_pages
 from mmtune.data.query_kinds import as_documents
 from mmtune.data.relevance import Relevance
@@ -89,6 +90,14 @@ def lay_out(relevance: Relevance, layout: ExportLayout) -> Outgoing:
             f"layout={layout!r} has a table of queries, and the dataset has none: datasets can't read a table without "
             "rows (5.2). Pass layout='id_rows', save(folder), or write queries first, with generate_queries."
         )
+    if relevance.tables.negatives is None:
+        tables = relevance.tables
+        for table in (tables.queries, *((tables.corpus,) if layout in ("id_rows", "columns") else ())):
+            if alike := unused_negatives(table, ()):
+                raise DatasetError(
+                    f"The dataset has no negatives, and a column {alike[0]!r} that load() would take for them. Rename "
+                    "the column, or remove it; save(folder) keeps it as it is."
+                )
     makers: Mapping[str, Callable[[Relevance], Outgoing]] = {
         "beir": _lay_out_beir,
         "tevatron": _lay_out_tevatron,
@@ -468,7 +477,7 @@ def _require_images(relevance: Relevance, documents: np.ndarray, layout: str, mo
         )
     files = [EncodedImages(corpus, name) for name in media]
     lacking = [{int(row) for row in each.rows_elsewhere if not each.path(int(row))} for each in files]
-    if len(media) > 1 and "text" in corpus.column_names:  # of several kinds of documents some may be texts
+    if most > 1 and media != ["image"] and "text" in corpus.column_names:  # as from_id_rows reads them
         lacking.append(set(np.flatnonzero(~has_content(corpus, "text")).tolist()))
     empty = sorted(set.intersection(*lacking) & set(documents.tolist()))
     if empty:

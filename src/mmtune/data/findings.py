@@ -39,7 +39,7 @@ PROBLEMS = {
     ),
     "documents_without_image": (
         "documents without image, sound or clip, where others have one",
-        "Reading one as such raises an error that names it. Leave them out, or read their text.",
+        'Reading one as such raises an error that names it. Leave them out, or read documents="text" or "mixed".',
     ),
     "unreadable_images": (
         "images, sounds, clips that are empty, or whose file is missing",
@@ -158,7 +158,7 @@ GOOD_TO_KNOW = {
         "Random negatives are drawn from them too, and evaluation ranks them with the others.",
     ),
     "documents_without_text": (
-        "documents with a null or blank text in a corpus of images",
+        "documents without text that have an image, sound or clip",
         "Reading a null as a text raises an error. without() takes them out.",
     ),
     "look_alikes": (

@@ -92,7 +92,7 @@ def build_from_id_rows(
     media = {kind: name for kind, name in given.items() if name in rows.column_names}
     missing = [name for kind, name in given.items() if name != kind and kind not in media]
     require_columns(rows, missing or ([] if media else [image_name]), "The table of rows")
-    alike = _unused_negatives(rows, (id_name, query_name, *media.values(), negatives_name))
+    alike = unused_negatives(rows, (id_name, query_name, *media.values(), negatives_name))
     if negatives_name == "negatives" and negatives_name not in rows.column_names and not alike:
         negatives_name = None
     if negatives_name in rows.column_names:
@@ -117,16 +117,17 @@ def build_from_id_rows(
     pages = rows.select_columns(others)
     for kind, name in media.items():
         pages = with_encoded_images(pages, name, kind)
-    # of several kinds of documents some may be texts
-    parts = [*media.values(), *(["text"] if len(media) > 1 else [])]
+    # beside images a text is that of a page; beside sounds, clips and several of these it may be a document of its own
+    parts = [*media.values(), *(["text"] if [*media] != ["image"] else [])]
     empty = np.flatnonzero(~np.any([has_content(pages, name) for name in parts], axis=0))
     if len(empty):
         nulls = " and ".join(map(repr, media.values()))
         raise DatasetError(
             f"{len(empty)} rows have no {' or '.join(media)}: column {nulls} is null there, e.g. in the row with id "
-            f"{ids[int(empty[0])].as_py()!r}. Every row is a page. Leave such rows out with "
+            f"{ids[int(empty[0])].as_py()!r}. Every row is a document. Leave such rows out with "
             f"rows.filter(lambda row: row[{next(iter(media.values()))!r}] is not None), and their ids with "
-            "on_missing='drop'."
+            "on_missing='drop'; or make a dataset of those with a text, and join the two by "
+            "RetrievalDataset.concatenate."
         )
     return check_tables(
         with_columns(_name_pages(pages, media), {"document_id": ids}),
@@ -165,7 +166,7 @@ def build_from_columns(
     image_names = [image_name, *negative_names]
     negative_names = image_names[1:]
     require_columns(rows, negative_names, "The table of rows")
-    alike = _unused_negatives(rows, (query_name, *image_names))
+    alike = unused_negatives(rows, (query_name, *image_names))
     if is_named and negative_names:
         _warn_of_unused(alike, f"columns {listed(negative_names)}")
     elif alike and not is_named:
@@ -225,7 +226,7 @@ def build_from_beir(corpus: Dataset, queries: Dataset, qrels: Dataset | None) ->
         rows, items = id_lists(queries, _NEGATIVES)
         negatives = table_dataset({"query_id": ids, "document_ids": lists_of_rows(rows, items, len(ids))})
 
-    alike = _unused_negatives(queries, (query_id, _POSITIVES, _NEGATIVES, *_QUERY_TEXT))
+    alike = unused_negatives(queries, (query_id, _POSITIVES, _NEGATIVES, *_QUERY_TEXT))
     if alike and _NEGATIVES not in queries.column_names:
         raise DatasetError(
             f"Column {alike[0]!r} of the table of queries looks like hard negatives, and would not be used. Rename it "
@@ -270,7 +271,7 @@ _LOOKS_LIKE_NEGATIVES = re.compile(
 )
 
 
-def _unused_negatives(rows: Dataset, used: Sequence[str | None]) -> list[str]:
+def unused_negatives(rows: Dataset, used: Sequence[str | None]) -> list[str]:
     """Columns that nothing reads, and that look like hard negatives by name and by what they hold."""
     schema = rows.data.table.schema
     return [

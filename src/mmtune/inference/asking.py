@@ -7,15 +7,18 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import pyarrow as pa
 import xxhash
 from datasets import Dataset
 from PIL import Image
 from tqdm.auto import tqdm
 
+from mmtune.data.arrow import column
 from mmtune.data.documents import DocumentKind
 from mmtune.data.identity import text_digest, usual_kind
 from mmtune.data.images import DECODING, EncodedImages, decode_page
-from mmtune.errors import ConfigError, ImageDecodeError
+from mmtune.data.tables import has_content, has_file
+from mmtune.errors import ConfigError, DatasetError, ImageDecodeError
 from mmtune.inference.generators import Generator, generator_name
 from mmtune.inference.store import ReplyStore
 
@@ -48,10 +51,22 @@ class Pages:
 
     Args:
         corpus: A table with ``document_id`` and ``image`` (encoded) and/or ``text``.
+
+    Raises:
+        DatasetError: A document is a sound or a clip alone; the message names it.
     """
 
     def __init__(self, corpus: Dataset) -> None:
         names = [name for name in ("document_id", "image", "text") if name in corpus.column_names]
+        shows_nothing = has_file(corpus)
+        for name in names[1:]:
+            shows_nothing &= ~has_content(corpus, name)
+        if shows_nothing.any():
+            unseen = column(corpus, "document_id").filter(pa.array(shows_nothing))
+            raise DatasetError(
+                f"{len(unseen)} documents are sounds or clips alone, e.g. {unseen[0].as_py()!r}, and a generator is "
+                "shown images and texts. Give them a text, such as what is said in them, or leave them out."
+            )
         self._corpus = corpus.with_format(None).select_columns(names)
         self._images = EncodedImages(corpus) if "image" in names else None
         self._digest_by_row: dict[int, str] = {}

@@ -15,8 +15,7 @@ from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from tqdm.auto import tqdm
 
-from mmtune.arguments import MIXED, shown
-from mmtune.data.arrow import PLURALS
+from mmtune.arguments import MIXED, PLURALS, shown
 from mmtune.data.documents import DocumentKind, DocumentReader, as_host_input, document_columns, kinds_of_documents
 from mmtune.data.identity import document_digests, text_digest
 from mmtune.data.query_kinds import QueryKind, QueryReader, as_documents, query_columns

@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from mmtune.arguments import nearest_name
+from mmtune.arguments import PLURALS, nearest_name
 from mmtune.errors import ConfigError, MissingExtraError, MmtuneError
 from mmtune.host import WithoutWeights, describe_offline
 from mmtune.models.kinds import HostModel
@@ -495,7 +495,9 @@ def require_modality(
             "a language model that reads images, such as Qwen/Qwen3-VL-2B-Instruct, or a ready reranker. Pass one; a "
             'reranker of texts goes with documents="text"'
         )
-    raise ConfigError(f"{files.name!r} embeds no {modality}s, only {modalities}{kind}. Expected {expected[modality]}.")
+    raise ConfigError(
+        f"{files.name!r} embeds no {PLURALS[modality]}, only {modalities}{kind}. Expected {expected[modality]}."
+    )
 
 
 def missing_extra(name: str, error: ImportError) -> MissingExtraError:

@@ -32,6 +32,9 @@ def build_late_interaction(
     dimension: int | None = None,
     max_pixels: int | None = None,
     min_pixels: int | None = None,
+    max_seconds: float | None = None,
+    fps: float | None = None,
+    max_frames: int | None = None,
     dtype: str | torch.dtype = "auto",
     attention: str = "auto",
     device: str | torch.device | None = None,
@@ -51,6 +54,9 @@ def build_late_interaction(
         dimension: Of a token vector. ``None`` is the checkpoint's own, and 128 where the projection is new.
         max_pixels: As for ``load_model``. It is also what the number of vectors a page goes by.
         min_pixels: As for ``load_model``.
+        max_seconds: As for ``load_model``.
+        fps: As for ``load_model``.
+        max_frames: As for ``load_model``.
         dtype: As for ``load_model``.
         attention: As for ``load_model``.
         device: As for ``load_model``.
@@ -69,7 +75,7 @@ def build_late_interaction(
     Example:
         >>> model = build_late_interaction("Qwen/Qwen3-VL-2B-Instruct", max_pixels=600 * 600)  # doctest: +SKIP
     """
-    options = LoadOptions(max_pixels, min_pixels, dtype, attention, device, host_kwargs)
+    options = LoadOptions(max_pixels, min_pixels, dtype, attention, device, host_kwargs, max_seconds, fps, max_frames)
     dimension = require_dimension(dimension, "a vector")
     files = open_checkpoint(name_or_path, options)
     with reading(files.name):

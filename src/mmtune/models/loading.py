@@ -10,7 +10,7 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
-from mmtune.arguments import MIXED, MODALITIES, MediaLimits, require_type
+from mmtune.arguments import MIXED, MODALITIES, PLURALS, require_type
 from mmtune.errors import ConfigError
 from mmtune.host import attention_of
 from mmtune.models.adapters import encoders_of
@@ -19,7 +19,7 @@ from mmtune.models.fitting import check_prompts, fit_padding, fit_pooling
 from mmtune.models.kinds import HostModel, SameModel, require_model
 from mmtune.models.opening import LoadOptions, build, check_host_kwargs, check_limits, open_checkpoint
 from mmtune.models.pixels import apply_pixel_limits, effective_pixel_limits
-from mmtune.models.recordings import apply_media_limits, read_all_frames
+from mmtune.models.recordings import apply_media_limits, media_limits_of, read_all_frames
 from mmtune.models.routes import find_router, unify_dtypes
 
 
@@ -81,12 +81,8 @@ def load_model(
     Example:
         >>> model = load_model("Qwen/Qwen3-VL-Embedding-2B", max_pixels=600 * 600)  # doctest: +SKIP
     """
-    options = LoadOptions(max_pixels, min_pixels, dtype, attention, device, host_kwargs)
-    limits = MediaLimits(max_seconds, fps, max_frames)
-    model = load_host_model(SentenceTransformer, name_or_path, options, or_else=("audio", "video"))
-    if limits.given():
-        read_all_frames(model)
-    return apply_media_limits(model, limits)
+    options = LoadOptions(max_pixels, min_pixels, dtype, attention, device, host_kwargs, max_seconds, fps, max_frames)
+    return load_host_model(SentenceTransformer, name_or_path, options, or_else=("audio", "video"))
 
 
 def load_host_model(
@@ -120,7 +116,7 @@ def load_host_model(
         # The host looks on the Hub for a model that is called like the folder, and may find one.
         model.model_card_data.local_files_only = True
     modality = next((name for name in (modality, *or_else) if model.supports(name)), modality)
-    _require(model, modality, {"image": "pages, which are images"}.get(modality, f"{modality}s"))
+    _require(model, modality, {**PLURALS, "image": "pages, which are images"}[modality])
     if isinstance(model, SentenceTransformer):
         asked, found = options.host_kwargs.get("truncate_dim") or 0, full_dimension(model)
         if asked > (found or asked):
@@ -129,7 +125,14 @@ def load_host_model(
             fit_pooling(model)
         fit_padding(model, model.device)
         check_prompts(model)
-    return apply_media_limits(apply_pixel_limits(model, options.limits), MediaLimits())
+    return apply_limits(model, options)
+
+
+def apply_limits(model: SameModel, options: LoadOptions) -> SameModel:
+    """The same model, which keeps the limits of images, sounds and clips that were asked for."""
+    if options.media.given():
+        read_all_frames(model)
+    return apply_media_limits(apply_pixel_limits(model, options.limits), options.media)
 
 
 def check_checkpoint(
@@ -234,8 +237,9 @@ def describe_model(model: HostModel) -> dict[str, Any]:
         cut off at ``truncate_dim``; ``None`` for a reranker), ``full_dimension`` (before anything is cut off),
         ``truncate_dim`` (``None`` where nothing is), ``parameters`` (their number), ``dtype`` and ``attention``
         (several are joined by ``", "``), ``device``, ``min_pixels`` and ``max_pixels`` (``None`` where the image size
-        is fixed), ``pooling`` (``"mean"``, ``"lasttoken"``, ...; ``None`` where the encoder pools by itself) and
-        ``text_padding`` (``"longest"`` of a batch, or to ``"max_length"``).
+        is fixed), ``media_limits`` (what is read of sounds and of clips, ``{"audio": {"max_seconds": 10.0, ...}}``;
+        ``None`` where neither is), ``pooling`` (``"mean"``, ``"lasttoken"``, ...; ``None`` where the encoder pools by
+        itself) and ``text_padding`` (``"longest"`` of a batch, or to ``"max_length"``).
 
     Raises:
         ConfigError: ``model`` is no model.
@@ -244,6 +248,7 @@ def describe_model(model: HostModel) -> dict[str, Any]:
     limits = effective_pixel_limits(model)
     transformers = [module for module in model.modules() if isinstance(module, Transformer)]
     configs = [module.config for module in transformers]
+    listening = [(kind, module) for module in transformers for kind in ("audio", "video") if kind in module.modalities]
     poolings = [module.pooling_mode for module in model.modules() if isinstance(module, Pooling)]
     paddings = [
         module.processing_kwargs.get("text", {}).get("padding", True)
@@ -262,6 +267,7 @@ def describe_model(model: HostModel) -> dict[str, Any]:
         "device": str(model.device),
         "min_pixels": limits.min_pixels,
         "max_pixels": limits.max_pixels,
+        "media_limits": {kind: media_limits_of(module, kind).given() for kind, module in listening} or None,
         "pooling": _joined(map(_plus, poolings)),
         "text_padding": _joined(
             padding if isinstance(padding, str) else "longest" if padding else "none" for padding in paddings

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from mmtune.arguments import (
+    MediaLimits,
     is_whole,
     nearest_name,
     require_flag,
@@ -38,7 +39,9 @@ from mmtune.models.pixels import PixelLimits, image_arguments, warn_unused_limit
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
-OWN_ARGUMENTS = frozenset({"max_pixels", "min_pixels", "dtype", "attention", "device"})
+OWN_ARGUMENTS = frozenset(
+    {"max_pixels", "min_pixels", "max_seconds", "fps", "max_frames", "dtype", "attention", "device"}
+)
 """What every function that loads a checkpoint takes besides the host's arguments."""
 
 LARGEST_DIMENSION = 2**16
@@ -60,10 +63,11 @@ class LoadOptions:
 
     Attributes:
         limits: The pixel limits, also those that stand in ``processor_kwargs``.
+        media: The limits of sounds and clips.
         processor_kwargs: What the host's processors get, without the pixel limits.
 
     Raises:
-        ConfigError: A pixel limit is no limit, or is given twice; dtype, attention, device or an argument of the host
+        ConfigError: A limit is no limit, or is given twice; dtype, attention, device or an argument of the host
             can't be.
     """
 
@@ -73,7 +77,11 @@ class LoadOptions:
     attention: str = "auto"
     device: str | torch.device | None = None
     host_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    max_seconds: float | None = None
+    fps: float | None = None
+    max_frames: int | None = None
     limits: PixelLimits = field(init=False)
+    media: MediaLimits = field(init=False)
     processor_kwargs: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -100,6 +108,7 @@ class LoadOptions:
         for name in moved.keys() & given.keys():
             raise _given_twice(name, "processor_kwargs", name)
         object.__setattr__(self, "limits", PixelLimits(**given, **moved))
+        object.__setattr__(self, "media", MediaLimits(self.max_seconds, self.fps, self.max_frames))
         object.__setattr__(self, "processor_kwargs", processor_kwargs)
 
     def for_host(self, encoders: Sequence[Encoder]) -> dict[str, Any]:

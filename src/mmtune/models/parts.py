@@ -11,8 +11,8 @@
     projection   what follows the encoders, in every kind of model: Dense modules, CLIP's own projections, a score head
 
 A Router's routes give their own names, also others than ``text`` and ``image``. A model for text alone has the part
-``text``, one for images alone ``vision``; an audio encoder is ``audio``. ``image`` and ``vision`` mean the same, and so
-do ``text`` and ``language``, wherever a model has one of the two.
+``text``, one for images alone ``vision``; an audio encoder is ``audio``, also CLAP's. ``image`` and ``vision`` mean the
+same, and so do ``text`` and ``language``, wherever a model has one of the two.
 """
 
 from collections import Counter
@@ -249,6 +249,8 @@ def _tower(model: Any, modality: str) -> nn.Module | None:
         tower = model.get_encoder(modality=modality)
     except (AttributeError, TypeError):  # a model with code of its own, or an encoder-decoder for text
         return None
+    if tower is model and modality == "audio":  # CLAP's name for it is not looked up (transformers 5.23)
+        tower = getattr(model, "audio_model", None)
     return tower if isinstance(tower, nn.Module) and tower is not model else None
 
 

@@ -19,9 +19,8 @@ from mmtune.arguments import nearest_name, require_mapping
 from mmtune.errors import ConfigError
 from mmtune.models.chat import Answers, answer_arguments, find_answers, opens_answer, own_template, pair_template
 from mmtune.models.checkpoints import CheckpointFiles, Encoder, first_line, read_encoders
-from mmtune.models.loading import load_host_model
+from mmtune.models.loading import apply_limits, load_host_model
 from mmtune.models.opening import LoadOptions, build, check_host_kwargs, check_limits, open_checkpoint
-from mmtune.models.pixels import apply_pixel_limits
 from mmtune.models.precision import score_in_float32
 
 HEADS = ("logit_score", "dense")
@@ -43,6 +42,9 @@ def build_reranker(
     prompts: Mapping[str, str] | None = None,
     max_pixels: int | None = None,
     min_pixels: int | None = None,
+    max_seconds: float | None = None,
+    fps: float | None = None,
+    max_frames: int | None = None,
     dtype: str | torch.dtype = "auto",
     attention: str = "auto",
     device: str | torch.device | None = None,
@@ -73,6 +75,9 @@ def build_reranker(
             applies the one for ``prompt_name="image_to_text"``; without a name it is ``"text_to_image"``.
         max_pixels: As in ``load_model``.
         min_pixels: As in ``load_model``.
+        max_seconds: As in ``load_model``.
+        fps: As in ``load_model``.
+        max_frames: As in ``load_model``.
         dtype: As in ``load_model``.
         attention: As in ``load_model``.
         device: As in ``load_model``.
@@ -93,7 +98,7 @@ def build_reranker(
         >>> reranker = build_reranker("Qwen/Qwen3-VL-2B-Instruct", max_pixels=600 * 600)  # doctest: +SKIP
         >>> reranker.predict([("total revenue", page)])  # doctest: +SKIP
     """
-    options = LoadOptions(max_pixels, min_pixels, dtype, attention, device, host_kwargs)
+    options = LoadOptions(max_pixels, min_pixels, dtype, attention, device, host_kwargs, max_seconds, fps, max_frames)
     _check_arguments(head, options, prompts)
     files = open_checkpoint(name_or_path, options)
     if is_reranker(files):
@@ -145,7 +150,7 @@ def build_reranker(
     if Path(files.name).is_dir():
         model.model_card_data.local_files_only = True
     model.model_card_data.set_base_model(files.name, revision=host_kwargs.get("revision"))
-    return apply_pixel_limits(model, options.limits)
+    return apply_limits(model, options)
 
 
 def is_reranker(files: CheckpointFiles) -> bool:

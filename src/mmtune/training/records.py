@@ -256,9 +256,9 @@ def describe_training_data(train: TrainingSets) -> dict[str, str]:
     """What tells the training data of each set from others, without reading a page."""
     found = {}
     for name, part in train.by_name.items():
-        rows = _digest(_content(part.rows, part.rows.column_names))
+        rows, limits = _digest(_content(part.rows, part.rows.column_names)), part.view.source.reader.limits.given()
         found[f"{name}: training data".removeprefix(": ")] = (
-            f"{len(part.rows)} rows {rows}, {describe_content(part.data)}"
+            f"{len(part.rows)} rows {rows}, {describe_content(part.data)}{f', read within {limits}' if limits else ''}"
         )
     return found
 

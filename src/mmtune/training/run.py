@@ -100,6 +100,7 @@ from mmtune.training.weights import (
 )
 
 _WEIGHTS = "type of the weights"
+_LIMITS = ("min_pixels", "max_pixels", "media_limits")
 _NOT_DECIDING = {
     # told apart by what they hold
     *("model", "train_dataset", "eval_dataset", "guard_dataset", "args", "training_arguments"),
@@ -166,6 +167,7 @@ def _run_in(folder: Path, call: Finetuning) -> FinetuneResult | Plan:
         model = start.model
         check_resumed(checkpoint, has_adapters=bool(start.facts["lora"]))
         began_with["structure of the model"] = describe_structure(model)
+        began_with["limits of the model"] = {name: start.facts[name] for name in _LIMITS}
         if began:
             require_same(folder, began.settings, began_with)
         loss = call.build_loss(model, args, train, began)
@@ -522,7 +524,7 @@ def ready_model(
         score_in_float32(ready)
     check_documents(ready, documents, queries)
     check_routes(ready, documents, queries)
-    if documents == MIXED or "audio" in documents:
+    if documents == MIXED or "audio" in f"{documents}+{queries}":
         apply_media_limits(ready, ALL_OF_IT)
     if documents == MIXED or "video" in documents:
         read_all_frames(ready)
