@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
@@ -22,6 +22,7 @@ from mmtune.models.query_routes import route_queries
 from mmtune.testing import generated_pages, tiny_clap, tiny_clip, tiny_text_encoder
 from mmtune.training.query_encoder import milliseconds_a_query
 from mmtune.training.trainers import PageTrainer
+from seeds import SEEDS
 from test_distributed import run_processes
 
 SHORT = {"num_train_epochs": 2, "disable_tqdm": True, "use_cpu": True}
@@ -176,6 +177,14 @@ def test_a_teacher_that_reads_sounds(place, tmp_path):
     assert list(result.model[0].sub_modules) == ["document", "small_query"]
 
 
+def test_processes_that_would_train_apart(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    given = (place / "clip", place / "text", ["one", "two"])
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE=2 processes were started, .* each would train apart"):
+        distill_query_encoder(*given, output_dir=tmp_path / "run", use_cpu=False)
+    assert not any((tmp_path / "run").glob("[!.]*"))
+
+
 def test_known_queries_are_counted(place, tmp_path):
     data = RetrievalDataset.from_id_rows(generated_pages(12))
     with pytest.warns(UserWarning, match="evaluation queries are among those that the encoder learns from"):
@@ -193,6 +202,7 @@ def test_known_queries_are_counted(place, tmp_path):
         ({"text_encoder": 5}, "text=5 is no encoder"),
         ({"text_encoder": "nowhere/at-all"}, "nowhere/at-all"),
         ({"model": 5}, "model=5"),
+        ({"model": CrossEncoder.__new__(CrossEncoder)}, "no embeddings of queries to learn from"),
         ({"learing_rate": 1}, "Did you mean 'learning_rate'"),
         ({"learning_rate": "fast"}, "learning_rate='fast'"),
         ({"overwrite": "no"}, "overwrite='no'"),
@@ -220,7 +230,7 @@ def test_a_router_with_layers_around_it_is_refused(place):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_small_encoder_keeps_what_the_model_finds_for_unseen_queries(seed, tmp_path, pages):
     data = RetrievalDataset.from_id_rows(generated_pages(700, num_negatives=1, seed=seed))
     train, evaluation = data.split(100, seed=seed)

@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss
 
 from mmtune.arguments import require_flag, require_seed, shown
@@ -33,7 +33,7 @@ from mmtune.models.loading import describe_model, full_dimension
 from mmtune.models.query_routes import route_queries
 from mmtune.models.routers import Side
 from mmtune.training import recipe
-from mmtune.training.checks import check_training_arguments
+from mmtune.training.checks import check_training_arguments, require_connected
 from mmtune.training.embedding import kind_of
 from mmtune.training.inputs import DatasetsLike, evaluation_sets
 from mmtune.training.output import check_output_dir, delete_set_aside, only_run, recover, resolve_output_dir, set_aside
@@ -128,6 +128,11 @@ def distill_query_encoder(
     require_flag("overwrite", overwrite)
     require_flag("resume", resume)
     require_seed("seed", seed)
+    if isinstance(model, CrossEncoder):
+        raise ConfigError(
+            "model=a CrossEncoder: it scores pairs and gives no embeddings of queries to learn from. Pass a "
+            "SentenceTransformer, or its checkpoint."
+        )
     if kind_of(model, documents) is not EMBEDDING:
         raise ConfigError(
             "model= is a late-interaction model, which has a vector for each token of a query: a small encoder can't "
@@ -140,8 +145,6 @@ def distill_query_encoder(
         checkpoint = check_output_dir(folder, overwrite=overwrite, resume=resume, inputs=inputs)
         evaluation = evaluation_sets(eval_dataset, documents)
         _warn_of_known(texts, evaluation)
-        teacher = cast(SentenceTransformer, open_retriever(model, documents))
-        routed = route_queries(teacher, text_encoder)
         args: Any = recipe.training_arguments(
             EMBEDDING,
             len(texts),
@@ -151,6 +154,9 @@ def distill_query_encoder(
             in_batch_negatives=False,
             **{**RECIPE, **given},
         )
+        require_connected(args)
+        teacher = cast(SentenceTransformer, open_retriever(model, documents))
+        routed = route_queries(teacher, text_encoder)
         evaluator = (
             build_evaluator(
                 evaluation[""] if list(evaluation) == [""] else evaluation,
