@@ -18,8 +18,10 @@ from mmtune import (
     finetune,
     load_model,
 )
+from mmtune.models.adapters import save_model
 from mmtune.models.query_routes import route_queries
 from mmtune.testing import generated_pages, tiny_clap, tiny_clip, tiny_text_encoder
+from mmtune.training import query_encoder
 from mmtune.training.query_encoder import milliseconds_a_query
 from mmtune.training.trainers import PageTrainer
 from seeds import SEEDS
@@ -59,6 +61,7 @@ def test_documents_are_embedded_as_before_to_the_bit(kind, place, pages, tmp_pat
     texts = teacher.encode_document(["a text as a document"], convert_to_tensor=True)
     queries = [f"question {number}" for number in range(8)]
     result = distill_query_encoder(teacher, place / "text", queries, output_dir=tmp_path / "run", **SHORT)
+    assert result.settings["gates"]["host"].endswith("8 queries and 0 documents")
     plain = SentenceTransformer(str(tmp_path / "run" / "final"))
     for model in (result.model, plain):
         assert model.encode_document(pages, convert_to_tensor=True).equal(before)
@@ -183,6 +186,20 @@ def test_processes_that_would_train_apart(place, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"WORLD_SIZE=2 processes were started, .* each would train apart"):
         distill_query_encoder(*given, output_dir=tmp_path / "run", use_cpu=False)
     assert not any((tmp_path / "run").glob("[!.]*"))
+
+
+def test_what_was_saved_wrong_ends_the_run(place, tmp_path, monkeypatch):
+    def save_something_else(model, folder):
+        learned = {name: weight.clone() for name, weight in model.state_dict().items()}
+        with torch.no_grad():
+            model[0].sub_modules["small_query"][0].model.embeddings.word_embeddings.weight.normal_()
+        save_model(model, folder)
+        model.load_state_dict(learned)
+
+    monkeypatch.setattr(query_encoder, "save_model", save_something_else)
+    with pytest.raises(ConfigError, match="the model that Sentence Transformers loads from this folder"):
+        distill_query_encoder(place / "clip", place / "text", ["one", "two"], output_dir=tmp_path / "run", **SHORT)
+    assert not (tmp_path / "run" / "metrics.json").exists()
 
 
 def test_known_queries_are_counted(place, tmp_path):

@@ -32,6 +32,7 @@ from mmtune.models.fresh import fresh_layers, mark_fresh
 from mmtune.models.loading import describe_model, full_dimension
 from mmtune.models.query_routes import route_queries
 from mmtune.models.routers import Side
+from mmtune.serving.gates import check_saved
 from mmtune.training import recipe
 from mmtune.training.checks import check_training_arguments, require_connected
 from mmtune.training.embedding import kind_of
@@ -200,6 +201,9 @@ def distill_query_encoder(
         if trainer.is_world_process_zero():
             with _replacing(folder, overwrite=overwrite):
                 save_model(result_model, folder / "final")
+                measured = next((part.training_rows(documents=documents) for part in evaluation.values()), None)
+                rows = measured or Dataset.from_dict({"query": texts})
+                settings["gates"] = check_saved(result_model, folder / "final", rows, may_be_base=False)
                 result.save({}, documents)
         trainer.accelerator.wait_for_everyone()
         return result
