@@ -18,6 +18,7 @@ from mmtune import (
     finetune,
     load_model,
 )
+from mmtune.evaluation.pipeline import open_retriever
 from mmtune.models.adapters import save_model
 from mmtune.models.query_routes import route_queries
 from mmtune.testing import generated_pages, tiny_clap, tiny_clip, tiny_text_encoder
@@ -216,7 +217,7 @@ def test_known_queries_are_counted(place, tmp_path):
         ({"queries": ["one", None]}, r"queries\[1\]=None: expected a text"),
         ({"queries": ["one", "one"]}, "queries has 1 distinct texts"),
         ({"queries": []}, "queries has 0 distinct texts"),
-        ({"text_encoder": 5}, "text=5 is no encoder"),
+        ({"text_encoder": 5}, "text_encoder=5 is no encoder"),
         ({"text_encoder": "nowhere/at-all"}, "nowhere/at-all"),
         ({"model": 5}, "model=5"),
         ({"model": CrossEncoder.__new__(CrossEncoder)}, "no embeddings of queries to learn from"),
@@ -236,6 +237,11 @@ def test_bad_input_is_named(changed, message, place, tmp_path):
     with pytest.raises((ConfigError, DatasetError), match=message):
         distill_query_encoder(output_dir=tmp_path / "run", **given)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_reranker_in_place_of_the_model(text_reranker_path):
+    with pytest.raises(ConfigError, match="is a reranker, which scores pairs"):
+        open_retriever(text_reranker_path, "text")
 
 
 def test_a_router_with_layers_around_it_is_refused(place):
