@@ -238,6 +238,21 @@ def test_answers_that_are_none(clip_path: str, dataset: RetrievalDataset, answer
         check(load_model(clip_path), Answers(answer), dataset, num_documents=2)
 
 
+def test_scores_that_are_no_numbers(qwen3_vl_path: str, dataset: RetrievalDataset) -> None:
+    answer = {"results": [{"index": at, "relevance_score": float("nan")} for at in range(4)]}
+    with pytest.raises(MmtuneError, match="not finite"):
+        check(build_reranker(qwen3_vl_path), Answers(answer), dataset, num_documents=4)
+
+
+def test_a_model_that_gives_no_numbers_equals_no_server(clip_path: str, dataset: RetrievalDataset) -> None:
+    model = load_model(clip_path)
+    for weight in model.parameters():
+        nn.init.constant_(weight, float("nan"))
+    answer = {"data": [{"embedding": [1.0] * 128}] * 2}
+    few = RetrievalDataset(dataset.corpus.select(range(1)), dataset.queries.select([]), dataset.qrels.select([]))
+    assert not check(model, Answers({"data": answer["data"][:1]}), few, num_documents=1).ok
+
+
 def test_no_server(clip_path: str, dataset: RetrievalDataset) -> None:
     with pytest.raises(MmtuneError, match="gave no answer in JSON: URLError"):
         check_serving("http://127.0.0.1:9", load_model(clip_path), dataset)

@@ -183,6 +183,14 @@ def test_a_comparison_is_a_regression_where_the_first_is_the_best(order, code):
     models = [f"models/{name}" for name in order]
     assert show_comparison(found, {"models": models}).exit_code == code
     assert show_comparison(replace(found, failures={"x": "broken"}), {"models": models}).exit_code == 1
+    assert show_comparison(found, {"models": dict(zip(order, models, strict=True))}).exit_code == code
+
+
+def test_models_of_a_comparison_by_name_and_in_pairs(place, capsys):
+    models = json.dumps({"one": str(place / "clip"), "both": [str(place / "clip"), str(place / "nowhere")]})
+    code, out, _ = said(capsys, "compare", models, "--dataset", place / "eval", "--json")
+    assert (code, [row["name"] for row in json.loads(out)["rows"]]) == (1, ["one"])
+    assert "holds no 'nowhere'" in json.loads(out)["failures"]["both"]
 
 
 @pytest.mark.parametrize(
@@ -315,20 +323,20 @@ def test_the_program_is_installed_under_its_name():
 
 
 @pytest.mark.slow
-def test_two_processes_of_torchrun(place):
-    words = [
-        "finetune",
-        place / "clip",
-        place / "train",
-        place / "eval",
-        "--output-dir",
-        place / "two",
-        *QUICK,
-        "--json",
-    ]
+@pytest.mark.parametrize("name", ["finetune", "mine", "export"])
+def test_two_processes_of_torchrun(name, place):
+    out = place / f"two-{name}"
+    on_a_cpu = QUICK[:-1]  # which has to be found out
+    words = {
+        "finetune": [place / "clip", place / "train", place / "eval", "--output-dir", out, *on_a_cpu],
+        "mine": [place / "train", place / "clip", out, "--num-negatives", 2],
+        "export": [place / "clip", out],
+    }
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mmtune"]
-    found = subprocess.run([*launcher, *map(str, words)], capture_output=True, text=True, check=False, timeout=280)
+    typed = [*launcher, name, *map(str, words[name]), "--json"]
+    found = subprocess.run(typed, capture_output=True, text=True, check=False, timeout=280)
     assert found.returncode == 0, found.stderr
-    assert json.loads(found.stdout)["output_dir"] == str(place / "two")  # one of them speaks
-    settings = json.loads((place / "two" / "metrics.json").read_text())["settings"]
-    assert settings["training"]["processes"] == 2
+    said = json.loads(found.stdout)  # one of them speaks
+    assert said["output_dir" if name == "finetune" else "path"] == str(out)
+    if name == "finetune":
+        assert json.loads((out / "metrics.json").read_text())["settings"]["training"]["processes"] == 2

@@ -12,10 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from datasets import Dataset
+from sentence_transformers import SentenceTransformerTrainingArguments
 from torch import distributed
 from transformers import TrainerControl
 
 from conftest import TORCHVISION_WORKS
+from mmtune import ConfigError, RetrievalDataset, encode_corpus, finetune, load_model
 from mmtune.training.interruption import Interrupted, SavesWhenAsked
 from mmtune.training.records import checkpoints_of, why_unusable
 
@@ -160,6 +164,22 @@ def assert_kinds_train(folder: Path, kinds: list[tuple[str, bool | None]]) -> No
         assert after != before, f"{kind} did not train"
         assert after == other[kind][1], f"the processes trained {kind} apart"
         assert restored, f"{kind} has layers that the run left frozen"
+
+
+def test_processes_that_the_host_does_not_connect(
+    clip_path: str, pages: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine without an accelerator, where the host is not told to use the CPU."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    args = SentenceTransformerTrainingArguments(str(tmp_path / "run"))
+    dataset, model = RetrievalDataset.from_id_rows(pages), load_model(clip_path, device="cpu")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="each would train apart"):
+        finetune(clip_path, dataset, args=args)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match="accelerate does not connect them"):
+        encode_corpus(dataset, model, tmp_path / "shards")
+    assert not (tmp_path / "shards").exists()
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from mmtune import (
 from mmtune.models.lora import add_lora
 from mmtune.models.query_routes import route_queries
 from mmtune.serving.requests import embedding_request
+from mmtune.testing import tiny_clip
 from served import NotServedError, Served, ServedTexts
 
 QUERIES = ["total revenue of 2021", "Ünïcode “quotes” / slashes"]
@@ -290,4 +291,7 @@ def test_a_folder_with_something_in_it_and_unknown_families(clip_path: str, sigl
         export_model(clip_path, tmp_path / "kept" / "out")
     with pytest.raises(ConfigError, match=r"type 'siglip' is not known here; known are 'qwen3_vl', 'clip', 'bert'"):
         export_model(siglip_path, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    narrow = tiny_clip(tmp_path / "narrow", projection_dim=32)
+    with pytest.raises(ConfigError, match="have 32 numbers and its text encoder has 64"):
+        export_model(narrow, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "narrow"]

@@ -84,6 +84,11 @@ def test_a_whole_folder_passes(model: SentenceTransformer, saved: Path, rows: An
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_what_is_no_number_is_a_gap() -> None:
+    for shape in ((4,), (2, 3)):
+        assert not largest_gap([torch.full(shape, float("nan"))], [torch.ones(shape)]) <= 1
+
+
 def test_late_interaction_passes_token_by_token(qwen3_vl_path: str, rows: Any, tmp_path: Path) -> None:
     model = build_late_interaction(qwen3_vl_path, dimension=16, max_pixels=64 * 64).eval()
     model.prompts = {"query": "Find the page: ", "document": "A page: "}

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
@@ -18,10 +18,14 @@ from mmtune import (
     finetune,
     load_model,
 )
+from mmtune.evaluation.pipeline import open_retriever
+from mmtune.models.adapters import save_model
 from mmtune.models.query_routes import route_queries
 from mmtune.testing import generated_pages, tiny_clap, tiny_clip, tiny_text_encoder
+from mmtune.training import query_encoder
 from mmtune.training.query_encoder import milliseconds_a_query
 from mmtune.training.trainers import PageTrainer
+from seeds import SEEDS
 from test_distributed import run_processes
 
 SHORT = {"num_train_epochs": 2, "disable_tqdm": True, "use_cpu": True}
@@ -58,6 +62,7 @@ def test_documents_are_embedded_as_before_to_the_bit(kind, place, pages, tmp_pat
     texts = teacher.encode_document(["a text as a document"], convert_to_tensor=True)
     queries = [f"question {number}" for number in range(8)]
     result = distill_query_encoder(teacher, place / "text", queries, output_dir=tmp_path / "run", **SHORT)
+    assert result.settings["gates"]["host"].endswith("8 queries and 0 documents")
     plain = SentenceTransformer(str(tmp_path / "run" / "final"))
     for model in (result.model, plain):
         assert model.encode_document(pages, convert_to_tensor=True).equal(before)
@@ -176,6 +181,28 @@ def test_a_teacher_that_reads_sounds(place, tmp_path):
     assert list(result.model[0].sub_modules) == ["document", "small_query"]
 
 
+def test_processes_that_would_train_apart(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    given = (place / "clip", place / "text", ["one", "two"])
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE=2 processes were started, .* each would train apart"):
+        distill_query_encoder(*given, output_dir=tmp_path / "run", use_cpu=False)
+    assert not any((tmp_path / "run").glob("[!.]*"))
+
+
+def test_what_was_saved_wrong_ends_the_run(place, tmp_path, monkeypatch):
+    def save_something_else(model, folder):
+        learned = {name: weight.clone() for name, weight in model.state_dict().items()}
+        with torch.no_grad():
+            model[0].sub_modules["small_query"][0].model.embeddings.word_embeddings.weight.normal_()
+        save_model(model, folder)
+        model.load_state_dict(learned)
+
+    monkeypatch.setattr(query_encoder, "save_model", save_something_else)
+    with pytest.raises(ConfigError, match="the model that Sentence Transformers loads from this folder"):
+        distill_query_encoder(place / "clip", place / "text", ["one", "two"], output_dir=tmp_path / "run", **SHORT)
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
 def test_known_queries_are_counted(place, tmp_path):
     data = RetrievalDataset.from_id_rows(generated_pages(12))
     with pytest.warns(UserWarning, match="evaluation queries are among those that the encoder learns from"):
@@ -190,9 +217,10 @@ def test_known_queries_are_counted(place, tmp_path):
         ({"queries": ["one", None]}, r"queries\[1\]=None: expected a text"),
         ({"queries": ["one", "one"]}, "queries has 1 distinct texts"),
         ({"queries": []}, "queries has 0 distinct texts"),
-        ({"text_encoder": 5}, "text=5 is no encoder"),
+        ({"text_encoder": 5}, "text_encoder=5 is no encoder"),
         ({"text_encoder": "nowhere/at-all"}, "nowhere/at-all"),
         ({"model": 5}, "model=5"),
+        ({"model": CrossEncoder.__new__(CrossEncoder)}, "no embeddings of queries to learn from"),
         ({"learing_rate": 1}, "Did you mean 'learning_rate'"),
         ({"learning_rate": "fast"}, "learning_rate='fast'"),
         ({"overwrite": "no"}, "overwrite='no'"),
@@ -211,6 +239,11 @@ def test_bad_input_is_named(changed, message, place, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_reranker_in_place_of_the_model(text_reranker_path):
+    with pytest.raises(ConfigError, match="is a reranker, which scores pairs"):
+        open_retriever(text_reranker_path, "text")
+
+
 def test_a_router_with_layers_around_it_is_refused(place):
     encoder = Transformer(str(place / "text"))
     router = Router({"query": [encoder], "document": [encoder]}, default_route="document")
@@ -220,7 +253,7 @@ def test_a_router_with_layers_around_it_is_refused(place):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_small_encoder_keeps_what_the_model_finds_for_unseen_queries(seed, tmp_path, pages):
     data = RetrievalDataset.from_id_rows(generated_pages(700, num_negatives=1, seed=seed))
     train, evaluation = data.split(100, seed=seed)

@@ -90,6 +90,8 @@ def _run(command: Command, words: list[str]) -> int:
         return _refuse(_explain_unknown(command, flags, error), usage)
     except (UsageError, CycloptsError) as error:
         return _refuse(str(error), usage)
+    if not (command.is_shared or is_first_process()):
+        return OK
     shell = {name: bound.arguments.pop(name) for name in ("config", "json") if name in bound.arguments}
     defaults = {name: flag.default for name, flag in flags.items() if path is not None and flag.is_given}
     typed = {name: flags[name].value_of(value) for name, value in bound.arguments.items()}

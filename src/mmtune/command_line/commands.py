@@ -61,7 +61,8 @@ def show_audit(result: Any, _arguments: Mapping[str, Any]) -> Outcome:
 
 def show_comparison(result: Any, arguments: Mapping[str, Any]) -> Outcome:
     """A regression is a model that is significantly worse than the first one named, where that is the best."""
-    parts = Path(arguments["models"][0]).parts
+    models = arguments["models"]
+    parts = Path(next(iter(models))).parts
     of_first = [parts[-len(Path(row.name).parts) :] == Path(row.name).parts for row in result.rows]
     lost = [row for row in result.rows if row.against_best and row.against_best.outcome == "REGRESSION"]
     rows = [
@@ -101,6 +102,7 @@ class Command:
         show: From the result and the arguments to what the shell says.
         kind: The kind of model whose training arguments ``function`` takes besides, likewise; ``""`` where it takes
             none.
+        is_shared: Whether the processes of torchrun share its work; the first one alone does that of the others.
     """
 
     name: str
@@ -108,6 +110,7 @@ class Command:
     options_of: str = ""
     show: Callable[[Any, Mapping[str, Any]], Outcome] = show
     kind: str = ""
+    is_shared: bool = False
 
     @property
     def summary(self) -> str:
@@ -120,15 +123,27 @@ class Command:
 
 
 COMMANDS: Sequence[Command] = (
-    Command("finetune", "training.embedding:finetune", show=show_run, kind="training.trainers:EMBEDDING"),
     Command(
-        "finetune-reranker", "training.reranking:finetune_reranker", show=show_run, kind="training.trainers:RERANKING"
+        "finetune", "training.embedding:finetune", show=show_run, kind="training.trainers:EMBEDDING", is_shared=True
+    ),
+    Command(
+        "finetune-reranker",
+        "training.reranking:finetune_reranker",
+        show=show_run,
+        kind="training.trainers:RERANKING",
+        is_shared=True,
     ),
     Command("evaluate", "command_line.steps:evaluate", options_of="evaluation.retrieval:build_evaluator"),
     Command("compare", "evaluation.comparison:compare_models", show=show_comparison),
     Command("audit", "command_line.steps:audit", options_of="data.dataset:RetrievalDataset.audit", show=show_audit),
-    Command("mine", "command_line.steps:mine", options_of="inference.mining:mine_hard_negatives", show=show_mined),
-    Command("encode", "inference.corpus:encode_corpus"),
+    Command(
+        "mine",
+        "command_line.steps:mine",
+        options_of="inference.mining:mine_hard_negatives",
+        show=show_mined,
+        is_shared=True,
+    ),
+    Command("encode", "inference.corpus:encode_corpus", is_shared=True),
     Command("export", "serving.export:export_model"),
     Command("check-serving", "serving.checking:check_serving", show=show_serving),
 )

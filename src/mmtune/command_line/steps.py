@@ -13,6 +13,7 @@ from mmtune.evaluation.reranking import build_reranking_evaluator
 from mmtune.evaluation.retrieval import build_evaluator
 from mmtune.inference.encoder import Retriever
 from mmtune.inference.mining import mine_hard_negatives
+from mmtune.inference.processes import Processes
 from mmtune.models.opening import open_checkpoint
 from mmtune.models.rerankers import build_reranker, is_reranker
 
@@ -70,5 +71,6 @@ def mine(
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ConfigError(f"output_dir={str(folder)!r} holds something already. Name another folder.")
     found = mine_hard_negatives(dataset, model, **options)
-    found.save(folder)
+    processes = Processes.running(model.device)
+    processes.gather(lambda: found.save(folder) if processes.rank == 0 else None)
     return found

@@ -349,6 +349,7 @@ def _entries_by_name(models: object) -> dict[str, ModelEntry]:
         raise ConfigError("models is empty. Pass one or more, e.g. {'small': model, 'large': 'path/to/model'}.")
     names = list(models) if isinstance(models, Mapping) else _name_each(models)
     entries = list(models.values() if isinstance(models, Mapping) else models)
+    entries = [tuple(each) if isinstance(each, list) and len(each) == 2 else each for each in entries]  # as JSON has it
     for name, entry in zip(names, entries, strict=True):
         if not isinstance(name, str) or not name.strip() or not name.isprintable():
             raise ConfigError(f"models holds the name {name!r:.80}. Expected a text on one line, such as 'small'.")

@@ -22,8 +22,8 @@ from mmtune.inference.reranker import PairScorer, require_reranker
 from mmtune.inference.search import search
 from mmtune.models.late_interaction import is_late_interaction
 from mmtune.models.loading import load_host_model
-from mmtune.models.opening import LoadOptions
-from mmtune.models.rerankers import build_reranker
+from mmtune.models.opening import LoadOptions, open_checkpoint
+from mmtune.models.rerankers import build_reranker, is_reranker
 
 _DEPTHS = (5, 10, 20, 50)
 _CALL = "evaluate_pipeline(retriever, reranker, dataset)"
@@ -255,11 +255,13 @@ def open_retriever(
         options: How a checkpoint is loaded.
 
     Raises:
-        ConfigError: The checkpoint can't be loaded.
+        ConfigError: The checkpoint can't be loaded, or is a reranker's.
     """
     if not isinstance(model, (str, os.PathLike)):
         return model
     path, options = os.fspath(model), options or LoadOptions()
+    if is_reranker(open_checkpoint(path, options)):  # the host would take its head off and pool what is left
+        raise ConfigError(f"{path!r} is a reranker, which scores pairs. Pass the checkpoint of one that embeds.")
     kind = MultiVectorEncoder if is_late_interaction(path, options) else SentenceTransformer
     return load_host_model(kind, path, options, modality="image" if "image" in documents else "text")
 

@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 from torch import distributed
 
-from mmtune.errors import MmtuneError
+from mmtune.errors import ConfigError, MmtuneError
 
 Result = TypeVar("Result")
 
@@ -32,11 +32,21 @@ class Processes:
 
         Args:
             device: Where the model of this process is, which decides how they speak with each other.
+
+        Raises:
+            ConfigError: They were started and can't be connected, so that each would do all of the work.
         """
         if not distributed.is_available():
             return cls()
         if not distributed.is_initialized() and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             PartialState(cpu=device.type == "cpu")
+            if not distributed.is_initialized():
+                raise ConfigError(
+                    f"WORLD_SIZE={os.environ['WORLD_SIZE']} processes were started, and accelerate does not connect "
+                    f"them for a model on {device.type!r}: it can't, or something in this process has called it "
+                    "otherwise, as training arguments do that are built without use_cpu=True. Start it without "
+                    "torchrun, or in a process of its own."
+                )
         return cls(distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else cls()
 
     def share(self, num_items: int, size: int) -> slice:

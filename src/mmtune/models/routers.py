@@ -13,7 +13,7 @@ from sentence_transformers.sentence_transformer.model_card import SentenceTransf
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
 from torch import nn
 
-from mmtune.arguments import require_mapping, require_one_of
+from mmtune.arguments import require_mapping, require_one_of, shown
 from mmtune.errors import ConfigError
 from mmtune.host import declare_modalities
 from mmtune.models.checkpoints import first_line, read_encoders
@@ -220,19 +220,21 @@ def fit_text_encoder(source: Side, size: int, device: str) -> tuple[SentenceTran
     Raises:
         ConfigError: It is no text encoder.
     """
-    _check_source("text", source)
+    _check_source("text", source, "text_encoder")
     side = _encoder("text", source, LoadOptions(dtype="float32", device=device), whole=False)
     side = _fitted(replace(side, model=side.model.to(device)), size, freezes=False)
     return side.model, side.notes
 
 
-def _check_source(modality: str, source: Side) -> None:
-    """Look at what a side is, before any weights are read."""
+def _check_source(modality: str, source: Side, argument: str = "") -> None:
+    """Look at what a side is, before any weights are read; ``argument`` is what it was given as, where alone."""
     if isinstance(source, str | os.PathLike):
         files = open_checkpoint(os.fspath(source))
         try:
             read_encoders(files, modality)
         except ConfigError as error:
+            if argument:
+                raise ConfigError(f"{argument}={os.fspath(source)!r}: {error}") from error
             raise ConfigError(
                 f"{error} It was given as {modality}= of compose_router(text, image): swap the two if they are in the "
                 "other order."
@@ -245,8 +247,8 @@ def _check_source(modality: str, source: Side) -> None:
     is_other = isinstance(source, BaseModel) and not isinstance(source, SentenceTransformer)
     if is_other or not modules or not all(isinstance(module, nn.Module) for module in modules):
         raise ConfigError(
-            f"{modality}={source!r:.80} is no encoder. Expected a checkpoint's name or folder, a SentenceTransformer, "
-            f"or a list of modules such as [Transformer(...), Pooling(...)]. Pass one of these."
+            f"{argument or modality}={shown(source)} is no encoder. Expected a checkpoint's name or folder, a "
+            f"SentenceTransformer, or a list of modules such as [Transformer(...), Pooling(...)]. Pass one of these."
         )
     if any(isinstance(module, Router) for module in modules):
         raise _nested_router(modality)

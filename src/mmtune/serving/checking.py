@@ -253,7 +253,7 @@ def compare(model: HostModel, sample: Sample, served: tuple[Vectors, Vectors]) -
         if max(_gaps_of(measure, served, squashed)) <= tolerance < max(_gaps_of(measure, served, expected)):
             notes, expected = ("The server gives the sigmoid of the model's scores, which ranks the same.",), squashed
     worst = _gaps_of(measure, served, expected)
-    found = _find_causes(model, sample, served, expected, tolerance) if max(worst) > tolerance else []
+    found = _find_causes(model, sample, served, expected, tolerance) if not np.max(worst) <= tolerance else []
     if not isinstance(model, CrossEncoder) and not any(cause.startswith("truncation") for cause in found):
         lengths = faults.find_normalisation([*served[0], *served[1]], [*expected[0], *expected[1]])
         found += [lengths] if lengths else []

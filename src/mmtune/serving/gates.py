@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from datasets import Dataset
@@ -144,15 +145,14 @@ class Samples:
 
     @classmethod
     def of(cls, model: HostModel, rows: Dataset | Mapping[str, Dataset]) -> "Samples":
-        """The first rows that a model was trained on; of several sets, the first."""
+        """The first rows that a model was trained on; of several sets, the first. There may be queries alone."""
         first = next(iter(rows.values())) if isinstance(rows, Mapping) else rows
-        read = [list(first[row].values())[:2] for row in range(min(NUM_ROWS, len(first)))]
+        read = [[*first[row].values(), None][:2] for row in range(min(NUM_ROWS, len(first)))]
         pairs = [(query, document[0] if isinstance(document, list) else document) for query, document in read]
         # models that know no messages take pairs of bare texts only
         typed = not isinstance(model, CrossEncoder) or model.supports("message")
         read_as = as_host_input if typed else lambda item: item
-        queries, documents = zip(*pairs, strict=True)
-        sides = ([read_as(_decoded(each)) for each in side] for side in (queries, documents))
+        sides = ([read_as(_decoded(each)) for each in side if each is not None] for side in zip(*pairs, strict=True))
         return cls(*(decode_ahead(model, side) for side in sides))
 
     def compute(self, model: HostModel) -> list[torch.Tensor]:
@@ -163,10 +163,8 @@ class Samples:
             with reading_pages(model):  # in pairs the host takes no clips as they are decoded
                 scores = model.predict(pairs, activation_fn=nn.Identity(), convert_to_tensor=True, **options)
             return [torch.as_tensor(scores).float().cpu()]
-        given: list[Any] = [
-            model.encode_query(self.queries, **options),
-            model.encode_document(self.documents, **options),
-        ]
+        given: list[Any] = [model.encode_query(self.queries, **options)]
+        given += [model.encode_document(self.documents, **options)] if self.documents else []
         return [_flat(vectors) for vectors in given]
 
     def __str__(self) -> str:
@@ -199,7 +197,7 @@ def largest_gap(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor])
         else:
             lengths = own.norm(dim=1) / wanted.norm(dim=1).clamp_min(1e-12)
             gaps += [(1 - nn.functional.cosine_similarity(own, wanted)).max().item(), (lengths - 1).abs().max().item()]
-    return max(gaps)
+    return float(np.max(gaps))  # what is no number is a gap, too
 
 
 def describe_adapters(model: HostModel) -> str:

@@ -100,7 +100,7 @@ def describe_tei(model: SentenceTransformer) -> dict[str, Any]:
         "server": "text-embeddings-inference",
         "version": tei.VERSION,
         "least_version": tei.LEAST_VERSION,
-        "command": ["text-embeddings-router", "--model-id", "."],
+        "command": ["text-embeddings-router", "--model-id", ".", "--port", "8000"],
         "endpoint": TEI_EMBED,
         "prompts": prompts,
         "truncate_dim": model.truncate_dim,

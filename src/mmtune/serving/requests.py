@@ -173,12 +173,14 @@ def ask_scores(endpoint: Endpoint, api: Api, query: Any, documents: Sequence[Any
         answer = answer.get("results") if isinstance(answer, dict) else None
     try:
         score_by_row = {int(each["index"]): float(each[key]) for each in answer}
-        return torch.tensor([score_by_row[row] for row in range(len(documents))])
+        scores = torch.tensor([score_by_row[row] for row in range(len(documents))])
     except (LookupError, TypeError, ValueError) as error:
         raise MmtuneError(
             f"{endpoint.url}{path} answered {str(answer)[:80]!r}. Expected an index and a {key} for each of "
             f"{len(documents)} documents. Pass another api, or start the server for a reranker."
         ) from error
+    _require_finite([scores], f"{endpoint.url}{path}")
+    return scores
 
 
 def _vectors(answer: Any, count: int, where: str) -> list[torch.Tensor]:
@@ -194,9 +196,13 @@ def _vectors(answer: Any, count: int, where: str) -> list[torch.Tensor]:
             f"{where} answered {str(answer)[:80]!r} with {len(vectors)} vectors. Expected {count}. Pass another api, "
             "or start the server for embeddings."
         )
-    if not all(math.isfinite(float(vector.sum())) for vector in vectors):
-        raise MmtuneError(f"{where} answered with numbers that are not finite. Start the server with another --dtype.")
+    _require_finite(vectors, where)
     return vectors
+
+
+def _require_finite(answers: Sequence[torch.Tensor], where: str) -> None:
+    if not all(math.isfinite(float(answer.sum())) for answer in answers):
+        raise MmtuneError(f"{where} answered with numbers that are not finite. Start the server with another --dtype.")
 
 
 def _content(item: Any) -> Any:

@@ -120,6 +120,12 @@ def family_of(model: HostModel) -> Family:
                 "'feature-extraction', as load_model and build_late_interaction give it."
             )
         require_modules(model, "vLLM", ACTIVATIONS)
+    if model_type == "clip" and encoder.config.projection_dim < encoder.config.text_config.hidden_size:
+        raise ConfigError(
+            f"The embeddings of this CLIP have {encoder.config.projection_dim} numbers and its text encoder has "
+            f"{encoder.config.text_config.hidden_size}: vLLM {VERSION} ends at its start where they are fewer "
+            f"({family.file}). Serve it from Sentence Transformers."
+        )
     if isinstance(model, MultiVectorEncoder):
         _require_plain_mask(model)
     return family

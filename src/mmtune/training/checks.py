@@ -161,11 +161,13 @@ def check_host_arguments(args: BaseTrainingArguments, *, evaluates: bool, in_bat
     """Make sure that the host's arguments go with the data, before hours of training end in an error.
 
     Raises:
-        ConfigError: Evaluation without an evaluation set, or a batch sampler that can't be saved with a checkpoint.
+        ConfigError: Evaluation without an evaluation set, processes that would train apart, or a batch sampler that
+            can't be saved with a checkpoint.
 
     Warns:
         UserWarning: The sampler knows nothing of relevance, and the loss takes documents of other rows as negatives.
     """
+    require_connected(args)
     if args.eval_strategy != "no" and not evaluates:
         strategy = getattr(args.eval_strategy, "value", args.eval_strategy)
         raise ConfigError(
@@ -185,6 +187,21 @@ def check_host_arguments(args: BaseTrainingArguments, *, evaluates: bool, in_bat
             f"The batch sampler is {sampler!r}, which may put documents that are relevant to a query among its "
             "in-batch negatives. Pass batch_sampler=ConflictFreeBatchSampler to rule that out.",
             stacklevel=5,
+        )
+
+
+def require_connected(args: BaseTrainingArguments) -> None:
+    """Make sure that the processes of torchrun train one model.
+
+    Raises:
+        ConfigError: The host takes each for the only one, as on a machine without an accelerator.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and args.world_size == 1:
+        raise ConfigError(
+            f"WORLD_SIZE={started} processes were started, and with use_cpu={args.use_cpu} transformers does not "
+            f"connect them on {args.device.type!r}: each would train apart. Pass use_cpu=True, or start it without "
+            "torchrun."
         )
 
 

@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss
 
 from mmtune.arguments import require_flag, require_seed, shown
@@ -32,8 +32,9 @@ from mmtune.models.fresh import fresh_layers, mark_fresh
 from mmtune.models.loading import describe_model, full_dimension
 from mmtune.models.query_routes import route_queries
 from mmtune.models.routers import Side
+from mmtune.serving.gates import check_saved
 from mmtune.training import recipe
-from mmtune.training.checks import check_training_arguments
+from mmtune.training.checks import check_training_arguments, require_connected
 from mmtune.training.embedding import kind_of
 from mmtune.training.inputs import DatasetsLike, evaluation_sets
 from mmtune.training.output import check_output_dir, delete_set_aside, only_run, recover, resolve_output_dir, set_aside
@@ -128,6 +129,11 @@ def distill_query_encoder(
     require_flag("overwrite", overwrite)
     require_flag("resume", resume)
     require_seed("seed", seed)
+    if isinstance(model, CrossEncoder):
+        raise ConfigError(
+            "model=a CrossEncoder: it scores pairs and gives no embeddings of queries to learn from. Pass a "
+            "SentenceTransformer, or its checkpoint."
+        )
     if kind_of(model, documents) is not EMBEDDING:
         raise ConfigError(
             "model= is a late-interaction model, which has a vector for each token of a query: a small encoder can't "
@@ -140,8 +146,6 @@ def distill_query_encoder(
         checkpoint = check_output_dir(folder, overwrite=overwrite, resume=resume, inputs=inputs)
         evaluation = evaluation_sets(eval_dataset, documents)
         _warn_of_known(texts, evaluation)
-        teacher = cast(SentenceTransformer, open_retriever(model, documents))
-        routed = route_queries(teacher, text_encoder)
         args: Any = recipe.training_arguments(
             EMBEDDING,
             len(texts),
@@ -151,6 +155,9 @@ def distill_query_encoder(
             in_batch_negatives=False,
             **{**RECIPE, **given},
         )
+        require_connected(args)
+        teacher = cast(SentenceTransformer, open_retriever(model, documents))
+        routed = route_queries(teacher, text_encoder)
         evaluator = (
             build_evaluator(
                 evaluation[""] if list(evaluation) == [""] else evaluation,
@@ -194,6 +201,9 @@ def distill_query_encoder(
         if trainer.is_world_process_zero():
             with _replacing(folder, overwrite=overwrite):
                 save_model(result_model, folder / "final")
+                measured = next((part.training_rows(documents=documents) for part in evaluation.values()), None)
+                rows = measured or Dataset.from_dict({"query": texts})
+                settings["gates"] = check_saved(result_model, folder / "final", rows, may_be_base=False)
                 result.save({}, documents)
         trainer.accelerator.wait_for_everyone()
         return result

@@ -125,6 +125,8 @@ def training_arguments(
         and torch.cuda.is_bf16_supported(including_emulation=False),
         "dataloader_num_workers": _count_workers(),
         "dataloader_pin_memory": torch.cuda.is_available(),
+        # without it accelerate does not connect the processes where there is no accelerator; torch has that since 2.6
+        "use_cpu": processes > 1 and not getattr(torch, "accelerator", torch.cuda).is_available(),
     }
     chosen = recipe | given
     _check_schedule(_schedule_run(1, evaluates, given) | given)
