@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset, concatenate_datasets, interleave_datasets
 from huggingface_hub import ModelCard
 from sentence_transformers import (
+    CrossEncoder,
     SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
@@ -549,6 +550,12 @@ def test_a_dimension_beyond_the_model_is_refused(clip_path: str, tmp_path: Path)
 def test_a_text_model_is_refused(text_encoder_path: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="image"):
         finetune(text_encoder_path, generated_pages(6), output_dir=tmp_path / "run")
+
+
+def test_the_folder_of_a_reranker_is_refused(text_encoder_path: str, tmp_path: Path) -> None:
+    CrossEncoder(text_encoder_path, num_labels=1, device="cpu").save_pretrained(str(tmp_path / "reranker"))
+    with pytest.raises(ConfigError, match=r"reranker'.*Use finetune_reranker"):
+        finetune(tmp_path / "reranker", generated_pages(6), documents="text", output_dir=tmp_path / "run")
 
 
 def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:

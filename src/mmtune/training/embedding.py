@@ -25,6 +25,7 @@ from mmtune.inference.recordings import count_cut
 from mmtune.models.late_interaction import is_late_interaction
 from mmtune.models.loading import check_checkpoint, check_kinds, parts_apart
 from mmtune.models.lora import LoraChoice
+from mmtune.models.opening import open_checkpoint
 from mmtune.models.routes import ignores_prompt
 from mmtune.training.call import Finetuning
 from mmtune.training.checks import check_contrast, check_full_batch
@@ -202,6 +203,8 @@ def kind_of(model: object, documents: DocumentKind = "image", queries: QueryKind
     """
     if isinstance(model, (str, os.PathLike)):
         path = os.fspath(model)
+        if open_checkpoint(path).saved_type == "CrossEncoder":  # the host would take its head off
+            raise _is_reranker(repr(path))
         late = is_late_interaction(path)
         require_one_of("documents", documents, DOCUMENT_KINDS)
         require_one_of("queries", queries, QUERY_KINDS)
@@ -213,13 +216,15 @@ def kind_of(model: object, documents: DocumentKind = "image", queries: QueryKind
     if isinstance(model, MultiVectorEncoder):
         return LATE_INTERACTION
     if isinstance(model, CrossEncoder):
-        raise ConfigError(
-            "model=a CrossEncoder: finetune trains what finds pages. Use finetune_reranker(model, ...) for it."
-        )
+        raise _is_reranker("a CrossEncoder")
     raise ConfigError(
         f"model={shown(model)}: expected a SentenceTransformer, a MultiVectorEncoder, or a folder or name of one. "
         "Pass e.g. model='Qwen/Qwen3-VL-Embedding-2B'."
     )
+
+
+def _is_reranker(model: str) -> ConfigError:
+    return ConfigError(f"model={model}: finetune trains what finds pages. Use finetune_reranker(model, ...) for it.")
 
 
 def _modalities_for(documents: DocumentKind, queries: QueryKind) -> tuple[str, ...]:
