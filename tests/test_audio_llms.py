@@ -203,9 +203,7 @@ def test_clips_are_refused_by_name_before_weights(qwen2_audio, tmp_path):
     folder = without_weights(qwen2_audio, tmp_path / "no-weights")
     clips = RetrievalDataset.from_id_rows(generated_clips(4))
     for documents, data in (("video", clips), ("mixed", of_kind("all"))):
-        with pytest.raises(
-            ConfigError, match=r"embeds no (videos|images), only audio, text \(model type qwen2_audio\)"
-        ):
+        with pytest.raises(ConfigError, match=r"embeds no (clips|images), only audio, text \(model type qwen2_audio\)"):
             finetune(folder, data, documents=documents, output_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
