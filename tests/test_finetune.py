@@ -558,6 +558,11 @@ def test_the_folder_of_a_reranker_is_refused(text_encoder_path: str, tmp_path: P
         finetune(tmp_path / "reranker", generated_pages(6), documents="text", output_dir=tmp_path / "run")
 
 
+def test_a_text_model_finds_passages(text_rows: RetrievalDataset, text_encoder_path: str, tmp_path: Path) -> None:
+    result = finetune(text_encoder_path, text_rows, documents="text", output_dir=tmp_path / "run", max_steps=1, **QUIET)
+    assert SentenceTransformer(str(result.output_dir / "final")).modalities == ["text"]
+
+
 def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no-such-model"):
         finetune(tmp_path / "no-such-model", generated_pages(6), output_dir=tmp_path / "run")

@@ -228,12 +228,10 @@ def _is_reranker(model: str) -> ConfigError:
 
 
 def _modalities_for(documents: DocumentKind, queries: QueryKind) -> tuple[str, ...]:
-    """What a checkpoint has to take: texts and images, but for sounds and clips; and what is joined."""
-    kinds, asking = (documents, queries), queries.split("+")
-    recordings = [name for name in ("audio", "video") if name in documents.split("+")]
-    images = ["image"] if "image" in asking or not (recordings or documents == MIXED) else []
-    sounds = ["audio"] if "audio" in asking else []
-    return (*dict.fromkeys([*recordings, *images, *sounds, "text", *(kind for kind in kinds if "+" in kind)]),)
+    """What a checkpoint has to take: texts, what else documents and queries are made of, and what is joined."""
+    named = {*documents.split("+"), *queries.split("+")}
+    files = [name for name in ("audio", "video", "image") if name in named]
+    return (*dict.fromkeys([*files, "text", *(kind for kind in (documents, queries) if "+" in kind)]),)
 
 
 def own_prompts(model: Retriever) -> dict[str, str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
-from sentence_transformers import CrossEncoder
+from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.base.training_args import BaseTrainingArguments
 from sentence_transformers.util.distributed import distributed_evaluation
 from torch import nn
@@ -37,8 +37,9 @@ from mmtune.inference.preprocessing import reading_pages
 from mmtune.models.adapters import encoders_of, has_lora, save_model
 from mmtune.models.fresh import fresh_layers, guess_fresh_layers, mark_fresh
 from mmtune.models.kinds import HostModel
-from mmtune.models.loading import check_documents, describe_model
+from mmtune.models.loading import check_documents, describe_model, load_host_model
 from mmtune.models.lora import LoraChoice, add_lora, check_lora
+from mmtune.models.opening import LoadOptions
 from mmtune.models.parts import describe_training, freeze_parts, model_parts, part_names
 from mmtune.models.pixels import PixelLimits, limit_pixels
 from mmtune.models.precision import convert_to_saved, learn_score_in_float32, score_in_float32
@@ -516,7 +517,11 @@ def ready_model(
     """
     ready: Any = model
     if isinstance(model, (str, os.PathLike)):
-        ready = kind.load(os.fspath(model), max_pixels=max_pixels, **{"dtype": weights.dtype} if weights else {})
+        options: dict[str, Any] = {"max_pixels": max_pixels, **({"dtype": weights.dtype} if weights else {})}
+        if documents == "text" and kind.model_class is SentenceTransformer:  # which may be one for texts alone
+            ready = load_host_model(SentenceTransformer, os.fspath(model), LoadOptions(**options), modality="text")
+        else:
+            ready = kind.load(os.fspath(model), **options)
     else:
         limit_pixels(model, PixelLimits(max_pixels=max_pixels))
     let_read_typed_texts(ready)
