@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -163,12 +164,18 @@ class Samples:
             with reading_pages(model):  # in pairs the host takes no clips as they are decoded
                 scores = model.predict(pairs, activation_fn=nn.Identity(), convert_to_tensor=True, **options)
             return [torch.as_tensor(scores).float().cpu()]
-        given: list[Any] = [model.encode_query(self.queries, **options)]
-        given += [model.encode_document(self.documents, **options)] if self.documents else []
-        return [_flat(vectors) for vectors in given]
+        found = [_flat(model.encode_query(self.queries, **options))]
+        if self.documents:  # of a mixed corpus those of a kind together: encoders and routes take one at a time
+            alike = [list(each) for _, each in groupby(self.documents, key=_name_kind)]
+            found.append(torch.cat([_flat(model.encode_document(each, **options)) for each in alike]))
+        return found
 
     def __str__(self) -> str:
         return f"{len(self.queries)} queries and {len(self.documents)} documents"
+
+
+def _name_kind(item: Any) -> str:
+    return "+".join(item) if isinstance(item, Mapping) else type(item).__name__
 
 
 def _decoded(item: Any) -> Any:
