@@ -341,6 +341,7 @@ def test_samples_beside_their_rate_are_sounds_of_the_same_numbers(dtype):
             for rate in (0, -1, None, "8", 0.5, 1e9)
         ),
         ([{"array": [0.1], "sampling_rate": float("nan")}], "sampling_rate=nan"),
+        ([{"array": [0.1, -20_000.0], "sampling_rate": 8_000}], "samples of up to 20000, expected floats from -1 to 1"),
     ],
 )
 def test_samples_that_are_no_sound_are_named(values, problem):

@@ -18,6 +18,7 @@ SHORTEST_S = 0.025
 _SILENT = 1e-4  # of full scale; two steps of 16 bits, as dither has, are 6e-5
 _SAMPLES_AT_ONCE = 1 << 20
 _HIGHEST_RATE = 1_000_000
+_LOUDEST = 8.0  # mixing and filters go beyond 1
 _SUBTYPES = {"float": "FLOAT", "double": "FLOAT", "halffloat": "FLOAT", "int16": "PCM_16", "int32": "PCM_32"}
 
 
@@ -108,7 +109,7 @@ def write_samples(column: pa.StructArray, name: str) -> pa.Array:
         name: Of the column, for messages.
 
     Raises:
-        DatasetError: Samples are of several channels, or of no type that sounds have, or a rate can't be.
+        DatasetError: Samples are of several channels, of no type that sounds have, or far beyond 1, or a rate can't be.
         MissingExtraError: soundfile is not installed.
     """
     arrays, rates = pc.struct_field(column, "array"), pc.struct_field(column, "sampling_rate").to_pylist()
@@ -132,6 +133,11 @@ def write_samples(column: pa.StructArray, name: str) -> pa.Array:
             )
         values, file = samples.values.to_numpy(zero_copy_only=False), io.BytesIO()
         values = values.astype(np.float32) if subtype == "FLOAT" else values
+        if subtype == "FLOAT" and len(values) and (loudest := float(np.abs(values).max())) > _LOUDEST:
+            raise DatasetError(
+                f"Column {name!r} has samples of up to {loudest:g}, expected floats from -1 to 1. Divide whole numbers "
+                "that were made floats by 32,768."
+            )
         load_decoder("soundfile", "Sounds", "audio").write(file, values, whole, format="AU", subtype=subtype)
         content.append(file.getvalue())
     return pa.array(content, pa.large_binary())
