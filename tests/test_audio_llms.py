@@ -113,14 +113,14 @@ def test_sounds_are_read_whole_after_texts_and_loading(name, request, tmp_path):
     model.save_pretrained(str(tmp_path))
     assert np.array_equal(SentenceTransformer(str(tmp_path), device="cpu").encode_document(sounds), before)
     loaded = load_model(tmp_path, device="cpu")
-    assert media_limits_of(loaded[0]).max_seconds == 0.5
+    assert media_limits_of(loaded[0], "audio").max_seconds == 0.5
     found = embeddings(loaded, RetrievalDataset.from_id_rows(generated_audio(2)), "audio")
     np.testing.assert_allclose(found.numpy(), before, atol=1e-6)
 
 
 def test_clips_are_not_cut_at_the_window_of_sounds(omni):
     encoder = load_model(omni, device="cpu")[0]
-    assert media_limits_of(encoder).max_seconds == 1.0
+    assert media_limits_of(encoder, "audio").max_seconds == 1.0
     assert media_limits_of(encoder, "video").max_seconds is None
 
 

@@ -609,12 +609,12 @@ def test_clap_is_the_same_after_texts_and_loading(tmp_path):
     model.save_pretrained(str(tmp_path / "saved"))
     loaded = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
     assert np.array_equal(loaded.encode_document([sound]), before)
-    assert media_limits_of(load_model(tmp_path / "saved", device="cpu")[0]).max_seconds == 0.75
+    assert media_limits_of(load_model(tmp_path / "saved", device="cpu")[0], "audio").max_seconds == 0.75
 
 
 @pytest.mark.parametrize("maker", [tiny_ast, tiny_whisper, tiny_clap])
 def test_a_model_says_at_what_rate_and_for_how_long_it_listens(maker, tmp_path):
-    limits = media_limits_of(load_model(maker(tmp_path / "model"), device="cpu")[0])
+    limits = media_limits_of(load_model(maker(tmp_path / "model"), device="cpu")[0], "audio")
     assert limits.sampling_rate == 16_000
     assert limits.max_seconds == pytest.approx(1.0, abs=0.06)
 

@@ -230,7 +230,8 @@ def test_each_side_is_decoded_at_the_rate_of_its_own_route(folder, hums):
     router = Router.for_query_document(query_modules=list(routes[0]), document_modules=list(routes[1]))
     model = SentenceTransformer(modules=[router, Normalize()], device="cpu")
     rates = [
-        media_limits_of(encoder_for(model, "audio", "audio", task)).sampling_rate for task in ("query", "document")
+        media_limits_of(encoder_for(model, "audio", "audio", task), "audio").sampling_rate
+        for task in ("query", "document")
     ]
     assert rates == [8_000, 16_000]
     check_routes(model, "audio", "audio")

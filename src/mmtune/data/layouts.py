@@ -344,7 +344,7 @@ def _check_rows(
         raise DatasetError(
             f"The table of rows has zero rows (columns: {rows.column_names}). Nothing can be built from it."
         )
-    if None is not named["image"] == named["audio"]:
+    if named["image"] is not None and named["image"] == named["audio"]:
         raise ConfigError(
             f"query_image_column and query_audio_column are both {named['image']!r}. A column holds images or sounds: "
             "leave one of them out."

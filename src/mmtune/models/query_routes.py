@@ -66,7 +66,9 @@ def route_queries(teacher: SentenceTransformer, text_encoder: Side) -> QueryRout
     if router is None and isinstance(modules[-1], Normalize):
         own.append(Normalize())
     mappings: dict[Any, str] = {("query", None): "document"} if router is None else dict(router.route_mappings)
-    routes = {"document": modules} if router is None else _routes_of(router)
+    routes: dict[str, list[Any]] = {"document": modules}
+    if router is not None:
+        routes = {name: list(own_modules.children()) for name, own_modules in router.sub_modules.items()}
     routed = Router(
         {**routes, QUERY_ROUTE: own},
         default_route="document" if router is None else router.default_route,
@@ -81,7 +83,3 @@ def route_queries(teacher: SentenceTransformer, text_encoder: Side) -> QueryRout
     model.prompts = {**prompts, "query": encoder.prompts.get("query") or ""}
     student = model_of([*own, *rest], encoder)
     return QueryRouted(model, student, notes)
-
-
-def _routes_of(router: Router) -> dict[str, list[Any]]:
-    return {name: list(modules.children()) for name, modules in router.sub_modules.items()}

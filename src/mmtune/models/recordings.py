@@ -20,8 +20,8 @@ _LIMITS = "media_limits"
 _AST_HOP_S, _AST_WINDOW_S = 0.010, 0.025
 
 
-def media_limits_of(encoder: Transformer, kind: str = "audio") -> MediaLimits:
-    """What an encoder reads of sounds, or of clips (``"video"``), by itself and by the limits it was loaded with."""
+def media_limits_of(encoder: Transformer, kind: str) -> MediaLimits:
+    """What an encoder reads of ``"audio"`` or ``"video"``, by itself and by the limits that it was loaded with."""
     asked = MediaLimits(**(getattr(encoder.config, _LIMITS, None) or {}))
     if kind == "video":
         # a frame is as large as an image may be, where that is a number of pixels
@@ -120,7 +120,7 @@ def _keep_length(encoder: Transformer) -> None:
     """
     own = encoder.processing_kwargs.get("audio", {})
     extractor: Any = _feature_extractor(encoder)
-    seconds = media_limits_of(encoder).max_seconds or getattr(extractor, "max_length_s", None)
+    seconds = media_limits_of(encoder, "audio").max_seconds or getattr(extractor, "max_length_s", None)
     # the window of a Whisper is filled up, whatever is read of a sound
     samples = getattr(extractor, "n_samples", None) or (seconds and round(seconds * extractor.sampling_rate))
     if samples:

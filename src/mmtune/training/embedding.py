@@ -27,6 +27,7 @@ from mmtune.models.loading import check_checkpoint, check_kinds, parts_apart
 from mmtune.models.lora import LoraChoice
 from mmtune.models.opening import open_checkpoint
 from mmtune.models.routes import ignores_prompt
+from mmtune.serving.requests import prompt_of
 from mmtune.training.call import Finetuning
 from mmtune.training.checks import check_contrast, check_full_batch
 from mmtune.training.inputs import DatasetsLike, Form, TrainingSets, training_sets
@@ -236,10 +237,7 @@ def _modalities_for(documents: DocumentKind, queries: QueryKind) -> tuple[str, .
 
 def own_prompts(model: Retriever) -> dict[str, str]:
     """The prompts of ``encode_query`` and ``encode_document``, as ``query`` and ``document``; ``""`` for none."""
-    default = model.prompts.get(model.default_prompt_name or "", "")
-    names = (name for name in ("document", "passage", "corpus") if name in model.prompts)
-    query, document = model.prompts.get("query", default), model.prompts.get(next(names, ""), default)
-    return {"query": query or "", "document": document or ""}
+    return {"query": prompt_of(model, "query"), "document": prompt_of(model, "document")}
 
 
 def prompts_by_side(given: Any, train: TrainingSets) -> dict[str, str | None]:

@@ -183,12 +183,13 @@ def distill_query_encoder(
         trainer = _train(routed.student, teacher, texts, args, given, record, checkpoint)
         student, result_model = routed.student.eval(), routed.model.eval()
         after = evaluator(result_model) if evaluator else {}
+        on_cpu = student if student.device.type == "cpu" else copy.deepcopy(student).to("cpu")
         facts = {
             "texts": len(texts),
             "query_encoder": list(routed.notes),
             "parameters_of_query_encoder": sum(weight.numel() for weight in student.parameters()),
             "ms_a_query_before": milliseconds_a_query(teacher, texts),
-            "ms_a_query_after": milliseconds_a_query(_on_cpu(student), texts),
+            "ms_a_query_after": milliseconds_a_query(on_cpu, texts),
         }
         settings = {
             "model": describe_model(result_model),
@@ -275,10 +276,6 @@ def _train(
     for layer in fresh.values():
         mark_fresh(layer, fresh=False)
     return trainer
-
-
-def _on_cpu(model: SentenceTransformer) -> SentenceTransformer:
-    return model if model.device.type == "cpu" else copy.deepcopy(model).to("cpu")
 
 
 def milliseconds_a_query(model: SentenceTransformer, texts: Sequence[str]) -> float | None:
